@@ -1,0 +1,366 @@
+"""GPT-NeoX seen as a Llama-like model, so that every kvpress press works on it unpatched.
+
+The one real difference is the rotary embedding. NeoX rotates the first r of D head dimensions and pairs i with i + r/2;
+Llama rotates all D and pairs i with i + D/2. Attention sees queries and keys only through q.k, which does not change
+when the dimensions of both are reordered alike. So queries and keys are put into "half-split" order (see `half_split`),
+the frequencies are padded with zeros, and from then on everything that kvpress computes is exact. Values are untouched.
+"""
+
+import torch
+from torch import nn
+from torch.nn.functional import linear, pad
+from transformers import AutoModelForCausalLM, DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt_neox.modeling_gpt_neox import (
+    GPTNeoXAttention,
+    GPTNeoXLayer,
+    GPTNeoXPreTrainedModel,
+    eager_attention_forward,
+)
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
+
+
+def half_split(x: torch.Tensor, rotary_ndims: int, dim: int = -1) -> torch.Tensor:
+    """NeoX order to Llama order along `dim`: rotary pair i goes to i and i + D/2, the unrotated dimensions after them."""
+    half, rest = rotary_ndims // 2, (x.shape[dim] - rotary_ndims) // 2
+    first, second, unrotated_1, unrotated_2 = x.split([half, half, rest, rest], dim)
+    return torch.cat([first, unrotated_1, second, unrotated_2], dim)
+
+
+class PaddedRotary(nn.Module):
+    """The model's own rotary embedding in half-split order: unrotated dimensions have frequency 0, cos 1 and sin 0.
+
+    All is computed from the wrapped module when asked for: buffers of our own would come back uninitialised from
+    `from_pretrained`, which builds modules on the meta device.
+    """
+
+    def __init__(self, native: nn.Module, head_dim: int):
+        super().__init__()
+        self.native = native
+        self.head_dim = head_dim
+
+    @property
+    def inv_freq(self) -> torch.Tensor:
+        frequencies = self.native.inv_freq
+        return pad(frequencies, (0, self.head_dim // 2 - frequencies.shape[-1]))
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = self.native(x, position_ids)  # (batch, T, r), its two halves alike
+        half = cos.shape[-1] // 2
+        padding = (0, self.head_dim // 2 - half)
+        cos, sin = pad(cos[..., :half], padding, value=1.0), pad(sin[..., :half], padding)
+        return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)  # (batch, T, D)
+
+
+class FusedSlice:
+    """The query, key or value part of `query_key_value`, as the `q_proj`, `k_proj`, `v_proj` that kvpress calls.
+
+    It owns nothing. The fused projection is interleaved per head (q, k, v of head 0, then of head 1, ...); the three
+    are *not* contiguous blocks.
+    """
+
+    def __init__(self, attention: "KVNeoXAttention", part: int):
+        self.attention, self.part = attention, part
+
+    def _take(self, fused: torch.Tensor, dim: int) -> torch.Tensor:
+        """Select this part along the fused dimension `dim`, queries and keys in half-split order."""
+        attention = self.attention
+        sizes = (-1, 3, attention.head_dim)  # heads, (q, k, v), D
+        part = fused.unflatten(dim, sizes).select(dim + 1, self.part)
+        if self.part < 2:
+            part = half_split(part, attention.rotary_ndims, dim=dim + 1)
+        return part.flatten(dim, dim + 1)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self._take(self.attention.query_key_value.weight, 0)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        bias = self.attention.query_key_value.bias
+        return None if bias is None else self._take(bias, 0)
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        fused = self.attention.query_key_value
+        if type(fused) is nn.Linear and not hasattr(fused, "_hf_hook"):
+            return linear(hidden_states, self.weight, self.bias)
+        # Quantized, adapted (LoRA) or offloaded: only the module itself knows how to multiply.
+        return self._take(fused(hidden_states), hidden_states.dim() - 1)
+
+
+class LayerMasks:
+    """What the queries of one forward pass may see, layer by layer.
+
+    After compression layers can hold different numbers of keys, so a layer's mask follows from its own lengths: query i
+    sees the first kv_len - q_len + i + 1 keys. Masks are boolean, and None where every key is visible or where the
+    kernel's own causal mask is right.
+    """
+
+    def __init__(self, attention_mask: torch.Tensor | None, implementation: str):
+        self.given = attention_mask if attention_mask is not None and attention_mask.dim() == 4 else None
+        padded = attention_mask is not None and self.given is None and not attention_mask.all()
+        self.padding = attention_mask.bool() if padded else None  # (batch, tokens)
+        self.implementation = implementation
+        self.causal: dict[tuple, torch.Tensor] = {}
+
+    def for_layer(self, query: torch.Tensor, kv_len: int, evicted: tuple | None) -> torch.Tensor | None:
+        if self.given is not None and evicted is None:
+            return self.given
+        if self.padding is not None and self.padding.shape[-1] != kv_len:
+            raise ValueError(
+                f"attention_mask marks padding among {self.padding.shape[-1]} tokens, but this layer holds {kv_len} keys: "
+                "after compression nobody knows which keys were padding. Compress prompts of equal length, or one by one."
+            )
+        if self.implementation.startswith("flash"):
+            return self.padding  # the kernel is causal by itself, aligned to the last key
+        q_len = query.shape[2]
+        kernel_is_causal = self.implementation != "eager" and q_len == kv_len
+        mask = None
+        if q_len > 1 and not (kernel_is_causal and self.padding is None and evicted is None):
+            mask = self._causal(q_len, kv_len, query.device)
+        if self.padding is not None:
+            # A padding query still sees itself: a row without any key would be NaN and poison its value.
+            itself = torch.eye(q_len, kv_len, dtype=torch.bool, device=query.device)
+            itself = itself.roll(kv_len - q_len, dims=1)
+            keep = self.padding[:, None, None].to(query.device)
+            mask = keep | itself if mask is None else (mask & keep) | itself
+        if evicted is not None:
+            keep = query.new_ones(query.shape[0], query.shape[1], kv_len, dtype=torch.bool)
+            keep[tuple(index.to(query.device) for index in evicted)] = False
+            mask = keep[:, :, None] if mask is None else mask & keep[:, :, None]  # (batch, heads, 1 or q_len, kv_len)
+            if self.given is not None:
+                mask = mask & self.given if self.given.dtype == torch.bool else self.given.masked_fill(~mask, -torch.inf)
+        return mask
+
+    def _causal(self, q_len: int, kv_len: int, device: torch.device) -> torch.Tensor:
+        key = (q_len, kv_len, device)
+        if key not in self.causal:
+            visible = torch.ones(q_len, kv_len, dtype=torch.bool, device=device)
+            self.causal[key] = visible.tril(kv_len - q_len)[None, None]
+        return self.causal[key]
+
+
+class KVNeoXAttention(GPTNeoXAttention):
+    """NeoX attention under the names that kvpress reads; its cache holds keys in half-split order."""
+
+    num_key_value_groups = 1
+    # (batch, head, position) indices of entries that a head-wise press evicted but left in the cache; see `_attend`.
+    masked_key_indices = None
+
+    head_dim = property(lambda self: self.head_size)
+    q_proj = property(lambda self: FusedSlice(self, 0))
+    k_proj = property(lambda self: FusedSlice(self, 1))
+    v_proj = property(lambda self: FusedSlice(self, 2))
+    o_proj = property(lambda self: self.dense)
+
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        past_key_values=None,
+        cache_position=None,
+        position_embeddings=None,
+        **kwargs,
+    ):
+        query, key, value = self._project(hidden_states, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
+        output, weights = self._attend(query, key, value, attention_mask, **kwargs)
+        return self.dense(output.flatten(2)), weights
+
+    def _project(self, hidden_states, cos, sin):
+        """Rotated queries, rotated keys and values, each (batch, heads, T, D), the first two in half-split order."""
+        half, rest = self.rotary_ndims // 2, (self.head_size - self.rotary_ndims) // 2
+        fused = self.query_key_value(hidden_states).unflatten(-1, (-1, 3 * self.head_size)).transpose(1, 2)
+        query, key, value = fused.chunk(3, dim=-1)
+        # Only the rotary part is multiplied; the order changes in the one copy that is made anyway.
+        cos, sin = cos[:, None, :, :half], sin[:, None, :, :half]
+        rotated = []
+        for x in (query, key):
+            first, second, unrotated_1, unrotated_2 = x.split([half, half, rest, rest], dim=-1)
+            turned = [first * cos - second * sin, unrotated_1, second * cos + first * sin, unrotated_2]
+            rotated.append(torch.cat(turned, dim=-1))
+        return *rotated, value
+
+    def _attend(self, query, key, value, attention_mask, **kwargs):
+        implementation = self.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        kv_len = key.shape[2]
+        if query.shape[2] == kv_len:
+            self.masked_key_indices = None  # a new prefill: what an earlier run evicted no longer counts
+        evicted = self.masked_key_indices
+        masks_itself = not implementation.startswith("flash")
+        if isinstance(attention_mask, LayerMasks):
+            attention_mask = attention_mask.for_layer(query, kv_len, evicted if masks_itself else None)
+        if attention_mask is not None and attention_mask.device != query.device:
+            attention_mask = attention_mask.to(query.device)
+        if implementation == "eager" and attention_mask is not None and attention_mask.dtype == torch.bool:
+            attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(
+                ~attention_mask, torch.finfo(query.dtype).min
+            )
+        if masks_itself:
+            # kvpress would now search for a fake key that hides the evicted entries; the mask hides them exactly.
+            self.masked_key_indices = None
+        try:
+            dropout = self.attention_dropout if self.training else 0.0
+            return attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
+        finally:
+            self.masked_key_indices = evicted
+
+
+class KVNeoXLayer(GPTNeoXLayer):
+    """The stock layer, calling its attention with the keywords that the hooks of kvpress read."""
+
+    self_attn = property(lambda self: self.attention)
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+        attended, _ = self.attention(
+            hidden_states=self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        attended = self.post_attention_dropout(attended)
+        if self.use_parallel_residual:
+            fed = self.post_mlp_dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+            return fed + attended + hidden_states
+        attended = attended + hidden_states
+        return self.post_mlp_dropout(self.mlp(self.post_attention_layernorm(attended))) + attended
+
+
+class KVNeoXPreTrainedModel(GPTNeoXPreTrainedModel):
+    _no_split_modules = ["KVNeoXLayer"]
+    _supports_flex_attn = False  # its block masks know one length for all layers
+    _can_record_outputs = {"hidden_states": KVNeoXLayer, "attentions": KVNeoXAttention}
+    _keys_to_ignore_on_load_unexpected = [
+        r"attention\.bias",
+        r"attention\.masked_bias",
+        r"attention\.rotary_emb\.inv_freq",
+    ]
+
+    def _flash_attn_2_can_dispatch(self, is_init_check: bool = False) -> bool:
+        try:
+            return super()._flash_attn_2_can_dispatch(is_init_check)
+        except ImportError as error:
+            raise ImportError(
+                'attn_implementation="flash_attention_2" needs a CUDA GPU and the package flash-attn '
+                '(pip install flash-attn --no-build-isolation). Without it use attn_implementation="sdpa", '
+                'or "eager" for presses that read attention weights.'
+            ) from error
+
+
+class KVNeoXModel(KVNeoXPreTrainedModel, GPTNeoXModel):
+    """The stock decoder with Llama's names, padded rotary embedding and a mask for each layer."""
+
+    embed_tokens = property(lambda self: self.embed_in)
+
+    def __init__(self, config: GPTNeoXConfig):
+        super().__init__(config)
+        # The layers were built stock; see them as ours.
+        _see_as_llama(self)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        past_key_values=None,
+        use_cache=None,
+        cache_position=None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_in(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if cache_position is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            cache_position = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)
+        if position_ids is None:
+            position_ids = cache_position[None]
+
+        if past_key_values is not None and past_key_values.is_compileable:
+            # A static cache hands out its unused slots too; the stock mask knows which are filled.
+            masks = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                cache_position=cache_position,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        else:
+            masks = LayerMasks(attention_mask, self.config._attn_implementation)
+
+        hidden_states = self.emb_dropout(inputs_embeds)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,  # positionally: the capture of hidden states reads args[0]
+                attention_mask=masks,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                cache_position=cache_position,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.final_layer_norm(hidden_states), past_key_values=past_key_values
+        )
+
+
+class KVNeoXForCausalLM(KVNeoXPreTrainedModel, GPTNeoXForCausalLM):
+    """GPT-NeoX with the parameters and state dict of the stock class, ready for every press."""
+
+    model = property(lambda self: self.gpt_neox)
+
+    def __init__(self, config: GPTNeoXConfig):
+        super().__init__(config)
+        _see_as_llama(self)
+
+
+ADAPTED_CLASSES = {
+    GPTNeoXForCausalLM: KVNeoXForCausalLM,
+    GPTNeoXModel: KVNeoXModel,
+    GPTNeoXLayer: KVNeoXLayer,
+    GPTNeoXAttention: KVNeoXAttention,
+}
+
+
+def adapt(model: nn.Module) -> KVNeoXForCausalLM:
+    """Turn a loaded stock GPT-NeoX causal LM into ours, in place and without touching a parameter."""
+    if not isinstance(model, GPTNeoXForCausalLM):
+        raise ValueError(f"model is a {type(model).__name__}; allowed is GPTNeoXForCausalLM or a subclass of it")
+    return model if isinstance(model, KVNeoXForCausalLM) else _see_as_llama(model)
+
+
+def _see_as_llama(model: nn.Module) -> nn.Module:
+    for module in list(model.modules()):
+        adapted = ADAPTED_CLASSES.get(type(module))
+        if adapted is None:
+            continue
+        module.__class__ = adapted
+        if hasattr(module, "_old_forward"):
+            # accelerate keeps the unhooked forward bound to the class that the module had
+            module._old_forward = adapted.forward.__get__(module)
+        if issubclass(adapted, KVNeoXPreTrainedModel):
+            module._no_split_modules = set(adapted._no_split_modules)
+            _CAN_RECORD_REGISTRY[str(adapted)] = adapted._can_record_outputs  # else only __init__ writes it
+    decoder, config = model.base_model, model.config
+    config.num_key_value_heads = config.num_attention_heads
+    config.head_dim = config.hidden_size // config.num_attention_heads
+    if not isinstance(decoder.rotary_emb, PaddedRotary):
+        decoder.rotary_emb = PaddedRotary(decoder.rotary_emb, config.head_dim)
+    return model
+
+
+AutoModelForCausalLM.register(GPTNeoXConfig, KVNeoXForCausalLM, exist_ok=True)
