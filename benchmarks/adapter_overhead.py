@@ -1,6 +1,6 @@
 """Is the adapted model as fast as the stock one? Prints ours / stock for prefill and decoding, measured interleaved.
 
-    python benchmarks/adapter_overhead.py [--repeats 15] [--dtype float32]
+python benchmarks/adapter_overhead.py [--repeats 15] [--dtype float32]
 """
 
 import argparse
@@ -41,7 +41,9 @@ def main():
 
     dtype = getattr(torch, arguments.dtype)
     prompt = torch.randint(0, 50000, (1, 1024), generator=torch.Generator().manual_seed(0))
-    print(f"shape of pythia-70m, {arguments.dtype}, prefill 1,024 tokens, then 64 steps; {torch.get_num_threads()} threads")
+    print(
+        f"shape of pythia-70m, {arguments.dtype}, prefill 1,024 tokens, then 64 steps; {torch.get_num_threads()} threads"
+    )
     for implementation in ("sdpa", "eager"):
         torch.manual_seed(0)
         config = GPTNeoXConfig(**PYTHIA_70M, attn_implementation=implementation)
@@ -50,7 +52,7 @@ def main():
         ours.load_state_dict(stock.state_dict())
         ratios = []
         for repeat in range(arguments.repeats + 1):
-            pair = [(stock, run(stock, prompt, 64)), (ours, run(ours, prompt, 64))][:: 1]
+            pair = [(stock, run(stock, prompt, 64)), (ours, run(ours, prompt, 64))][::1]
             if repeat:  # the first round warms up
                 (_, (stock_prefill, stock_decode)), (_, (our_prefill, our_decode)) = pair
                 ratios.append((our_prefill / stock_prefill, our_decode / stock_decode))

@@ -24,7 +24,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_ou
 
 
 def half_split(x: torch.Tensor, rotary_ndims: int, dim: int = -1) -> torch.Tensor:
-    """NeoX order to Llama order along `dim`: rotary pair i goes to i and i + D/2, the unrotated dimensions after them."""
+    """NeoX order to Llama order along `dim`: rotary pair i goes to i and i + D/2, unrotated dimensions after them."""
     half, rest = rotary_ndims // 2, (x.shape[dim] - rotary_ndims) // 2
     first, second, unrotated_1, unrotated_2 = x.split([half, half, rest, rest], dim)
     return torch.cat([first, unrotated_1, second, unrotated_2], dim)
@@ -111,8 +111,8 @@ class LayerMasks:
             return self.given
         if self.padding is not None and self.padding.shape[-1] != kv_len:
             raise ValueError(
-                f"attention_mask marks padding among {self.padding.shape[-1]} tokens, but this layer holds {kv_len} keys: "
-                "after compression nobody knows which keys were padding. Compress prompts of equal length, or one by one."
+                f"attention_mask marks padding among {self.padding.shape[-1]} tokens, but this layer holds {kv_len} "
+                "keys: after compression nobody knows which were padding. Use prompts of equal length, or one by one."
             )
         if self.implementation.startswith("flash"):
             return self.padding  # the kernel is causal by itself, aligned to the last key
@@ -132,7 +132,9 @@ class LayerMasks:
             keep[tuple(index.to(query.device) for index in evicted)] = False
             mask = keep[:, :, None] if mask is None else mask & keep[:, :, None]  # (batch, heads, 1 or q_len, kv_len)
             if self.given is not None:
-                mask = mask & self.given if self.given.dtype == torch.bool else self.given.masked_fill(~mask, -torch.inf)
+                mask = (
+                    mask & self.given if self.given.dtype == torch.bool else self.given.masked_fill(~mask, -torch.inf)
+                )
         return mask
 
     def _causal(self, q_len: int, kv_len: int, device: torch.device) -> torch.Tensor:

@@ -1,0 +1,89 @@
+"""Reading a context under a press, and decoding from what is left of it.
+
+Prefill happens inside the press' context manager and decoding outside it: some presses act only when it closes. After
+compression positions go on from the true length, which the cache no longer knows, unless the press rotated the keys it
+kept to new positions.
+"""
+
+import torch
+from transformers import Cache, DynamicCache
+
+from kvneox_lib.modeling import KVNeoXForCausalLM
+from kvneox_lib.presses import acts, applied, forget_evictions, rerotates, rows_independent
+
+
+@torch.no_grad()
+def prefill(model: KVNeoXForCausalLM, input_ids: torch.Tensor, press) -> Cache:
+    """The cache after `press` compressed `input_ids`; what head-wise presses evicted is listed in the model."""
+    if not rows_independent(press) and len(input_ids) > 1:
+        raise ValueError(f"{type(press).__name__} mixes the rows of a batch; give it one row at a time")
+    cache, input_ids = DynamicCache(), with_delimiter(press, input_ids)
+    with applied(press, model):
+        model.model(input_ids=input_ids, past_key_values=cache)
+    return cache
+
+
+def with_delimiter(press, input_ids: torch.Tensor, window: int = 64) -> torch.Tensor:
+    """For FINCH, mark where the question begins (the last `window` tokens), with an id that the text does not use."""
+    if not hasattr(press, "delimiter_token_id"):
+        return input_ids
+    unused = next(i for i in range(input_ids.max() + 2) if not (input_ids == i).any())
+    press.delimiter_token_id = unused
+    return torch.cat([input_ids[:, :-window], input_ids.new_full((1, 1), unused), input_ids[:, -window:]], dim=1)
+
+
+def kept_counts(model: KVNeoXForCausalLM, cache: Cache) -> torch.Tensor:
+    """(layers, batch, heads): entries that each head still sees."""
+    counts = []
+    for layer, held in zip(model.model.layers, cache.layers):
+        count = held.keys.new_full(held.keys.shape[:2], held.keys.shape[2], dtype=torch.long)
+        if layer.self_attn.masked_key_indices is not None:
+            batch, head, _ = (index.to(count.device) for index in layer.self_attn.masked_key_indices)
+            count.index_put_((batch, head), count.new_tensor(-1), accumulate=True)
+        counts.append(count)
+    return torch.stack(counts)
+
+
+@torch.no_grad()
+def kept_positions(model: KVNeoXForCausalLM, input_ids: torch.Tensor, press) -> torch.Tensor:
+    """(layers, batch, heads, T) booleans: which tokens survive. Found by looking the kept keys up among all keys."""
+    if rerotates(press):
+        raise ValueError("this press rotates the keys it keeps; ask for the positions of the press inside it")
+    full = prefill(model, input_ids, None)
+    compressed = prefill(model, input_ids, press)
+    direction = torch.randn(model.config.head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    kept = []
+    for layer, all_of, some in zip(model.model.layers, full.layers, compressed.layers):
+        tags, kept_tags = ((held.keys.double().cpu() @ direction) for held in (all_of, some))  # one number per key
+        order = tags.argsort(-1)
+        found = torch.searchsorted(tags.gather(-1, order), kept_tags).clamp(max=tags.shape[-1] - 1)
+        positions = order.gather(-1, found)
+        if not torch.equal(tags.gather(-1, positions), kept_tags):
+            raise ValueError(f"{type(press).__name__} changes the keys it keeps, so their positions cannot be read off")
+        mask = torch.zeros_like(tags, dtype=torch.bool).scatter_(-1, positions, True)
+        if layer.self_attn.masked_key_indices is not None:
+            mask[tuple(index.cpu() for index in layer.self_attn.masked_key_indices)] = False
+        kept.append(mask)
+    forget_evictions(model)
+    return torch.stack(kept)
+
+
+@torch.no_grad()
+def greedy(model: KVNeoXForCausalLM, input_ids: torch.Tensor, press, n_new: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (batch, n_new) and the logits that chose them: prefill inside the press, decoding outside it.
+
+    The last token of the prompt is fed after compression, so that every logit has read the compressed cache.
+    """
+    context, token, length = input_ids[:, :-1], input_ids[:, -1:], input_ids.shape[1] - 1
+    cache = prefill(model, context, press)
+    while_decoding = press if acts(press) == "decoding" else None
+    tokens, logits = [], []
+    with applied(while_decoding, model):
+        start = cache.get_seq_length() if rerotates(press) else length
+        for step in range(n_new):
+            position = torch.full_like(token, start + step)
+            logits.append(model(token, past_key_values=cache, position_ids=position).logits[:, -1])
+            token = logits[-1].argmax(-1, keepdim=True)
+            tokens.append(token)
+    forget_evictions(model)
+    return torch.cat(tokens, dim=1), torch.stack(logits, dim=1)

@@ -1,0 +1,216 @@
+"""Every kvpress method by name, and what must be known to use it honestly.
+
+The names are the rows of `registry`. What a press demands (eager, sdpa), when it acts and whether it may see a batch
+follows from its classes, so it is known for presses that a user built without us, too.
+"""
+
+import difflib
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import kvpress
+from kvpress import BasePress
+
+from kvneox_lib.modeling import KVNeoXForCausalLM
+from kvneox_lib.registry import RATIO_PER_LAYER, REGISTRY, ROWS, UNAVAILABLE, PressRow
+
+for _module in [module for name, module in list(sys.modules.items()) if name.split(".")[0] == "kvpress"]:
+    if KVNeoXForCausalLM not in getattr(_module, "SUPPORTED_MODELS", (KVNeoXForCausalLM,)):
+        _module.SUPPORTED_MODELS += (KVNeoXForCausalLM,)  # else kvpress warns "not tested" at every call
+
+# KVCompose names its classes itself; ours is tested here.
+logging.getLogger("kvpress.presses.kvcompose_press").addFilter(lambda record: "not tested" not in record.getMessage())
+
+# -- what follows from the classes of a press ---------------------------------------------------------------------
+
+NEEDS_EAGER = (kvpress.ObservedAttentionPress,)
+REFUSES_EAGER = (
+    kvpress.AdaKVPress,
+    kvpress.CriticalAdaKVPress,
+    kvpress.ChunkPress,
+    kvpress.ChunkKVPress,
+    kvpress.BlockPress,
+    kvpress.KVzipPress,
+    kvpress.DuoAttentionPress,
+)
+ACTS_AT_EXIT = (kvpress.KVzipPress, kvpress.KVComposePress)
+ACTS_WHILE_DECODING = (kvpress.DecodingPress, kvpress.PrefillDecodingPress)
+# Scores or budgets that mix the rows of a batch, a batch of one by design, or draws that would differ with the batch.
+MIXES_ROWS = (
+    kvpress.ChunkKVPress,
+    kvpress.CriticalAdaKVPress,
+    kvpress.SimLayerKVPress,
+    kvpress.NonCausalAttnPress,
+    kvpress.LeverageScorePress,
+    kvpress.CompactorPress,
+    kvpress.RandomPress,
+    kvpress.CAMPress,
+    kvpress.KVzipPress,
+    kvpress.KVComposePress,
+    kvpress.FinchPress,
+)
+
+
+def parts_of(press: BasePress) -> Iterator[BasePress]:
+    """The press and every press inside it."""
+    yield press
+    inner = [getattr(press, name, None) for name in ("press", "base_press", "prefilling_press", "decoding_press")]
+    for part in inner + list(getattr(press, "presses", [])):
+        if isinstance(part, BasePress):
+            yield from parts_of(part)
+
+
+def _is(press: BasePress, classes: tuple[type, ...]) -> bool:
+    return any(isinstance(part, classes) for part in parts_of(press))
+
+
+def attention_needed(press: BasePress | None) -> str:
+    """ "eager", "sdpa" (or a kernel like it), or "any"."""
+    if press is None or not _is(press, NEEDS_EAGER + REFUSES_EAGER):
+        return "any"
+    return "eager" if _is(press, NEEDS_EAGER) else "sdpa"
+
+
+def acts(press: BasePress | None) -> str:
+    """When the cache is compressed: in a "hook" of the prefill, at the "exit" of the context, while "decoding"."""
+    if press is None:
+        return "never"
+    if _is(press, ACTS_WHILE_DECODING):
+        return "decoding"
+    return "exit" if _is(press, ACTS_AT_EXIT) else "hook"
+
+
+def rows_independent(press: BasePress | None) -> bool:
+    """Whether a row of a batch is compressed as it would be alone; if not, rows must be run one by one."""
+    return press is None or not _is(press, MIXES_ROWS)
+
+
+def rerotates(press: BasePress | None) -> bool:
+    """Whether kept keys are rotated to consecutive positions, so that positions go on from the compressed length."""
+    return press is not None and any(
+        isinstance(part, kvpress.KeyRerotationPress) or getattr(part, "rerotate_keys", False) is True
+        for part in parts_of(press)
+    )
+
+
+# -- by name ------------------------------------------------------------------------------------------------------
+
+
+def press_names() -> list[str]:
+    return list(REGISTRY)
+
+
+def expand_presses(press: str | list[str]) -> list[str]:
+    """A name, a list of names, "all" (no_press and the core dozen) or "every" (all rows) as a list of known names."""
+    if press == "all":
+        return ["no_press"] + [row.name for row in ROWS if row.core]
+    if press == "every":
+        return press_names()
+    return [press_row(name).name for name in ([press] if isinstance(press, str) else press)]
+
+
+def press_row(name: str) -> PressRow:
+    if name in UNAVAILABLE:
+        raise ValueError(f"press {name!r} {UNAVAILABLE[name]}")
+    if name not in REGISTRY:
+        near = difflib.get_close_matches(str(name), REGISTRY, n=4, cutoff=0.4)
+        hint = f"; nearest: {', '.join(near)}" if near else ""
+        raise ValueError(f"press {name!r} is unknown{hint}. press_names() lists all {len(REGISTRY)}.")
+    return REGISTRY[name]
+
+
+def make_press(name: str, compression_ratio: float | list[float] = 0.5, **options) -> BasePress | None:
+    """The press of that name; None for "no_press".
+
+    `compression_ratio` is the share of the cache to evict. Rows whose `takes_ratio` is false have a strength of their
+    own (an option named in `strength`) and ignore it; per_layer_* take a list with one ratio a layer. `options` are
+    kvpress' own field names, of the wrapper or of the press inside.
+    """
+    row = press_row(name)
+    if row.strength == RATIO_PER_LAYER:
+        if not isinstance(compression_ratio, (list, tuple)) or not compression_ratio:
+            raise ValueError(
+                f"compression_ratio={compression_ratio!r}: {name} takes a list with one ratio for each layer"
+            )
+        for ratio in compression_ratio:
+            _check_ratio(ratio)
+        return row.build(**{RATIO_PER_LAYER: list(compression_ratio)}, **options)
+    _check_ratio(compression_ratio)
+    try:
+        return row.build(float(compression_ratio), **options)
+    except AssertionError as error:  # kvpress' own check of a value
+        raise ValueError(f"{name} refuses {options}: {error}") from error
+
+
+def _check_ratio(ratio) -> None:
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+        raise ValueError(f"compression_ratio={ratio!r}; allowed is a number from 0 (keep all) to below 1")
+
+
+def layer_ramp(mean: float, n_layers: int) -> list[float]:
+    """One ratio a layer for per_layer_* presses, rising over the layers by as much as fits around `mean`."""
+    spread = min(mean, 1 - mean) / 2
+    return [mean + spread * (2 * layer / max(n_layers - 1, 1) - 1) for layer in range(n_layers)]
+
+
+def ratio_for(name: str, ratio: float, model: KVNeoXForCausalLM) -> float | list[float]:
+    """`ratio` as that press takes it: a ramp over the model's layers for per_layer_* presses."""
+    return layer_ramp(ratio, model.config.num_hidden_layers) if press_row(name).strength == RATIO_PER_LAYER else ratio
+
+
+# -- using a press ------------------------------------------------------------------------------------------------
+
+
+def check_press(press: BasePress | None, model: KVNeoXForCausalLM) -> None:
+    """Refuse, before any work, what this model cannot serve."""
+    needed, has = attention_needed(press), model.config._attn_implementation
+    reason = {
+        "eager": "it reads attention weights, which only eager attention returns",
+        "sdpa": "kvpress refuses to run it on eager attention",
+    }
+    if (needed == "eager" and has != "eager") or (needed == "sdpa" and has == "eager"):
+        raise ValueError(
+            f"attn_implementation={has!r} cannot serve {type(press).__name__}: {reason[needed]}. "
+            f"Load the model with attn_implementation={needed!r}."
+        )
+    layers = model.config.num_hidden_layers
+    if isinstance(press, kvpress.PerLayerCompressionPress) and len(press.compression_ratios) != layers:
+        raise ValueError(
+            f"compression_ratios has {len(press.compression_ratios)} entries; the model has {layers} layers"
+        )
+
+
+def forget_evictions(model: KVNeoXForCausalLM) -> None:
+    """Drop what head-wise presses listed as evicted, as a new prefill does."""
+    for layer in model.model.layers:
+        layer.self_attn.masked_key_indices = None
+
+
+@contextmanager
+def applied(press: BasePress | None, model: KVNeoXForCausalLM):
+    """`with press(model)`, checked before and leaving nothing behind when something raises inside."""
+    if press is None:
+        yield
+        return
+    check_press(press, model)
+    implementation = model.config._attn_implementation
+    forward = model.model.__dict__.get("forward")  # accelerate's wrapper, or none
+    hooks = [set(layer.self_attn._forward_hooks) for layer in model.model.layers]
+    done = False
+    try:
+        with press(model):
+            yield
+        done = True
+    finally:
+        model.config._attn_implementation = implementation  # KVCompose switches to eager and may fail to switch back
+        model.model.__dict__.pop("forward", None)  # KVzip and KVCompose leave theirs here
+        if forward is not None:
+            model.model.forward = forward
+        if not done:
+            forget_evictions(model)
+            for layer, before in zip(model.model.layers, hooks):
+                for handle in set(layer.self_attn._forward_hooks) - before:
+                    del layer.self_attn._forward_hooks[handle]
+                    layer.self_attn._forward_hooks_with_kwargs.pop(handle, None)

@@ -1,0 +1,345 @@
+"""The proof: our model against the stock one, every press against an independent computation.
+
+    python -m kvneox_lib.verify [--model demo] [--smoke]
+
+Each check returns a `Check` with the figure it measured and the limit it had to keep; tests, notebook 00 and the
+command line share them. Stock figures come from transformers' own `GPTNeoXForCausalLM` with the same weights.
+"""
+
+import argparse
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache, GPTNeoXForCausalLM, pipeline
+
+from kvneox_lib.calibration import standard_library_docstrings
+from kvneox_lib.decoding import greedy, kept_positions
+from kvneox_lib.modeling import KVNeoXForCausalLM, half_split
+from kvneox_lib.presses import REGISTRY, acts, applied, check_press, forget_evictions, make_press, ratio_for
+
+POSITIONS_CHECKED = ("snapkv", "tova", "knorm", "observed_attention", "streaming_llm", "pyramidkv")
+MODES = ("pipeline", "generation", "two questions")
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    figure: float
+    limit: float
+    at_least: bool = False  # the figure must be above the limit instead of below it
+
+    @property
+    def passed(self) -> bool:
+        return self.figure >= self.limit if self.at_least else self.figure <= self.limit
+
+    def __str__(self) -> str:
+        sign = ">=" if self.at_least else "<="
+        return f"{'pass' if self.passed else 'FAIL'}  {self.name}: {self.figure:.3g} ({sign} {self.limit:g})"
+
+
+def stock_twin(model: KVNeoXForCausalLM, attn_implementation: str = "eager") -> GPTNeoXForCausalLM:
+    """transformers' own class around the same weights."""
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = attn_implementation
+    with torch.device("meta"):
+        stock = GPTNeoXForCausalLM(config)
+    stock.load_state_dict(model.state_dict(), assign=True)
+    stock.gpt_neox.rotary_emb = type(stock.gpt_neox.rotary_emb)(config, device=model.device)  # its buffers were meta
+    return stock.eval()
+
+
+@contextmanager
+def attention(model: KVNeoXForCausalLM, implementation: str) -> Iterator[KVNeoXForCausalLM]:
+    before, model.config._attn_implementation = model.config._attn_implementation, implementation
+    try:
+        yield model
+    finally:
+        model.config._attn_implementation = before
+
+
+def _relative(ours: torch.Tensor, stock: torch.Tensor) -> float:
+    return float((ours.float() - stock.float()).abs().max() / stock.float().abs().max())
+
+
+# -- the model -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def check_logits(model: KVNeoXForCausalLM, input_ids: torch.Tensor) -> Check:
+    stock = stock_twin(model, model.config._attn_implementation)
+    limit = 1e-5 if model.dtype == torch.float32 else 2e-2
+    return Check(
+        "logits, relative difference to stock", _relative(model(input_ids).logits, stock(input_ids).logits), limit
+    )
+
+
+@torch.no_grad()
+def check_projections(model: KVNeoXForCausalLM, input_ids: torch.Tensor) -> list[Check]:
+    """q, k, v as kvpress gets them against those that a hook finds inside the stock attention; the same cut wrongly."""
+    stock, heads, dim = stock_twin(model), model.config.num_attention_heads, model.config.head_dim
+    inside, worst, contiguous = [], 0.0, float("inf")
+
+    def hook(module, args, output):
+        inside.append((args[0], output))
+
+    handles = [layer.attention.query_key_value.register_forward_hook(hook) for layer in stock.gpt_neox.layers]
+    stock(input_ids)
+    for handle in handles:
+        handle.remove()
+    for layer, (hidden, fused) in zip(model.model.layers, inside):
+        ours = layer.self_attn
+        per_head = fused.unflatten(-1, (heads, 3, dim)).unbind(-2)  # each (batch, T, heads, D)
+        for project, true in zip((ours.q_proj, ours.k_proj, ours.v_proj), per_head):
+            in_cache_order = true if project.part == 2 else half_split(true, ours.rotary_ndims)
+            worst = max(worst, _relative(project(hidden), in_cache_order.flatten(2)))
+        wrong = fused[..., : heads * dim].unflatten(-1, (heads, dim))
+        contiguous = min(contiguous, _relative(wrong, per_head[0]))
+    return [
+        Check("q, k, v, relative difference to those inside the stock attention", worst, 1e-5),
+        Check("q cut as a contiguous block, relative difference (must be wrong)", contiguous, 0.1, at_least=True),
+    ]
+
+
+@torch.no_grad()
+def check_cached_keys(model: KVNeoXForCausalLM, input_ids: torch.Tensor) -> Check:
+    ours, stock = DynamicCache(), DynamicCache()
+    model(input_ids, past_key_values=ours)
+    stock_twin(model)(input_ids, past_key_values=stock)
+    pairs = zip(ours.layers, stock.layers)
+    ndims = model.model.layers[0].self_attn.rotary_ndims
+    worst = max(_relative(one.keys, half_split(other.keys, ndims)) for one, other in pairs)
+    return Check("rotated keys in the cache, relative difference to stock's reordered", worst, 1e-5)
+
+
+# -- which positions a press keeps -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def independent_scores(name: str, stock: GPTNeoXForCausalLM, input_ids: torch.Tensor) -> list[torch.Tensor]:
+    """A layer's scores (batch, heads, T) from the stock model's own attention probabilities and keys, by the papers."""
+    cache = DynamicCache()
+    probabilities = stock(input_ids, past_key_values=cache, output_attentions=True).attentions
+    length, scores = input_ids.shape[1], []
+    for attended, held in zip(probabilities, cache.layers):
+        attended = attended.double()
+        if name in ("snapkv", "pyramidkv"):
+            window = make_press(name).window_size
+            seen = attended[..., -window:, :-window].mean(-2)
+            pooled = F.avg_pool1d(seen, 5, stride=1, padding=2)
+            score = F.pad(pooled, (0, window), value=torch.inf)
+        elif name == "tova":
+            score = F.pad(attended[..., -1, :-1].mean(1, keepdim=True), (0, 1), value=torch.inf).expand_as(
+                attended[:, :, 0]
+            )
+        elif name == "knorm":
+            score = -held.keys.double().norm(dim=-1)
+        elif name == "observed_attention":
+            score = attended.sum(-2) / torch.arange(length, 0, -1, device=attended.device)
+        elif name == "streaming_llm":
+            recency = torch.arange(length, device=attended.device).double()
+            score = recency.masked_fill(recency < 4, torch.inf).expand(*attended.shape[:2], -1)
+        else:
+            raise ValueError(
+                f"press={name!r} has no independent computation here; allowed: {', '.join(POSITIONS_CHECKED)}"
+            )
+        scores.append(score)
+    return scores
+
+
+def _budgets(name: str, length: int, ratio: float, n_layers: int) -> list[int]:
+    """Entries a layer keeps: the same for all, but under PyramidKV falling linearly around the same mean."""
+    mean = length * (1 - ratio)
+    if name != "pyramidkv":
+        return [int(mean)] * n_layers
+    press = make_press(name)
+    highest = min(2 * mean - mean / press.beta, length - press.window_size)
+    lowest = 2 * mean - highest
+    return [round(highest - layer * (highest - lowest) / (n_layers - 1)) for layer in range(n_layers)]
+
+
+def check_positions(model: KVNeoXForCausalLM, input_ids: torch.Tensor, name: str, ratio: float = 0.5) -> Check:
+    """Count the kept positions that differ from the independent computation, on every layer, head and sample."""
+    implementation = "eager" if name == "observed_attention" else model.config._attn_implementation
+    with attention(model, implementation):
+        kept = kept_positions(model, input_ids, make_press(name, ratio))
+    scores = independent_scores(name, stock_twin(model), input_ids)
+    wrong = 0
+    for mask, score, budget in zip(kept, scores, _budgets(name, input_ids.shape[1], ratio, len(scores))):
+        score, cut = score.cpu(), score.cpu().topk(budget, dim=-1).values[..., -1:]
+        tie = (score - cut).abs() <= 1e-6 * cut.abs()  # the two computations may round the last place differently
+        wrong += int(((mask != (score >= cut)) & ~tie).sum()) + int((mask.sum(-1) != budget).sum())
+    return Check(f"{name} at {ratio}: kept positions that differ from the stock model's attention", wrong, 0)
+
+
+# -- generation after compression ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def masked_stock_logits(model, input_ids: torch.Tensor, tokens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """What the stock model says in one pass when queries after the context cannot see the evicted positions.
+
+    kept (layers, batch, heads, T) for the context of T tokens; a mask per layer and head is put in by a hook.
+    """
+    stock, sequence = stock_twin(model), torch.cat([input_ids, tokens[:, :-1]], dim=1)
+    context, total = kept.shape[-1], sequence.shape[1]
+    causal = torch.ones(total, total, dtype=torch.bool).tril()
+    handles = []
+    for layer, keep in zip(stock.gpt_neox.layers, kept):
+        visible = causal.expand(*keep.shape[:2], total, total).clone()
+        visible[:, :, context:, :context] &= keep[:, :, None]
+        hidden = torch.finfo(model.dtype).min
+        mask = torch.zeros(visible.shape, dtype=model.dtype).masked_fill(~visible, hidden).to(model.device)
+
+        def hook(module, args, kwargs, mask=mask):
+            return args, {**kwargs, "attention_mask": mask}
+
+        handles.append(layer.attention.register_forward_pre_hook(hook, with_kwargs=True))
+    logits = stock(sequence).logits
+    for handle in handles:
+        handle.remove()
+    return logits[:, context:]
+
+
+def check_generation(
+    model: KVNeoXForCausalLM, input_ids: torch.Tensor, name: str, ratio=0.5, n_new: int = 12
+) -> list[Check]:
+    tokens, logits = greedy(model, input_ids, make_press(name, ratio), n_new)
+    kept = kept_positions(model, input_ids[:, :-1], make_press(name, ratio))
+    expected = masked_stock_logits(model, input_ids, tokens, kept)
+    unlike = float((expected.argmax(-1) != tokens).sum())
+    return [
+        Check(
+            f"generation under {name}: logits, relative difference to stock with masked positions",
+            _relative(logits, expected),
+            1e-4,
+        ),
+        Check(f"generation under {name}: tokens that differ", unlike, 0),
+    ]
+
+
+def check_breaking(model: KVNeoXForCausalLM, input_ids: torch.Tensor, name: str = "knorm") -> Check:
+    """Keep 1 %: the next logits must move by far more than any numerical error, or the press does nothing."""
+    _, full = greedy(model, input_ids, None, 1)
+    _, starved = greedy(model, input_ids, make_press(name, 0.99), 1)
+    return Check(
+        f"{name} keeping 1 %: logits move, in units of 1e-5", _relative(starved, full) / 1e-5, 1000, at_least=True
+    )
+
+
+def check_hooks_gone(model: KVNeoXForCausalLM, input_ids: torch.Tensor, name: str = "snapkv") -> Check:
+    """Hooks left on the attention after the context manager, once after a good run and once after a failure inside."""
+
+    def count() -> int:
+        return sum(len(layer.self_attn._forward_hooks) for layer in model.model.layers)
+
+    before = count()
+    with make_press(name)(model):
+        model(input_ids)
+    left = count() - before
+    try:
+        with applied(make_press(name), model):
+            raise KeyError("on purpose")
+    except KeyError:
+        left += count() - before
+    return Check("hooks left behind", left, 0)
+
+
+# -- every press, every way of using it ------------------------------------------------------------------------------
+
+
+def run_cell(model: KVNeoXForCausalLM, tokenizer, name: str, implementation: str, mode: str, context: str) -> str:
+    """What comes of it: ok, or "refused: ..." with the stated reason. Anything else raises."""
+    press = make_press(name, ratio_for(name, 0.5, model))
+    with attention(model, implementation):
+        try:
+            check_press(press, model)
+            if mode == "generation":
+                ids = tokenizer(context, return_tensors="pt").input_ids.to(model.device)
+                greedy(model, ids, press, 3)
+                return "ok"
+            if name == "finch":
+                # FINCH scores by a question inside the context, behind a delimiter of the tokenizer's own
+                press.delimiter_token_id = tokenizer.convert_tokens_to_ids("<|padding|>")
+                context += "<|padding|>" + context[-200:]
+            questions = ["What is it?", "And then?"][: 2 if mode == "two questions" else 1]
+            pipe = pipeline("kv-press-text-generation", model=model, tokenizer=tokenizer)
+            answers = pipe(context, questions=questions, press=press, max_new_tokens=3)["answers"]
+            assert len(answers) == len(questions)
+            return "ok"
+        except (ValueError, AssertionError) as refusal:  # kvpress states many of its limits by assertion
+            if not str(refusal):
+                raise
+            return f"refused: {' '.join(str(refusal).split())}"
+        finally:
+            forget_evictions(model)
+
+
+def press_matrix(model, tokenizer, context: str, names: list[str] | None = None) -> Iterator[dict]:
+    """A row a press: name, when it acts, and a cell for each attention implementation and mode."""
+    for name in names or list(REGISTRY):
+        row = {"press": name, "acts": acts(make_press(name, ratio_for(name, 0.5, model)))}
+        for implementation in ("eager", "sdpa"):
+            for mode in MODES:
+                row[f"{implementation} {mode}"] = run_cell(model, tokenizer, name, implementation, mode, context)
+        yield row
+
+
+# -- command line ----------------------------------------------------------------------------------------------------
+
+
+def run_checks(model: KVNeoXForCausalLM, input_ids: torch.Tensor) -> Iterator[Check]:
+    yield check_logits(model, input_ids)
+    yield from check_projections(model, input_ids)
+    yield check_cached_keys(model, input_ids)
+    for name in POSITIONS_CHECKED:
+        yield check_positions(model, input_ids, name)
+    for name in ("streaming_llm", "adakv_snapkv"):
+        yield from check_generation(model, input_ids, name)
+    yield check_breaking(model, input_ids)
+    yield check_hooks_gone(model, input_ids)
+
+
+def main() -> int:
+    from kvneox_lib.models import load_model
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", help="alias, hub id or local folder (default: the bundled demo)")
+    parser.add_argument("--context-length", type=int, default=400)
+    parser.add_argument("--smoke", action="store_true", help="192 tokens, and a continuation instead of the matrix")
+    arguments = parser.parse_args()
+
+    loaded = load_model(arguments.model, attn_implementation="sdpa", dtype="float32")
+    model, tokenizer = loaded.model, loaded.tokenizer
+    length = 192 if arguments.smoke else arguments.context_length
+    ids = tokenizer(standard_library_docstrings(), return_tensors="pt", verbose=False).input_ids
+    input_ids = ids[:, : 2 * length].view(2, length).to(model.device)
+    print(f"{loaded.name}, {loaded.weights} weights from {loaded.source}; 2 x {length} tokens; {model.device}")
+
+    failed = 0
+    for check in run_checks(model, input_ids):
+        print(check, flush=True)
+        failed += not check.passed
+    if arguments.smoke:
+        tokens, _ = greedy(model, input_ids[:1], make_press("knorm", 0.5), 12)
+        print("continuation under knorm 0.5:", repr(tokenizer.decode(tokens[0])))
+    else:
+        print("\npress, when it acts, then eager and sdpa, each: " + ", ".join(MODES))
+        for row in press_matrix(model, tokenizer, tokenizer.decode(input_ids[0])):
+            print(_matrix_line(row), flush=True)
+    print("VERDICT:", f"{failed} checks FAILED" if failed else "all checks passed")
+    return 1 if failed else 0
+
+
+def _matrix_line(row: dict) -> str:
+    cells = [row[f"{implementation} {mode}"] for implementation in ("eager", "sdpa") for mode in MODES]
+    reasons = sorted({cell for cell in cells if cell != "ok"})
+    marks = " ".join("ok" if cell == "ok" else "--" for cell in cells)
+    return f"{row['press']:36}{row['acts']:10}{marks}  {' | '.join(reasons)}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
