@@ -19,7 +19,7 @@ from transformers import DynamicCache, GPTNeoXForCausalLM, pipeline
 from kvneox_lib.calibration import standard_library_docstrings
 from kvneox_lib.decoding import greedy, kept_positions
 from kvneox_lib.modeling import KVNeoXForCausalLM, half_split
-from kvneox_lib.presses import REGISTRY, acts, applied, check_press, forget_evictions, make_press, ratio_for
+from kvneox_lib.presses import REGISTRY, acts, applied, check_press, forget_evictions, make_press, press_row, ratio_for
 
 POSITIONS_CHECKED = ("snapkv", "tova", "knorm", "observed_attention", "streaming_llm", "pyramidkv")
 MODES = ("pipeline", "generation", "two questions")
@@ -253,13 +253,16 @@ def check_hooks_gone(model: KVNeoXForCausalLM, input_ids: torch.Tensor, name: st
 
 def run_cell(model: KVNeoXForCausalLM, tokenizer, name: str, implementation: str, mode: str, context: str) -> str:
     """What comes of it: ok, or "refused: ..." with the stated reason. Anything else raises."""
-    press = make_press(name, ratio_for(name, 0.5, model))
+    # Decoding presses get a target below the context and enough steps to act.
+    options = {"target_size": 128} if "target_size" in press_row(name).defaults else {}
+    press = make_press(name, ratio_for(name, 0.5, model), **options)
+    n_new = 36 if acts(press) == "decoding" else 3
     with attention(model, implementation):
         try:
             check_press(press, model)
             if mode == "generation":
                 ids = tokenizer(context, return_tensors="pt").input_ids.to(model.device)
-                greedy(model, ids, press, 3)
+                greedy(model, ids, press, n_new)
                 return "ok"
             if name == "finch":
                 # FINCH scores by a question inside the context, behind a delimiter of the tokenizer's own
@@ -267,7 +270,7 @@ def run_cell(model: KVNeoXForCausalLM, tokenizer, name: str, implementation: str
                 context += "<|padding|>" + context[-200:]
             questions = ["What is it?", "And then?"][: 2 if mode == "two questions" else 1]
             pipe = pipeline("kv-press-text-generation", model=model, tokenizer=tokenizer)
-            answers = pipe(context, questions=questions, press=press, max_new_tokens=3)["answers"]
+            answers = pipe(context, questions=questions, press=press, max_new_tokens=n_new)["answers"]
             assert len(answers) == len(questions)
             return "ok"
         except (ValueError, AssertionError) as refusal:  # kvpress states many of its limits by assertion

@@ -1,0 +1,88 @@
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may reach for the hub
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+import kvneox_lib
+
+disable_progress_bar()
+
+REPOSITORY = Path(__file__).parent.parent
+DEMO = Path(kvneox_lib.__file__).parent / "demo"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """Nothing of a test run lands in the user's cache."""
+    os.environ["KVNEOX_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def tiny_config(head_dim: int = 64, **changes) -> GPTNeoXConfig:
+    """Two heads, two layers, and weights large enough that attention matters."""
+    settings = {
+        "vocab_size": 97,
+        "hidden_size": 2 * head_dim,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 3 * head_dim,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.15,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    return GPTNeoXConfig(**{**settings, **changes})
+
+
+def stock_and_ours(config: GPTNeoXConfig, attn_implementation: str = "sdpa", dtype=torch.float32):
+    """The same random weights in transformers' class and in ours."""
+    config._attn_implementation = attn_implementation
+    stock = GPTNeoXForCausalLM(config).to(dtype).eval()
+    for parameter in stock.parameters():
+        if parameter.dim() == 1:  # biases start at zero, norms at one: make a mistake with them visible
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    ours = kvneox_lib.KVNeoXForCausalLM(config).to(dtype).eval()
+    ours.load_state_dict(stock.state_dict())
+    return stock, ours
+
+
+def relative_difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one.float() - other.float()).abs().max() / other.float().abs().max())
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(DEMO)
+
+
+@pytest.fixture(scope="session")
+def _demo():
+    return AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32, attn_implementation="sdpa").eval()
+
+
+@pytest.fixture
+def demo(_demo):
+    """The bundled model, checked to be handed back as it was given."""
+    yield _demo
+    assert _demo.config._attn_implementation == "sdpa"
+    assert "forward" not in _demo.model.__dict__ or _demo.model.__dict__["forward"].__func__ is type(_demo.model).forward
+    for layer in _demo.model.layers:
+        assert not layer.self_attn._forward_hooks, "a press left its hook behind"
+        layer.self_attn.masked_key_indices = None
+
+
+@pytest.fixture(scope="session")
+def reading(tokenizer):
+    """Token ids (1, n) of English text that is always there."""
+    from kvneox_lib.calibration import standard_library_docstrings
+
+    return tokenizer(standard_library_docstrings(), return_tensors="pt", verbose=False).input_ids
