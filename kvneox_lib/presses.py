@@ -20,8 +20,20 @@ for _module in [module for name, module in list(sys.modules.items()) if name.spl
     if KVNeoXForCausalLM not in getattr(_module, "SUPPORTED_MODELS", (KVNeoXForCausalLM,)):
         _module.SUPPORTED_MODELS += (KVNeoXForCausalLM,)  # else kvpress warns "not tested" at every call
 
-# KVCompose names its classes itself; ours is tested here.
-logging.getLogger("kvpress.presses.kvcompose_press").addFilter(lambda record: "not tested" not in record.getMessage())
+_said: set[str] = set()
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """kvpress warns at every construction: let each warning through once, and those that are moot here never."""
+    message = record.getMessage()
+    moot = "not tested" in message or "only works with flash attention" in message  # tested, and masks are per layer
+    new = message not in _said
+    _said.add(message)
+    return new and not moot
+
+
+for _press in ("kvcompose_press", "kvzip_press", "kvgrad_press", "per_layer_compression_press"):
+    logging.getLogger(f"kvpress.presses.{_press}").addFilter(_worth_saying)
 
 # -- what follows from the classes of a press ---------------------------------------------------------------------
 

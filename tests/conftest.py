@@ -2,6 +2,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may reach for the hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small shapes: threads would mostly wait for each other
 
 import pytest
 import torch

@@ -298,7 +298,9 @@ def test_pipeline_without_compression_answers_as_stock(demo, tokenizer, prefix):
     questions = ["Who was there?", "What fell?"]
     answers = pipe(context, questions=questions, answer_prefix=prefix, max_new_tokens=8)["answers"]
     assert answers == [expected_answer(demo, tokenizer, context, question, prefix, 8) for question in questions]
-    single = pipe(context, question=questions[1], answer_prefix=prefix, press=make_press("snapkv", 0.0), max_new_tokens=8)
+    single = pipe(
+        context, question=questions[1], answer_prefix=prefix, press=make_press("snapkv", 0.0), max_new_tokens=8
+    )
     assert single["answer"] == answers[1]
     without = pipe(context, max_new_tokens=8, answer_prefix=prefix)["answer"]
     assert without == expected_answer(demo, tokenizer, context, "", prefix, 8)

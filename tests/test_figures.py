@@ -1,0 +1,62 @@
+"""Figures are drawn without a missing glyph, and show the data that they were given."""
+
+import warnings
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib import font_manager, pyplot
+
+from kvneox_lib import figures
+from kvneox_lib.modeling import half_split
+
+matplotlib.use("agg")
+
+
+@pytest.fixture(autouse=True)
+def styled():
+    with matplotlib.rc_context():
+        figures.use_style()
+        yield
+    pyplot.close("all")
+
+
+def draw(figure, tmp_path):
+    """As SVG, with missing glyphs as errors."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Glyph")
+        figure.savefig(tmp_path / "figure.svg")
+
+
+def test_a_missing_glyph_would_be_noticed(tmp_path):
+    matplotlib.rcParams["font.sans-serif"] = ["DejaVu Sans"]
+    with pytest.raises(UserWarning, match="Glyph"):
+        draw(figures.head_dimension_order(list(range(8)), 4), tmp_path)
+
+
+def test_the_font_comes_from_a_package_where_none_is_installed(monkeypatch):
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [])
+    assert figures.chinese_font() == "Noto Sans CJK SC"
+    monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [])
+    with pytest.raises(ModuleNotFoundError, match="pip install mplfonts"):
+        figures.chinese_font()
+
+
+def test_head_dimension_order(tmp_path):
+    figure = figures.head_dimension_order(half_split(torch.arange(16), 8).tolist(), 8)
+    draw(figure, tmp_path)
+    labels = [text.get_text() for text in figure.axes[0].texts]
+    assert [int(label) for label in labels[1::2]] == [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15]
+
+
+def test_kept_heat_maps(tmp_path):
+    mask = torch.zeros(3, 2, 100, dtype=torch.bool)
+    mask[1, 0, 50:] = True
+    figure = figures.kept_heat_maps({"one": mask, "two": ~mask, "three": mask, "four": mask}, n_bins=10)
+    draw(figure, tmp_path)
+    maps = [axes.images[0].get_array() for axes in figure.axes if axes.images and axes.get_title()]
+    assert len(maps) == 4
+    assert np.array_equal(maps[0], [[0] * 10] * 2 + [[0] * 5 + [1] * 5] + [[0] * 10] * 3)
+    assert np.array_equal(maps[1], 1 - maps[0])
