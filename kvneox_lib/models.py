@@ -42,14 +42,13 @@ PYTHIA = {
     "pythia-6.9b": (32, 4096, 32, 50432),
     "pythia-12b": (36, 5120, 40, 50688),
 }
-ALIASES = [*PYTHIA, *(f"{name}-deduped" for name in PYTHIA), "demo"]
+PYTHIA_NAMES = [*PYTHIA, *(f"{name}-deduped" for name in PYTHIA)]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 
 CONNECT_TIMEOUT_S = 4.0  # for the one attempt that decides whether there is a connection at all
 ANSWER_TIMEOUT_S = 60.0  # for a hub that was reached and is slow to answer
-SMALL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
-SMALL_FILES += ["special_tokens_map.json"]
+SMALL_FILES = ["config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json"]
 
 
 @dataclass(frozen=True)
@@ -159,12 +158,13 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 def _target(name: str, revision: str | None) -> Target:
     """Aliases come first: a folder that is called like one is written ./demo."""
+    allowed = f"{', '.join(PYTHIA)} (also with -deduped), demo, a hub id (owner/model) or a local folder"
     if not isinstance(name, str) or not name:
-        raise ValueError(f"name={name!r}: allowed is an alias, a hub id or a local folder")
+        raise ValueError(f"name={name!r}: allowed is one of {allowed}")
     alias = name.removeprefix("EleutherAI/")
     if name == "demo":
         target = Target("demo", folder=demo_folder())
-    elif alias in ALIASES and alias != "demo":
+    elif alias in PYTHIA_NAMES:
         target = Target(alias, repo=f"EleutherAI/{alias}")
     elif Path(name).expanduser().is_dir():
         folder = Path(name).expanduser().resolve()
@@ -174,11 +174,8 @@ def _target(name: str, revision: str | None) -> Target:
     elif re.search(r"[/\\]", name):
         raise ValueError(f"name={name!r}: there is no such folder, and a hub id reads owner/model")
     else:
-        nearest = difflib.get_close_matches(name, ALIASES, n=1, cutoff=0)[0]
-        raise ValueError(
-            f"name={name!r}: did you mean {nearest!r}? Allowed is one of {', '.join(PYTHIA)} (also with -deduped), "
-            "demo, a hub id (owner/model) or a local folder"
-        )
+        nearest = difflib.get_close_matches(name, [*PYTHIA_NAMES, "demo"], n=1, cutoff=0)[0]
+        raise ValueError(f"name={name!r}: did you mean {nearest!r}? Allowed is one of {allowed}")
     if target.folder is not None and revision not in (None, "main"):
         raise ValueError(f"revision={revision!r}: {name} is a folder; allowed is None")
     return target
@@ -228,9 +225,8 @@ def fetch(repo: str, revision: str | None = None) -> Path:
             ) from error
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
             raise  # the disk's fault: full, or not writable
-        raise _no_connection(
-            repo, f"and the transfer from {endpoint} broke ({error or type(error).__name__})"
-        ) from error
+        reason = str(error) or type(error).__name__
+        raise _no_connection(repo, f"and the transfer from {endpoint} broke ({reason})") from error
 
 
 def _cached(repo: str, revision: str | None) -> Path | None:
@@ -245,8 +241,8 @@ def _cached(repo: str, revision: str | None) -> Path | None:
 def _no_connection(repo: str, reason: str) -> ConnectionError:
     return ConnectionError(
         f"{repo} is not in the cache ({constants.HF_HUB_CACHE}), {reason}.\n"
-        "Three ways out: set HF_ENDPOINT to a mirror of the hub that this machine can reach; give as name a local folder "
-        "with config.json, tokenizer.json and model.safetensors; or take name='demo', which is bundled."
+        "Three ways out: set HF_ENDPOINT to a mirror of the hub that this machine can reach; give as name a local "
+        "folder with config.json, tokenizer.json and model.safetensors; or take name='demo', which is bundled."
     )
 
 
@@ -359,16 +355,16 @@ def _load_random(target: Target, revision, seed: int, *, attn_implementation, dt
         config = _pythia_config(alias)
     else:
         raise ValueError(
-            f"name={target.name!r}: for random weights its shape must be known, and it is neither in the cache nor one "
-            f"of {', '.join(PYTHIA)}"
+            f"name={target.name!r}: random weights need a known shape: a model in the cache, a local folder, "
+            f"or one of {', '.join(PYTHIA)}"
         )
     at_hand = folder is not None and (folder / "tokenizer.json").is_file()
     tokenizer_folder = folder if at_hand else demo_folder()
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"name={target.name!r}: its vocabulary of {config.vocab_size} is smaller than the {len(tokenizer)} tokens of "
-            f"the tokenizer in {tokenizer_folder}"
+            f"name={target.name!r}: its vocabulary of {config.vocab_size} is smaller than the {len(tokenizer)} "
+            f"tokens of the tokenizer in {tokenizer_folder}"
         )
     config.name_or_path = str(tokenizer_folder)  # some presses load the tokenizer from there
     config._attn_implementation = attn_implementation

@@ -1,6 +1,7 @@
 """Our model against transformers' own class with the same weights."""
 
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -323,3 +324,23 @@ def test_pipeline_finds_the_tokenizer_of_a_folder(demo):
     long = "A passage about ships, storms and harbours. " * 20
     compressed = pipe(long, question="What?", press=make_press("streaming_llm", 0.9), max_new_tokens=12)["answer"]
     assert compressed != pipe(long, question="What?", max_new_tokens=12)["answer"], "90 % evicted, and nothing changed"
+
+
+def test_pipeline_with_a_quantized_cache(demo, tokenizer):
+    """Four bits are near enough that the first words stay; the cache really holds quantized tensors."""
+    pytest.importorskip("optimum.quanto", reason="the extra `quant` is not installed")
+    if shutil.which("ninja") is None or shutil.which("c++") is None:
+        pytest.skip("optimum-quanto compiles on first use: it needs ninja and a C++ compiler on PATH")
+    from transformers import QuantizedCache
+
+    pipe = pipeline("kv-press-text-generation", model=demo, tokenizer=tokenizer)
+    context = "It was a dark and stormy night; the rain fell in torrents, and the sea rose. " * 12
+    press = make_press("snapkv", 0.5)
+    caches = [QuantizedCache(backend="quanto", config=demo.config, nbits=4) for _ in range(2)]
+    quantized = pipe(context, question="What fell?", press=press, cache=caches[0], max_new_tokens=5)["answer"]
+    assert quantized == pipe(context, question="What fell?", press=press, max_new_tokens=5)["answer"]
+    ids = tokenizer(context, return_tensors="pt").input_ids
+    with torch.no_grad(), press(demo):
+        demo(ids, past_key_values=caches[1])
+    assert caches[1].get_seq_length() == ids.shape[1] // 2
+    assert caches[1].layers[0]._quantized_keys.qtype.bits == 4
