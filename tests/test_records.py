@@ -1,0 +1,226 @@
+import json
+import os
+import subprocess
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from kvneox_lib import records
+from kvneox_lib.records import (
+    find_record,
+    load_records,
+    output_folder,
+    provenance,
+    run_id,
+    table_path,
+    write_record,
+    write_table,
+)
+
+PARAMETERS = {"model": "pythia-70m", "weights": "auto", "compression_ratio": 0.5, "depths": [0.0, 0.5], "seed": 0}
+
+
+@pytest.fixture
+def record():
+    figures = {"n_tokens": 1000, "nll_mean": 3.25, "ppl": 25.79, "context_tokens": 1024, "kept_fraction": 0.5}
+    run = {"model": "demo", "weights": "bundled", "dataset": "python-docs 3.11.7", "press": "knorm"}
+    return {**run, **figures, "compression_ratio": 0.5, "device": "cpu", "dtype": "float32", "seed": 0, **provenance()}
+
+
+def test_run_id_reads_as_promised():
+    assert run_id("wikitext", "EleutherAI/pythia-70m", "snapkv", 0.5) == "wikitext__pythia-70m__snapkv__0.50"
+    assert run_id("pg19", "demo", "no_press", 0, seed=1, batch_size=4).endswith("__0.00__batch_size=4__seed=1")
+    assert run_id("pg19", "demo", "knorm", 0.125, depths=[0.0, 0.5]).endswith("__0.125__depths=0.0,0.5")
+
+
+def test_run_ids_differ_where_runs_differ_and_are_file_names(tmp_path):
+    values = [
+        "a",
+        "a_b",
+        "a__b",
+        "a/b",
+        "a+b",
+        "a b",
+        "a~b",
+        "a,b",
+        ["a", "b"],
+        ["a"],
+        "_a",
+        "a_",
+        ".a",
+        "../a",
+        "ä",
+        "A=1",
+    ]
+    values += [0.5, 0.25, [0.5, 0.25], [], None, True, 3, "../../etc/passwd", {"window": 3}, "x" * 300, "x" * 301]
+    ids = [run_id("wikitext", "demo", "knorm", 0.5, option=value) for value in values]
+    ids += [run_id(value, "demo", "knorm", 0.5) for value in values if isinstance(value, str)]
+    ids += [run_id("wikitext", value, "knorm", 0.5) for value in values if isinstance(value, str)]
+    ids += [run_id("wikitext", "demo", "knorm", ratio) for ratio in (0.12, 0.125, 0.1249, 0, 1)]
+    # the separator inside a value must not look like the next parameter
+    ids += [run_id("a__b", "c", "p", 0.5), run_id("a", "b__c", "p", 0.5), run_id("a", "b", "c", 0.5)]
+    ids += [run_id("w", "m", "p", 0.5, a="1__b=2"), run_id("w", "m", "p", 0.5, a="1", b="2")]
+    assert all(one != other for one, other in combinations(ids, 2))
+    for name in ids:
+        assert Path(name).name == name and not name.startswith(".") and len(name) < 200
+        (tmp_path / f"{name}.json").touch()
+    assert len(list(tmp_path.iterdir())) == len(ids)
+
+
+def test_provenance_names_this_checkout_and_these_versions(monkeypatch):
+    monkeypatch.setenv("GIT_DIR", "/nowhere")  # as inside a hook of git's
+    found = provenance("cpu")
+    assert found["torch_version"].split("+")[0] == torch.__version__.split("+")[0]
+    assert set(found) == set(records.PROVENANCE) and found["device_name"]
+    checkout = Path(records.__file__).parents[1]
+    if (checkout / ".git").exists():
+        monkeypatch.delenv("GIT_DIR")
+        head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=checkout, text=True).strip()
+        assert found["git_commit"] == head
+    else:
+        assert found["git_commit"] is None and found["git_dirty"] is None
+
+
+def test_an_installed_copy_does_not_take_the_commit_of_the_repository_around_it(tmp_path, monkeypatch):
+    package = tmp_path / "site-packages" / "kvneox_lib"
+    package.mkdir(parents=True)
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "-C", tmp_path, *author, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    monkeypatch.setattr(records, "__file__", str(package / "records.py"))
+    assert provenance()["git_commit"] is None
+
+
+def test_json_and_csv_hold_the_same_row_and_the_parameters(tmp_path, record):
+    path = write_record(tmp_path / "new" / "ppl", "a__b__0.50", record, parameters=PARAMETERS)
+    row = json.loads(path.read_text())
+    assert row["nll_mean"] == 3.25 and row["weights"] == "bundled" and row["param_weights"] == "auto"
+    csv = pd.read_csv(path.parent / "a__b__0.50.csv")
+    assert len(csv) == 1 and list(csv.columns) == list(row)
+    assert csv.loc[0, "ppl"] == row["ppl"] and json.loads(csv.loc[0, "param_depths"]) == [0.0, 0.5]
+    assert {file.name for file in path.parent.iterdir()} == {"a__b__0.50.json", "a__b__0.50.csv"}
+    assert path.stat().st_mode & 0o044 == 0o044
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"nll_mean": float("nan")}, "nll_mean=nan"),
+        ({"ppl": float("inf")}, "ppl=inf"),
+        ({"ppl": torch.tensor(float("nan"))}, "ppl=nan"),
+        ({"nested": {"a": 1}}, "nested=.*flat"),
+        ({"rows": [[1, 2]]}, "rows=.*flat"),
+        ({"tensor": torch.zeros(2)}, "tensor=.*flat"),
+        ({"weights": "auto"}, "weights='auto'"),
+    ],
+)
+def test_a_record_that_is_not_one_is_refused_and_nothing_is_written(tmp_path, record, change, message):
+    with pytest.raises(ValueError, match=message):
+        write_record(tmp_path, "id", {**record, **change}, parameters=PARAMETERS)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", records.REQUIRED)
+def test_every_required_field_is_required_but_may_be_none(tmp_path, record, name):
+    with pytest.raises(ValueError, match=f"lacks {name}"):
+        write_record(tmp_path, "id", {key: record[key] for key in record if key != name}, parameters={})
+    if name != "weights":
+        write_record(tmp_path, "id", {**record, name: None}, parameters={})
+        assert json.loads((tmp_path / "id.json").read_text())[name] is None
+
+
+def test_scalars_of_numpy_and_torch_become_plain(tmp_path, record):
+    odd = {"nll_mean": np.float32(0.5), "n_tokens": torch.tensor(3), "dtype": torch.bfloat16, "where": Path("a/b")}
+    row = json.loads(write_record(tmp_path, "id", {**record, **odd}, parameters={}).read_text())
+    assert (row["nll_mean"], row["n_tokens"], row["dtype"], row["where"]) == (0.5, 3, "bfloat16", "a/b")
+
+
+@pytest.mark.parametrize("fails_at", [0, 1])
+def test_an_interrupted_write_leaves_no_file(tmp_path, record, monkeypatch, fails_at):
+    calls, replace = [], os.replace
+
+    def interrupted(source, target):
+        calls.append(target)
+        if len(calls) > fails_at:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_record(tmp_path, "id", record, parameters=PARAMETERS)
+    assert list(tmp_path.iterdir()) == []
+    assert find_record(tmp_path, "id", PARAMETERS) is None
+
+
+def test_an_interrupted_rewrite_leaves_the_old_record(tmp_path, record, monkeypatch):
+    write_record(tmp_path, "id", record, parameters=PARAMETERS)
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        write_record(tmp_path, "id", {**record, "ppl": 1.0}, parameters=PARAMETERS)
+    assert find_record(tmp_path, "id", PARAMETERS)["ppl"] == record["ppl"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_record_is_found_for_equal_parameters_only(tmp_path, record):
+    write_record(tmp_path, "id", record, parameters={**PARAMETERS, "output_dir": "here", "overwrite": True})
+    same = dict(reversed(PARAMETERS.items())) | {"depths": (0.0, 0.5), "output_dir": "there", "overwrite": False}
+    assert find_record(tmp_path, "id", same)["ppl"] == record["ppl"]
+    for name, value in {"seed": 1, "weights": "random", "depths": [0.0], "compression_ratio": 0.50001}.items():
+        assert find_record(tmp_path, "id", {**PARAMETERS, name: value}) is None, name
+    assert find_record(tmp_path, "id", {**PARAMETERS, "seed": False}) is None  # False == 0 in Python
+    assert find_record(tmp_path, "id", {**PARAMETERS, "query_aware": False}) is None  # newer than the record
+    assert find_record(tmp_path, "id", {"model": "pythia-70m"}) is None
+    assert find_record(tmp_path, "other", PARAMETERS) is None
+
+
+def test_records_come_back_as_one_frame_without_the_damaged(tmp_path, record):
+    for i, study in enumerate(["ppl", "ppl", "speed"]):
+        write_record(tmp_path / study, f"id{i}", {**record, "nll_mean": 1.0 + i}, parameters={"seed": i})
+    write_table(tmp_path / "ppl", "id0", "by_distance", pd.DataFrame({"distance": [1, 2], "nll": [0.5, 0.25]}))
+    (tmp_path / "ppl" / "id1.json").write_text('{"run_id": "id1", "nll_mea')
+    (tmp_path / "copy.json").write_text((tmp_path / "ppl" / "id0.json").read_text())
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.warns(UserWarning) as caught:
+        frame = load_records(tmp_path)
+    assert [name in " ".join(str(w.message) for w in caught) for name in ("id1.json", "copy.json", "list.json")] == [
+        True
+    ] * 3
+    assert list(frame["run_id"]) == ["id0", "id2"] and list(frame["study"]) == ["ppl", "speed"]
+    assert list(frame["nll_mean"]) == [1.0, 3.0]
+    with pytest.warns(UserWarning, match="id1.json"):
+        assert find_record(tmp_path / "ppl", "id1", {"seed": 1}) is None
+
+
+def test_no_folder_no_records(tmp_path):
+    assert load_records(tmp_path / "nowhere").empty
+
+
+def test_tables_lie_beside_the_record(tmp_path):
+    frame = pd.DataFrame({"depth": [0.0, 0.5], "right": [True, False]})
+    path = write_table(tmp_path, "a__0.50", "keys", frame)
+    assert path == table_path(tmp_path, "a__0.50", "keys") and path.name == "a__0.50.keys.csv"
+    pd.testing.assert_frame_equal(pd.read_csv(path), frame)
+    for wrong in ("", "../x", "A"):
+        with pytest.raises(ValueError, match="name="):
+            write_table(tmp_path, "a", wrong, frame)
+    with pytest.raises(ValueError, match="run_id="):
+        write_table(tmp_path, "../a", "keys", frame)
+
+
+def test_output_folder_is_seen_from_the_folder_that_holds_params(tmp_path, monkeypatch):
+    (tmp_path / "project" / "params").mkdir(parents=True)
+    (tmp_path / "project" / "notebooks" / "deep").mkdir(parents=True)
+    for place in ("project", "project/notebooks", "project/notebooks/deep"):
+        monkeypatch.chdir(tmp_path / place)
+        assert output_folder("results/ppl") == tmp_path / "project" / "results" / "ppl"
+    assert output_folder(tmp_path / "else") == tmp_path / "else"
+    monkeypatch.chdir(tmp_path)
+    assert output_folder("results") == tmp_path / "results"
