@@ -41,9 +41,8 @@ def main():
 
     dtype = getattr(torch, arguments.dtype)
     prompt = torch.randint(0, 50000, (1, 1024), generator=torch.Generator().manual_seed(0))
-    print(
-        f"shape of pythia-70m, {arguments.dtype}, prefill 1,024 tokens, then 64 steps; {torch.get_num_threads()} threads"
-    )
+    threads = torch.get_num_threads()
+    print(f"shape of pythia-70m, {arguments.dtype}, prefill of 1,024 tokens, then 64 steps; {threads} threads")
     for implementation in ("sdpa", "eager"):
         torch.manual_seed(0)
         config = GPTNeoXConfig(**PYTHIA_70M, attn_implementation=implementation)
@@ -52,10 +51,10 @@ def main():
         ours.load_state_dict(stock.state_dict())
         ratios = []
         for repeat in range(arguments.repeats + 1):
-            pair = [(stock, run(stock, prompt, 64)), (ours, run(ours, prompt, 64))][::1]
+            models = (stock, ours) if repeat % 2 else (ours, stock)
+            seconds = {model: run(model, prompt, 64) for model in models}
             if repeat:  # the first round warms up
-                (_, (stock_prefill, stock_decode)), (_, (our_prefill, our_decode)) = pair
-                ratios.append((our_prefill / stock_prefill, our_decode / stock_decode))
+                ratios.append([mine / theirs for mine, theirs in zip(seconds[ours], seconds[stock])])
         for name, values in zip(("prefill", "decode"), zip(*ratios)):
             low, middle, high = statistics.quantiles(values, n=4)
             print(f"{implementation:6} {name:8} ours / stock = {middle:.3f}   (quartiles {low:.3f} to {high:.3f})")

@@ -7,26 +7,22 @@ found, `LoadedModel.weights` says which values the model holds, so that no figur
 import difflib
 import importlib.resources
 import json
-import os
 import pickle
 import re
-import socket
 import sys
-import threading
-import urllib.request
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import httpx
 import torch
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, GPTNeoXConfig, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
+from kvneox_lib import hub
 from kvneox_lib.modeling import KVNeoXForCausalLM
 
 # Published dimensions: layers, hidden size, heads, vocabulary. All else is the same throughout the family.
@@ -46,8 +42,6 @@ PYTHIA_NAMES = [*PYTHIA, *(f"{name}-deduped" for name in PYTHIA)]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 
-CONNECT_TIMEOUT_S = 4.0  # for the one attempt that decides whether there is a connection at all
-ANSWER_TIMEOUT_S = 60.0  # for a hub that was reached and is slow to answer
 SMALL_FILES = ["config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json"]
 
 
@@ -203,11 +197,9 @@ def fetch(repo: str, revision: str | None = None) -> Path:
     folder = _cached(repo, revision)
     if folder is not None and _weight_files(_names(folder)) and (folder / "tokenizer.json").is_file():
         return folder
-    endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-    if constants.HF_HUB_OFFLINE:
-        raise _no_connection(repo, "and HF_HUB_OFFLINE forbids to ask the hub")
-    if reason := _unreachable(endpoint):
-        raise _no_connection(repo, f"and {endpoint} cannot be reached ({reason})")
+    if reason := hub.out_of_reach():
+        raise _no_connection(repo, reason)
+    endpoint = hub.endpoint()
     print(f"kvneox_lib: fetching {repo} from {endpoint}", file=sys.stderr, flush=True)
     try:
         return _download(repo, revision, endpoint)
@@ -223,10 +215,10 @@ def fetch(repo: str, revision: str | None = None) -> Path:
                 f"name={repo!r}, revision={revision!r}: {endpoint} has no such model, or wants a token for it "
                 f"(HTTP {status}). Check the spelling, or log in with `hf auth login`"
             ) from error
-        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
-            raise  # the disk's fault: full, or not writable
+        if hub.is_the_disks_fault(error):
+            raise
         reason = str(error) or type(error).__name__
-        raise _no_connection(repo, f"and the transfer from {endpoint} broke ({reason})") from error
+        raise _no_connection(repo, f"the transfer from {endpoint} broke ({reason})") from error
 
 
 def _cached(repo: str, revision: str | None) -> Path | None:
@@ -239,39 +231,8 @@ def _cached(repo: str, revision: str | None) -> Path | None:
 
 
 def _no_connection(repo: str, reason: str) -> ConnectionError:
-    return ConnectionError(
-        f"{repo} is not in the cache ({constants.HF_HUB_CACHE}), {reason}.\n"
-        "Three ways out: set HF_ENDPOINT to a mirror of the hub that this machine can reach; give as name a local "
-        "folder with config.json, tokenizer.json and model.safetensors; or take name='demo', which is bundled."
-    )
-
-
-def _unreachable(endpoint: str) -> str | None:
-    """Why no connection can be opened to the endpoint, or to the proxy that leads there; None if one can.
-
-    Asked once, before huggingface_hub, which would retry. In a thread, because looking a name up knows no timeout.
-    """
-    url = urlsplit(endpoint)
-    if url.scheme not in ("http", "https") or not url.hostname:
-        raise ValueError(f"HF_ENDPOINT={endpoint!r}: allowed is a URL such as https://huggingface.co")
-    proxies = urllib.request.getproxies()
-    proxy = proxies.get(url.scheme) or proxies.get("all")
-    if proxy and not urllib.request.proxy_bypass(url.hostname):
-        url = urlsplit(proxy if "//" in proxy else f"//{proxy}")
-    port = url.port or {"https": 443, "socks5": 1080}.get(url.scheme, 80)
-    outcome = [f"{url.hostname} did not answer within {CONNECT_TIMEOUT_S:g} s"]
-
-    def connect():
-        try:
-            socket.create_connection((url.hostname, port), timeout=CONNECT_TIMEOUT_S).close()
-            outcome.append(None)
-        except OSError as error:
-            outcome.append(str(error))
-
-    attempt = threading.Thread(target=connect, daemon=True)
-    attempt.start()
-    attempt.join(CONNECT_TIMEOUT_S)
-    return outcome[-1]
+    local_copy = "as name a local folder with config.json, tokenizer.json and model.safetensors"
+    return hub.not_to_be_had(repo, reason, local_copy, "name='demo', which is bundled")
 
 
 def _download(repo: str, revision: str | None, endpoint: str) -> Path:
@@ -279,12 +240,12 @@ def _download(repo: str, revision: str | None, endpoint: str) -> Path:
 
     huggingface_hub writes each file under another name and renames it when it is whole.
     """
-    info = HfApi(endpoint=endpoint).model_info(repo, revision=revision, timeout=ANSWER_TIMEOUT_S)
+    info = HfApi(endpoint=endpoint).model_info(repo, revision=revision, timeout=hub.ANSWER_SECONDS)
     names = [file.rfilename for file in info.siblings]
     weights = _weight_files(names)
     if not weights:
         raise ValueError(f"name={repo!r}: the repo holds no complete weights, only {', '.join(sorted(names))}")
-    get = partial(snapshot_download, repo, endpoint=endpoint, etag_timeout=ANSWER_TIMEOUT_S)
+    get = partial(snapshot_download, repo, endpoint=endpoint, etag_timeout=hub.ANSWER_SECONDS)
     folder = Path(get(revision=revision, allow_patterns=SMALL_FILES))
     _read_config(folder)
     get(revision=folder.name, allow_patterns=weights)  # that very commit

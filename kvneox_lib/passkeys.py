@@ -1,0 +1,123 @@
+"""Retrieval text, the probe that perplexity is not: passkeys hidden in filler, and the questions about them."""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from kvneox_lib.windows import Tokens, byte_offsets, check_int, tokenize
+
+
+@dataclass(frozen=True)
+class RecallKey:
+    name: str
+    digits: str
+    question_ids: torch.Tensor  # (n,)
+    answer_ids: torch.Tensor  # (n,) the digits with the space before them
+    depth: float  # as asked or drawn; the statement is at the nearest gap, see `span`
+    span: tuple[int, int]  # tokens of the context that are the statement
+    digits_span: tuple[int, int]  # those of them that are the digits: context_ids[slice(*digits_span)] == answer_ids
+
+
+@dataclass(frozen=True)
+class RecallSample:
+    context_ids: torch.Tensor  # (context_length,)
+    keys: list[RecallKey]
+
+
+def recall_samples(
+    tokenizer,
+    *,
+    filler: str,
+    n_keys: int,
+    keys_per_context: int,
+    context_length: int,
+    depths: Sequence[float] | None = None,
+    seed: int = 0,
+) -> list[RecallSample]:
+    """Contexts of exactly `context_length` tokens of `filler` in which passkeys are stated, `n_keys` in all.
+
+    Key number i is at depths[i % len(depths)], 0 the start of the context and 1 its end, or at a random depth each. A
+    statement stands between two sentences of the filler (between two words where no sentence ends near), contexts are
+    spread evenly over the filler and begin with a sentence. Filler and statements are tokenized apart and their ids
+    concatenated, so every span is exact; they meet where a word begins, so the text as a whole has the same tokens.
+    """
+    check_int("n_keys", n_keys, 1)
+    check_int("keys_per_context", keys_per_context, 1)
+    check_int("context_length", context_length, 1)
+    if depths is not None and (not len(depths) or not all(0 <= depth <= 1 for depth in depths)):
+        raise ValueError(f"depths={depths!r}: must be numbers from 0 to 1, at least one")
+    rng = random.Random(seed)
+    text = tokenize(filler, tokenizer)
+    gaps = _gaps(filler, text, tokenizer)
+    n_samples, jitter = -(-n_keys // keys_per_context), rng.random()
+    samples = []
+    for i in range(n_samples):
+        numbers = range(i * keys_per_context, min((i + 1) * keys_per_context, n_keys))
+        wanted = [rng.random() if depths is None else float(depths[k % len(depths)]) for k in numbers]
+        keys = _make_keys(tokenizer, rng, filler, wanted)
+        n_filler = context_length - sum(len(statement) for _, statement in keys)
+        if n_filler < 1 or n_filler > len(text.ids):
+            raise ValueError(
+                f"context_length={context_length}: {len(keys)} statements have {context_length - n_filler} tokens"
+                f" and leave {n_filler} for the filler, which has {len(text.ids)}; between 1 and that is allowed"
+            )
+        start = _last_at_most(gaps[0], (i + jitter) / n_samples * (len(text.ids) - n_filler))
+        samples.append(_assemble(text.ids[start : start + n_filler], [g - start for g in gaps], keys))
+    return samples
+
+
+def _make_keys(tokenizer, rng: random.Random, filler: str, depths: list[float]) -> list[tuple[RecallKey, list[int]]]:
+    """A key for each depth with the ids of its statement; its spans are those in the statement, until it is placed."""
+    keys, names, numbers = [], set(), rng.sample(range(10_000, 100_000), len(depths))
+    while len(keys) < len(depths):
+        syllables = (rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.choice((2, 3))))
+        name = ("".join(syllables) + rng.choice(("", "l", "n", "r", "s"))).capitalize()
+        if name in names or name in filler:
+            continue
+        names.add(name)
+        digits, depth = str(numbers[len(keys)]), depths[len(keys)]
+        question = f"\n\nWhat is the passkey of {name}? The passkey of {name} is"
+        parts = f" The passkey of {name} is", f" {digits}", ". Remember it.", question
+        before, answer, after, question = tokenizer(list(parts), add_special_tokens=False).input_ids
+        ids, digits_span = before + answer + after, (len(before), len(before) + len(answer))
+        key = RecallKey(name, digits, torch.tensor(question), torch.tensor(answer), depth, (0, len(ids)), digits_span)
+        keys.append((key, ids))
+    return keys
+
+
+def _gaps(filler: str, text: Tokens, tokenizer) -> list[np.ndarray]:
+    """Token positions before which a sentence has ended, and those before which a word has; always with 0."""
+    ends = np.cumsum(text.n_bytes)
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    filler = normalizer.normalize_str(filler) if normalizer else filler
+    found = []
+    for pattern in (r"[.!?][\"'”’)\]]*(?=\s)", r"\S(?=\s)"):
+        places = byte_offsets(filler, [match.end() for match in re.finditer(pattern, filler)])
+        found.append(np.concatenate(([0], 1 + np.flatnonzero(np.isin(ends, places)))))
+    return found
+
+
+def _last_at_most(gaps: np.ndarray, limit: float) -> int:
+    return int(gaps[np.searchsorted(gaps, limit, side="right") - 1])
+
+
+def _assemble(filler: np.ndarray, gaps: list[np.ndarray], keys: list[tuple[RecallKey, list[int]]]) -> RecallSample:
+    sentences, words = ([*g[(g >= 0) & (g <= len(filler))]] for g in gaps)
+
+    def place(key: RecallKey) -> int:
+        target = key.depth * len(filler)
+        best = min(sentences, key=lambda gap: abs(gap - target))
+        return best if abs(best - target) <= 0.05 * len(filler) else min(words, key=lambda gap: abs(gap - target))
+
+    ids, placed, done = [], [], 0
+    for at, key, statement in sorted(((place(k), k, s) for k, s in keys), key=lambda row: (row[0], row[1].depth)):
+        ids += filler[done:at].tolist()
+        shift, done = len(ids), at
+        ids += statement
+        spans = {f: tuple(shift + i for i in getattr(key, f)) for f in ("span", "digits_span")}
+        placed.append(replace(key, **spans))
+    return RecallSample(torch.tensor(ids + filler[done:].tolist()), placed)
