@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import linear, pad
 from transformers import AutoModelForCausalLM, DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neox.modeling_gpt_neox import (
     GPTNeoXAttention,
@@ -19,7 +19,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
     GPTNeoXPreTrainedModel,
     eager_attention_forward,
 )
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
 
 
@@ -329,6 +329,44 @@ class KVNeoXForCausalLM(KVNeoXPreTrainedModel, GPTNeoXForCausalLM):
         super().__init__(config)
         _see_as_llama(self)
 
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        past_key_values=None,
+        labels=None,
+        use_cache=None,
+        cache_position=None,
+        logits_to_keep=0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """As stock, which passes `input_ids` positionally: KVzip and KVgrad read it from the keywords."""
+        outputs = self.gpt_neox(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            cache_position=cache_position,
+            **kwargs,
+        )
+        wanted = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.embed_out(outputs.last_hidden_state[:, wanted])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
 
 ADAPTED_CLASSES = {
     GPTNeoXForCausalLM: KVNeoXForCausalLM,
@@ -346,6 +384,10 @@ def adapt(model: nn.Module) -> KVNeoXForCausalLM:
 
 
 def _see_as_llama(model: nn.Module) -> nn.Module:
+    decoder, config = model.base_model, model.config
+    head_dim, share = config.hidden_size // config.num_attention_heads, config.rope_parameters["partial_rotary_factor"]
+    if head_dim % 2 or int(head_dim * share) % 2:
+        raise ValueError(f"head_dim={head_dim}, {int(head_dim * share)} of it rotary: allowed are even numbers")
     for module in list(model.modules()):
         adapted = ADAPTED_CLASSES.get(type(module))
         if adapted is None:
@@ -357,11 +399,11 @@ def _see_as_llama(model: nn.Module) -> nn.Module:
         if issubclass(adapted, KVNeoXPreTrainedModel):
             module._no_split_modules = set(adapted._no_split_modules)
             _CAN_RECORD_REGISTRY[str(adapted)] = adapted._can_record_outputs  # else only __init__ writes it
-    decoder, config = model.base_model, model.config
     config.num_key_value_heads = config.num_attention_heads
-    config.head_dim = config.hidden_size // config.num_attention_heads
+    config.head_dim = head_dim
+    config.rotary_pct = share  # transformers 5.2 saves it under another name than it reads, and would come back to 0.25
     if not isinstance(decoder.rotary_emb, PaddedRotary):
-        decoder.rotary_emb = PaddedRotary(decoder.rotary_emb, config.head_dim)
+        decoder.rotary_emb = PaddedRotary(decoder.rotary_emb, head_dim)
     return model
 
 

@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import kvpress
 from kvpress import BasePress
@@ -172,6 +173,31 @@ def ratio_for(name: str, ratio: float, model: KVNeoXForCausalLM) -> float | list
     return layer_ramp(ratio, model.config.num_hidden_layers) if press_row(name).strength == RATIO_PER_LAYER else ratio
 
 
+def press_table() -> str:
+    """The registry as a table in Chinese, for README and report."""
+    when = {"hook": "预填充", "exit": "退出上下文时", "decoding": "解码中", "never": ""}
+    lines = [
+        "| 名称 | 做法 | 注意力 | 何时压缩 | 强度由谁决定 | 可整批 | 核心 | 出处 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in ROWS[1:]:
+        press = make_press(row.name, [0.5] if row.strength == RATIO_PER_LAYER else 0.5)
+        attention = {"any": "都可", "sdpa": "sdpa", "eager": "eager"}[attention_needed(press)]
+        strength = "压缩率" if row.takes_ratio else f"`{row.strength}`"
+        marks = ["✓" if true else "" for true in (rows_independent(press), row.core)]
+        cells = [f"`{row.name}`", row.about, attention, when[acts(press)], strength, *marks, _linked(row.paper)]
+        lines.append("| " + " | ".join(cells) + " |")
+    missing = "、".join(f"`{name}`" for name in UNAVAILABLE)
+    lines += ["", f"{missing} 要用训练出来的权重，只为别的模型发布过，这里无从算出；`make_press` 会说明各缺什么。"]
+    return "\n".join(lines)
+
+
+def _linked(paper: str) -> str:
+    site, _, number = paper.partition(":")
+    address = {"arXiv": "https://arxiv.org/abs/", "openreview": "https://openreview.net/forum?id="}.get(site)
+    return f"[{number}]({address}{number})" if address else ""
+
+
 # -- using a press ------------------------------------------------------------------------------------------------
 
 
@@ -226,3 +252,11 @@ def applied(press: BasePress | None, model: KVNeoXForCausalLM):
                 for handle in set(layer.self_attn._forward_hooks) - before:
                     del layer.self_attn._forward_hooks[handle]
                     layer.self_attn._forward_hooks_with_kwargs.pop(handle, None)
+
+
+if __name__ == "__main__":
+    # python -m kvneox_lib.presses README_zh.md: put the current table between the marks
+    path = Path(sys.argv[1])
+    before, _, rest = path.read_text(encoding="utf-8").partition("<!-- presses -->\n")
+    _, _, after = rest.partition("<!-- /presses -->")
+    path.write_text(f"{before}<!-- presses -->\n{press_table()}\n<!-- /presses -->{after}", encoding="utf-8")

@@ -87,7 +87,7 @@ RATIO_PER_LAYER = "compression_ratios"
 
 ROWS = [
     PressRow("no_press", (), "", "不压缩，作为基线"),
-    PressRow("random", (K.RandomPress,), "", "随机淘汰，任何方法都应胜过它", core=True),
+    PressRow("random", (K.RandomPress,), "", "随机淘汰，作为对照", core=True),
     PressRow("knorm", (K.KnormPress,), "arXiv:2406.11430", "保留键向量范数小的位置", core=True),
     PressRow("streaming_llm", (K.StreamingLLMPress,), "arXiv:2309.17453", "保留开头的注意力汇聚点和最近的窗口", core=True),
     PressRow("tova", (K.TOVAPress,), "arXiv:2401.06104", "按最后一个查询的注意力（各头平均）打分", core=True),

@@ -104,6 +104,31 @@ def test_parameters_and_files_are_the_stock_models(tmp_path):
         assert relative_difference(mine.eval()(ids).logits, stock(ids).logits) < 1e-5
 
 
+def test_a_rotary_share_other_than_pythias_survives_saving(tmp_path):
+    """Saved by stock transformers 5.2 it comes back as 0.25; our config says it in the words that are read."""
+    stock, ours = stock_and_ours(tiny_config(rotary_pct=0.5))
+    ids = torch.randint(0, 97, (1, 30))
+    ours.save_pretrained(tmp_path / "ours")
+    for loaded in (GPTNeoXForCausalLM, AutoModelForCausalLM):
+        again = loaded.from_pretrained(tmp_path / "ours").eval()
+        with torch.no_grad():
+            assert relative_difference(again(ids).logits, stock(ids).logits) < 1e-5
+
+
+def test_head_dimensions_that_cannot_be_halved_are_refused():
+    with pytest.raises(ValueError, match="head_dim=12, 3 of it rotary: allowed are even"):
+        KVNeoXForCausalLM(tiny_config(head_dim=12))
+
+
+def test_labels_give_the_stock_loss_and_logits_to_keep_its_last_logits():
+    stock, ours = stock_and_ours(tiny_config())
+    ids = torch.randint(0, 97, (2, 30))
+    with torch.no_grad():
+        assert torch.allclose(ours(ids, labels=ids).loss, stock(ids, labels=ids).loss)
+        assert relative_difference(ours(ids, logits_to_keep=3).logits, stock(ids).logits[:, -3:]) < 1e-5
+        assert relative_difference(ours(ids, return_dict=False)[0], stock(ids).logits) < 1e-5
+
+
 def test_a_checkpoint_as_the_hub_has_it_loads_cleanly(tmp_path):
     """Config fields and buffers of 2023: rotary_pct, rotary_emb_base, torch_dtype, masks and inv_freq in the file."""
     stock, _ = stock_and_ours(tiny_config(), dtype=torch.float16)

@@ -6,7 +6,7 @@ import logging
 import kvpress
 import pytest
 import torch
-from conftest import hooks_of_presses, stock_and_ours, tiny_config
+from conftest import REPOSITORY, hooks_of_presses, stock_and_ours, tiny_config
 from transformers import DynamicCache
 
 from kvneox_lib import check_press, make_press, press_names
@@ -19,6 +19,7 @@ from kvneox_lib.presses import (
     forget_evictions,
     layer_ramp,
     parts_of,
+    press_table,
     ratio_for,
     rerotates,
     rows_independent,
@@ -97,6 +98,12 @@ def test_rows_say_where_they_come_from():
         assert row.strength in {"compression_ratio", "compression_ratios"} | set(row.defaults) | {
             "target_compression_ratio"
         }
+
+
+def test_the_table_in_the_readme_is_current():
+    readme = (REPOSITORY / "README_zh.md").read_text(encoding="utf-8")
+    assert press_table() in readme, "run: python -m kvneox_lib.presses README_zh.md"
+    assert press_table().count("\n| `") == len(ROWS) - 1
 
 
 # -- what a press does --------------------------------------------------------------------------------------------
@@ -289,6 +296,44 @@ def test_kvpress_no_longer_calls_the_model_untested(demo, reading, caplog):
             prefill(demo, reading[:, :150], make_press(name))
     assert "not tested" not in caplog.text
     forget_evictions(demo)
+
+
+@pytest.mark.parametrize("name", ["knorm", "adakv_snapkv", "kvzip", "kvgrad", "kvcompose"])
+def test_every_way_to_call_the_model_leaves_the_same_cache(demo, reading, name):
+    """Through the decoder as the pipeline does, or through the causal LM, with keywords or without."""
+    ids, caches, counts = reading[:, :160], [], []
+    calls = (
+        lambda cache: demo.model(input_ids=ids, past_key_values=cache),
+        lambda cache: demo(ids, past_key_values=cache),
+        lambda cache: demo(input_ids=ids, past_key_values=cache, use_cache=True),
+    )
+    for call in calls:
+        caches.append(DynamicCache())
+        with torch.no_grad(), make_press(name, 0.5)(demo):
+            call(caches[-1])
+        counts.append(kept_counts(demo, caches[-1]))
+        forget_evictions(demo)
+    for cache, count in zip(caches[1:], counts[1:]):
+        assert torch.equal(count, counts[0])
+        for one, other in zip(cache.layers, caches[0].layers):
+            assert torch.allclose(one.keys, other.keys, atol=1e-5)
+
+
+def test_a_rerotated_key_is_the_key_of_its_new_position(demo, reading):
+    """Against reading the kept tokens at their new positions: layer 0's keys depend on token and place alone."""
+    ids = reading[:, :120]
+    cache = prefill(demo, ids, make_press("key_rerotation_streaming_llm", 0.5))
+    kept = torch.cat([ids[:, :4], ids[:, 64:]], dim=1)  # 4 sinks and the last 56
+    again = prefill(demo, kept, None)
+    difference = (cache.layers[0].keys - again.layers[0].keys).abs().max() / again.layers[0].keys.abs().max()
+    assert cache.get_seq_length() == 60 and difference < 1e-6
+
+
+def test_a_decoding_press_can_be_used_for_one_text_after_another(demo, reading):
+    press = make_press("decoding_knorm", compression_interval=4, target_size=40)
+    fresh = make_press("decoding_knorm", compression_interval=4, target_size=40)
+    greedy(demo, reading[:, :150], press, 10)
+    assert torch.equal(greedy(demo, reading[:, 300:360], press, 10)[1], greedy(demo, reading[:, 300:360], fresh, 10)[1])
 
 
 def test_parts_and_traits_of_presses_built_by_hand():
