@@ -2,7 +2,7 @@
 
     python tools/train_demo.py novels/ manuals/ --held-out unseen.txt --output my-demo
 
-The recipe, which is what the defaults say (about 49 M tokens; a night on a laptop's CPU, minutes on a GPU):
+The recipe, which is what the defaults say (about 49 M tokens):
 
 1. A byte-level BPE of 8,192 tokens is trained on the text; documents are joined with <|endoftext|>.
 2. GPT-NeoX of 6 layers, hidden size 256, 4 heads, a quarter of each head rotary, embeddings tied, in bfloat16 autocast.
