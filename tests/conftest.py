@@ -1,11 +1,15 @@
 import os
+import socket
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may reach for the hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small shapes: threads would mostly wait for each other
 
+import huggingface_hub
 import pytest
 import torch
+from hub_server import HubServer
+from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -92,3 +96,32 @@ def reading(tokenizer):
     from kvneox_lib.calibration import standard_library_docstrings
 
     return tokenizer(standard_library_docstrings(), return_tensors="pt", verbose=False).input_ids
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache, no proxy, online, and no address but this machine's own."""
+    for variable in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(variable)
+    folder = tmp_path / "hub-cache"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    look_up = socket.getaddrinfo
+
+    def only_here(host, *arguments, **options):
+        if host not in ("127.0.0.1", "localhost"):
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return look_up(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", only_here)
+    huggingface_hub.close_session()
+    yield folder
+    huggingface_hub.close_session()
+
+
+@pytest.fixture
+def hub(monkeypatch, cache):
+    """A hub on this machine, as the mirror to use."""
+    with HubServer() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server

@@ -1,17 +1,14 @@
 """Text from a hub on 127.0.0.1, from disk and from the box, and what it is cut into. Nothing else is ever asked."""
 
 import json
-import os
 import re
 import socket
 import threading
 import time
 from pathlib import Path
 
-import huggingface_hub
 import pandas as pd
 import pytest
-from hub_server import HubServer
 from huggingface_hub import constants
 
 from kvneox_lib import data
@@ -36,34 +33,6 @@ def shared(name: str) -> Path:
 
 
 # ---- from a hub -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache, no proxy, online, and no address but this machine's own."""
-    for variable in [name for name in os.environ if name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(variable)
-    folder = tmp_path / "hub-cache"
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    look_up = socket.getaddrinfo
-
-    def only_here(host, *arguments, **options):
-        if host not in ("127.0.0.1", "localhost"):
-            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-        return look_up(host, *arguments, **options)
-
-    monkeypatch.setattr(socket, "getaddrinfo", only_here)
-    huggingface_hub.close_session()
-    yield folder
-    huggingface_hub.close_session()
-
-
-@pytest.fixture
-def hub(monkeypatch, cache):
-    with HubServer() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        yield server
 
 
 def names_three_ways_out(message: str) -> bool:

@@ -9,11 +9,9 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
-import huggingface_hub
 import pytest
 import torch
 from conftest import relative_difference
@@ -97,41 +95,7 @@ def old_pythia(folder: Path, form: str = "safetensors", seed: int = 0) -> tuple[
     return {**files, **TOKENIZER_FILES}, logits
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small models on a busy machine are faster without threads that wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Iterator[Path]:
-    """An empty cache, no proxy, online, and no address but this machine's own."""
-    for variable in [name for name in os.environ if name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(variable)
-    folder = tmp_path / "hub-cache"
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    look_up = socket.getaddrinfo
-
-    def only_here(host, *arguments, **options):
-        if host not in ("127.0.0.1", "localhost"):
-            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-        return look_up(host, *arguments, **options)
-
-    monkeypatch.setattr(socket, "getaddrinfo", only_here)
-    huggingface_hub.close_session()
-    yield folder
-    huggingface_hub.close_session()
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    with HubServer() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        yield server
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

@@ -22,15 +22,6 @@ TOY = (TOY + "--muon-lr 0.04 --adamw-lr 0.01 --checkpoint-every 6 --device cpu")
 STEPS = 40
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """A toy has nothing to share out between threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("texts")
