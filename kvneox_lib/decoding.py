@@ -8,13 +8,13 @@ kept to new positions.
 import torch
 from transformers import Cache, DynamicCache
 
-from kvneox_lib.modeling import KVNeoXForCausalLM
-from kvneox_lib.presses import acts, applied, forget_evictions, rerotates, rows_independent
+from kvneox_lib.modeling import KVNeoXForCausalLM, evictions
+from kvneox_lib.presses import acts, applied, rerotates, rows_independent
 
 
 @torch.no_grad()
 def prefill(model: KVNeoXForCausalLM, input_ids: torch.Tensor, press) -> Cache:
-    """The cache after `press` compressed `input_ids`; what head-wise presses evicted is listed in the model."""
+    """The cache after `press` compressed `input_ids`; what a head-wise press evicted is in `evictions(cache)`."""
     if not rows_independent(press) and len(input_ids) > 1:
         raise ValueError(f"{type(press).__name__} mixes the rows of a batch; give it one row at a time")
     cache, input_ids = DynamicCache(), with_delimiter(press, input_ids)
@@ -32,13 +32,13 @@ def with_delimiter(press, input_ids: torch.Tensor, window: int = 64) -> torch.Te
     return torch.cat([input_ids[:, :-window], input_ids.new_full((1, 1), unused), input_ids[:, -window:]], dim=1)
 
 
-def kept_counts(model: KVNeoXForCausalLM, cache: Cache) -> torch.Tensor:
+def kept_counts(cache: Cache) -> torch.Tensor:
     """(layers, batch, heads): entries that each head still sees."""
     counts = []
-    for layer, held in zip(model.model.layers, cache.layers):
+    for index, held in enumerate(cache.layers):
         count = held.keys.new_full(held.keys.shape[:2], held.keys.shape[2], dtype=torch.long)
-        if layer.self_attn.masked_key_indices is not None:
-            batch, head, _ = (index.to(count.device) for index in layer.self_attn.masked_key_indices)
+        if evictions(cache).get(index) is not None:
+            batch, head, _ = (part.to(count.device) for part in evictions(cache)[index])
             count.index_put_((batch, head), count.new_tensor(-1), accumulate=True)
         counts.append(count)
     return torch.stack(counts)
@@ -53,7 +53,7 @@ def kept_positions(model: KVNeoXForCausalLM, input_ids: torch.Tensor, press) -> 
     compressed = prefill(model, input_ids, press)
     direction = torch.randn(model.config.head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     kept = []
-    for layer, all_of, some in zip(model.model.layers, full.layers, compressed.layers):
+    for layer, (all_of, some) in enumerate(zip(full.layers, compressed.layers)):
         tags, kept_tags = ((held.keys.double().cpu() @ direction) for held in (all_of, some))  # one number per key
         order = tags.argsort(-1)
         found = torch.searchsorted(tags.gather(-1, order), kept_tags).clamp(max=tags.shape[-1] - 1)
@@ -61,10 +61,9 @@ def kept_positions(model: KVNeoXForCausalLM, input_ids: torch.Tensor, press) -> 
         if not torch.equal(tags.gather(-1, positions), kept_tags):
             raise ValueError(f"{type(press).__name__} changes the keys it keeps, so their positions cannot be read off")
         mask = torch.zeros_like(tags, dtype=torch.bool).scatter_(-1, positions, True)
-        if layer.self_attn.masked_key_indices is not None:
-            mask[tuple(index.cpu() for index in layer.self_attn.masked_key_indices)] = False
+        if evictions(compressed).get(layer) is not None:
+            mask[tuple(part.cpu() for part in evictions(compressed)[layer])] = False
         kept.append(mask)
-    forget_evictions(model)
     return torch.stack(kept)
 
 
@@ -85,5 +84,4 @@ def greedy(model: KVNeoXForCausalLM, input_ids: torch.Tensor, press, n_new: int)
             logits.append(model(token, past_key_values=cache, position_ids=position).logits[:, -1])
             token = logits[-1].argmax(-1, keepdim=True)
             tokens.append(token)
-    forget_evictions(model)
     return torch.cat(tokens, dim=1), torch.stack(logits, dim=1)

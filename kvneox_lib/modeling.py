@@ -6,10 +6,12 @@ when the dimensions of both are reordered alike. So queries and keys are put int
 the frequencies are padded with zeros, and from then on everything that kvpress computes is exact. Values are untouched.
 """
 
+import weakref
+
 import torch
 from torch import nn
 from torch.nn.functional import linear, pad
-from transformers import AutoModelForCausalLM, DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -21,6 +23,8 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 )
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
+
+from kvneox_lib.masks import LayerMasks
 
 
 def half_split(x: torch.Tensor, rotary_ndims: int, dim: int = -1) -> torch.Tensor:
@@ -91,72 +95,43 @@ class FusedSlice:
         return self._take(fused(hidden_states), hidden_states.dim() - 1)
 
 
-class LayerMasks:
-    """What the queries of one forward pass may see, layer by layer.
-
-    After compression layers can hold different numbers of keys, so a layer's mask follows from its own lengths: query i
-    sees the first kv_len - q_len + i + 1 keys. Masks are boolean, and None where every key is visible or where the
-    kernel's own causal mask is right.
-    """
-
-    def __init__(self, attention_mask: torch.Tensor | None, implementation: str):
-        self.given = attention_mask if attention_mask is not None and attention_mask.dim() == 4 else None
-        padded = attention_mask is not None and self.given is None and not attention_mask.all()
-        self.padding = attention_mask.bool() if padded else None  # (batch, tokens)
-        self.implementation = implementation
-        self.causal: dict[tuple, torch.Tensor] = {}
-
-    def for_layer(self, query: torch.Tensor, kv_len: int, evicted: tuple | None) -> torch.Tensor | None:
-        if self.given is not None and evicted is None:
-            return self.given
-        if self.padding is not None and self.padding.shape[-1] != kv_len:
-            raise ValueError(
-                f"attention_mask marks padding among {self.padding.shape[-1]} tokens, but this layer holds {kv_len} "
-                "keys: after compression nobody knows which were padding. Use prompts of equal length, or one by one."
-            )
-        if self.implementation.startswith("flash"):
-            return self.padding  # the kernel is causal by itself, aligned to the last key
-        q_len = query.shape[2]
-        kernel_is_causal = self.implementation != "eager" and q_len == kv_len
-        mask = None
-        if q_len > 1 and not (kernel_is_causal and self.padding is None and evicted is None):
-            mask = self._causal(q_len, kv_len, query.device)
-        if self.padding is not None:
-            # A padding query still sees itself: a row without any key would be NaN and poison its value.
-            itself = torch.eye(q_len, kv_len, dtype=torch.bool, device=query.device)
-            itself = itself.roll(kv_len - q_len, dims=1)
-            keep = self.padding[:, None, None].to(query.device)
-            mask = keep | itself if mask is None else (mask & keep) | itself
-        if evicted is not None:
-            keep = query.new_ones(query.shape[0], query.shape[1], kv_len, dtype=torch.bool)
-            keep[tuple(index.to(query.device) for index in evicted)] = False
-            mask = keep[:, :, None] if mask is None else mask & keep[:, :, None]  # (batch, heads, 1 or q_len, kv_len)
-            if self.given is not None:
-                mask = (
-                    mask & self.given if self.given.dtype == torch.bool else self.given.masked_fill(~mask, -torch.inf)
-                )
-        return mask
-
-    def _causal(self, q_len: int, kv_len: int, device: torch.device) -> torch.Tensor:
-        key = (q_len, kv_len, device)
-        if key not in self.causal:
-            visible = torch.ones(q_len, kv_len, dtype=torch.bool, device=device)
-            self.causal[key] = visible.tril(kv_len - q_len)[None, None]
-        return self.causal[key]
+def evictions(cache: Cache) -> dict[int, tuple[torch.Tensor, ...] | None]:
+    """Layer index to the (batch, head, position) of entries that are still in `cache` but must not be seen."""
+    return cache.__dict__.setdefault("kvneox_evictions", {})
 
 
 class KVNeoXAttention(GPTNeoXAttention):
     """NeoX attention under the names that kvpress reads; its cache holds keys in half-split order."""
 
     num_key_value_groups = 1
-    # (batch, head, position) indices of entries that a head-wise press evicted but left in the cache; see `_attend`.
-    masked_key_indices = None
+    _last_cache = None  # a weak reference to the cache that the last forward used
 
     head_dim = property(lambda self: self.head_size)
     q_proj = property(lambda self: FusedSlice(self, 0))
     k_proj = property(lambda self: FusedSlice(self, 1))
     v_proj = property(lambda self: FusedSlice(self, 2))
     o_proj = property(lambda self: self.dense)
+
+    @property
+    def masked_key_indices(self) -> tuple[torch.Tensor, ...] | None:
+        """(batch, head, position) of entries that a head-wise press evicted but left in place; see `_attend`.
+
+        kvpress keeps them in the module. Here they are kept with the cache that they are about, so that a model can
+        hold several conversations, and a copied cache takes them along.
+        """
+        cache = self._last_cache and self._last_cache()
+        return evictions(cache).get(self.layer_idx) if cache is not None else None
+
+    @masked_key_indices.setter
+    def masked_key_indices(self, indices):
+        cache = self._last_cache and self._last_cache()
+        if cache is not None:
+            evictions(cache)[self.layer_idx] = indices
+
+    def __getstate__(self):
+        return {
+            name: value for name, value in self.__dict__.items() if name != "_last_cache"
+        }  # weak: not to be pickled
 
     def forward(
         self,
@@ -167,6 +142,7 @@ class KVNeoXAttention(GPTNeoXAttention):
         position_embeddings=None,
         **kwargs,
     ):
+        self._last_cache = None if past_key_values is None else weakref.ref(past_key_values)
         query, key, value = self._project(hidden_states, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
@@ -192,7 +168,7 @@ class KVNeoXAttention(GPTNeoXAttention):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         kv_len = key.shape[2]
         if query.shape[2] == kv_len:
-            self.masked_key_indices = None  # a new prefill: what an earlier run evicted no longer counts
+            self.masked_key_indices = None  # a new prefill: what was evicted from this cache before no longer counts
         evicted = self.masked_key_indices
         masks_itself = not implementation.startswith("flash")
         if isinstance(attention_mask, LayerMasks):
@@ -378,9 +354,11 @@ ADAPTED_CLASSES = {
 
 def adapt(model: nn.Module) -> KVNeoXForCausalLM:
     """Turn a loaded stock GPT-NeoX causal LM into ours, in place and without touching a parameter."""
-    if not isinstance(model, GPTNeoXForCausalLM):
-        raise ValueError(f"model is a {type(model).__name__}; allowed is GPTNeoXForCausalLM or a subclass of it")
-    return model if isinstance(model, KVNeoXForCausalLM) else _see_as_llama(model)
+    if isinstance(model, KVNeoXForCausalLM):
+        return model
+    if type(model) is not GPTNeoXForCausalLM:
+        raise ValueError(f"model is a {type(model).__name__}; allowed is transformers' GPTNeoXForCausalLM itself")
+    return _see_as_llama(model)
 
 
 def _see_as_llama(model: nn.Module) -> nn.Module:

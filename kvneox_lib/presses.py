@@ -6,6 +6,7 @@ follows from its classes, so it is known for presses that a user built without u
 
 import difflib
 import logging
+import numbers
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -125,9 +126,9 @@ def expand_presses(press: str | list[str]) -> list[str]:
 
 
 def press_row(name: str) -> PressRow:
-    if name in UNAVAILABLE:
+    if isinstance(name, str) and name in UNAVAILABLE:
         raise ValueError(f"press {name!r} {UNAVAILABLE[name]}")
-    if name not in REGISTRY:
+    if not isinstance(name, str) or name not in REGISTRY:
         near = difflib.get_close_matches(str(name), REGISTRY, n=4, cutoff=0.4)
         hint = f"; nearest: {', '.join(near)}" if near else ""
         raise ValueError(f"press {name!r} is unknown{hint}. press_names() lists all {len(REGISTRY)}.")
@@ -158,7 +159,7 @@ def make_press(name: str, compression_ratio: float | list[float] = 0.5, **option
 
 
 def _check_ratio(ratio) -> None:
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+    if isinstance(ratio, bool) or not isinstance(ratio, numbers.Real) or not 0 <= ratio < 1:
         raise ValueError(f"compression_ratio={ratio!r}; allowed is a number from 0 (keep all) to below 1")
 
 
@@ -220,12 +221,6 @@ def check_press(press: BasePress | None, model: KVNeoXForCausalLM) -> None:
         )
 
 
-def forget_evictions(model: KVNeoXForCausalLM) -> None:
-    """Drop what head-wise presses listed as evicted, as a new prefill does."""
-    for layer in model.model.layers:
-        layer.self_attn.masked_key_indices = None
-
-
 @contextmanager
 def applied(press: BasePress | None, model: KVNeoXForCausalLM):
     """`with press(model)`, checked before and leaving nothing behind when something raises inside."""
@@ -236,22 +231,26 @@ def applied(press: BasePress | None, model: KVNeoXForCausalLM):
     implementation = model.config._attn_implementation
     forward = model.model.__dict__.get("forward")  # accelerate's wrapper, or none
     hooks = [set(layer.self_attn._forward_hooks) for layer in model.model.layers]
-    done = False
+    failure = None
     try:
         with press(model):
-            yield
-        done = True
+            try:
+                yield
+            except BaseException as error:
+                failure = error
+                raise
+    except BaseException as last:
+        # KVCompose goes on to compress after a failure and raises an error of its own, which would hide the true one
+        raise failure or last from None
     finally:
         model.config._attn_implementation = implementation  # KVCompose switches to eager and may fail to switch back
         model.model.__dict__.pop("forward", None)  # KVzip and KVCompose leave theirs here
         if forward is not None:
             model.model.forward = forward
-        if not done:
-            forget_evictions(model)
-            for layer, before in zip(model.model.layers, hooks):
-                for handle in set(layer.self_attn._forward_hooks) - before:
-                    del layer.self_attn._forward_hooks[handle]
-                    layer.self_attn._forward_hooks_with_kwargs.pop(handle, None)
+        for layer, before in zip(model.model.layers, hooks):
+            for handle in set(layer.self_attn._forward_hooks) - before if failure else ():
+                del layer.self_attn._forward_hooks[handle]
+                layer.self_attn._forward_hooks_with_kwargs.pop(handle, None)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,21 @@ class UnstructuredKVCompose(K.KVComposePress):
             layer.values = layer.values[:, :, : self.context_len]
 
 
+class EvenChunkPress(K.ChunkPress):
+    """ChunkPress with chunks of nearly equal length, as near to what is asked for as that allows.
+
+    kvpress' last chunk is whatever remains, often too short for the observation window of the press inside.
+    """
+
+    def compress(self, module, hidden_states, keys, values, attentions, kwargs):
+        asked, length = self.chunk_length, keys.shape[2]
+        self.chunk_length = -(-length // max(1, round(length / asked)))
+        try:
+            return super().compress(module, hidden_states, keys, values, attentions, kwargs)
+        finally:
+            self.chunk_length = asked
+
+
 @dataclass(frozen=True)
 class PressRow:
     name: str
@@ -38,9 +53,9 @@ class PressRow:
         return self.strength in ("compression_ratio", "target_compression_ratio")
 
     def build(self, compression_ratio=0.5, **options) -> BasePress | None:
+        wanted = self._distribute({**self.defaults, **options})
         if not self.parts:
             return None
-        wanted = self._distribute({**self.defaults, **options})
         if self.takes_ratio:
             owner = 0 if self.strength == "target_compression_ratio" else self._ratio_owner()
             wanted[owner][self.strength] = compression_ratio
@@ -52,11 +67,13 @@ class PressRow:
     def _distribute(self, options: dict) -> list[dict]:
         """Give each option to the outermost class that has a field of that name."""
         wanted = [{} for _ in self.parts]
+        set_by_ratio = ("compression_ratio", "target_compression_ratio")
         for name, value in options.items():
             owner = next((i for i, part in enumerate(self.parts) if name in _options(part)), None)
-            if owner is None or name == "compression_ratio":
-                allowed = sorted({name for part in self.parts for name in _options(part)} - {"compression_ratio"})
+            if owner is None or name in set_by_ratio:
+                allowed = sorted({name for part in self.parts for name in _options(part)}.difference(set_by_ratio))
                 raise ValueError(f"{self.name} has no option {name}={value!r}; allowed: {', '.join(allowed) or 'none'}")
+            _check_option(name, value, _options(self.parts[owner])[name])
             wanted[owner][name] = value
         return wanted
 
@@ -64,8 +81,29 @@ class PressRow:
 _INNER = {"self", "press", "base_press", "presses", "prefilling_press", "decoding_press"}
 
 
-def _options(press_class: type[BasePress]) -> set[str]:
-    return {name for name in inspect.signature(press_class.__init__).parameters if name not in _INNER}
+def _options(press_class: type[BasePress]) -> dict[str, object]:
+    """Option to its default value."""
+    parameters = inspect.signature(press_class.__init__).parameters
+    return {name: parameter.default for name, parameter in parameters.items() if name not in _INNER}
+
+
+def _check_option(name: str, value, default) -> None:
+    """kvpress checks few of its options; a window of 0 or a ratio of 2 would silently mean something else."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    number = isinstance(value, float) or whole
+    if name.endswith("_ratio"):
+        fits, allowed = number and 0 <= value <= 1, "a number from 0 to 1"
+    elif isinstance(default, bool):
+        fits, allowed = isinstance(value, bool), "True or False"
+    elif isinstance(default, int):
+        least = 0 if "sink" in name or name in ("n_initial", "hidden_states_buffer_size") else 1
+        fits, allowed = whole and value >= least, f"a whole number of at least {least}"
+    elif isinstance(default, float):
+        fits, allowed = number, "a number"
+    else:
+        return
+    if not fits:
+        raise ValueError(f"{name}={value!r}; allowed is {allowed}")
 
 
 def _nest(parts: tuple[type[BasePress], ...], options: list[dict]) -> BasePress:
@@ -119,8 +157,8 @@ ROWS = [
     PressRow("criticalkv_expected_attention", (K.CriticalKVPress, K.ExpectedAttentionPress), "arXiv:2502.03805", "期望注意力乘以输出投影范数", {"use_vnorm": False}),
     PressRow("critical_adakv_snapkv", (K.CriticalAdaKVPress, K.SnapKVPress), "arXiv:2502.03805", "CriticalKV 加逐头预算（SnapKV 打分）"),
     PressRow("critical_adakv_expected_attention", (K.CriticalAdaKVPress, K.ExpectedAttentionPress), "arXiv:2502.03805", "CriticalKV 加逐头预算（期望注意力打分）", {"use_vnorm": False}),
-    PressRow("chunk_snapkv", (K.ChunkPress, K.SnapKVPress), "arXiv:2408.00167", "每段上下文各按比例淘汰（SnapKV 打分）", {"chunk_length": 256}),
-    PressRow("chunk_knorm", (K.ChunkPress, K.KnormPress), "arXiv:2408.00167", "每段上下文各按比例淘汰（键范数打分）", {"chunk_length": 256}),
+    PressRow("chunk_snapkv", (EvenChunkPress, K.SnapKVPress), "arXiv:2408.00167", "每段上下文各按比例淘汰（SnapKV 打分）", {"chunk_length": 256}),
+    PressRow("chunk_knorm", (EvenChunkPress, K.KnormPress), "arXiv:2408.00167", "每段上下文各按比例淘汰（键范数打分）", {"chunk_length": 256}),
     PressRow("entropy_chunkkv_snapkv", (K.EntropyGatedChunkKVPress, K.SnapKVPress), "arXiv:2502.00299", "ChunkKV，分数集中的块内再挑选"),
     PressRow("block_keydiff", (K.BlockPress, K.KeyDiffPress), "arXiv:2504.15364", "按块逐次淘汰，模拟分块预填充（KeyDiff）"),
     PressRow("block_knorm", (K.BlockPress, K.KnormPress), "arXiv:2504.15364", "按块逐次淘汰，模拟分块预填充（键范数）"),

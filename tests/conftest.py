@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPT
 from transformers.utils.logging import disable_progress_bar
 
 import kvneox_lib
-from kvneox_lib.presses import forget_evictions
 
 disable_progress_bar()
 
@@ -81,7 +80,6 @@ def demo(_demo):
     yield _demo
     assert _demo.config._attn_implementation == "sdpa"
     assert hooks_of_presses(_demo) == []
-    forget_evictions(_demo)
 
 
 def hooks_of_presses(model) -> list:

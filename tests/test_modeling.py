@@ -1,6 +1,9 @@
 """Our model against transformers' own class with the same weights."""
 
+import contextlib
+import copy
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -14,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GPTN
 
 from kvneox_lib import KVNeoXForCausalLM, adapt, make_press
 from kvneox_lib.modeling import half_split
-from kvneox_lib.presses import forget_evictions
 
 SHAPES = {
     "head 32 (14m, 31m)": {"head_dim": 32},
@@ -172,6 +174,12 @@ def test_adapt_converts_in_place():
     with pytest.raises(ValueError, match="model is a Linear"):
         adapt(torch.nn.Linear(2, 2))
 
+    class Other(GPTNeoXForCausalLM):
+        pass
+
+    with pytest.raises(ValueError, match="model is a Other; allowed is transformers' GPTNeoXForCausalLM"):
+        adapt(Other(tiny_config()))
+
 
 def test_adapt_keeps_what_accelerate_hooked_in(tmp_path):
     """A model dispatched with part of it on disk: weights come and go around the adapted forward."""
@@ -258,21 +266,45 @@ def test_evicted_entries_are_hidden_alike_by_eager_and_sdpa_even_from_many_queri
             logits[implementation] = ours(ids[:, 40:], past_key_values=cache).logits
         assert torch.equal(cache.layers[0].keys[:, :, :40], keys), "keys were overwritten by fake ones"
         assert ours.model.layers[0].self_attn.masked_key_indices is not None
-        forget_evictions(ours)
     assert relative_difference(logits["eager"], logits["sdpa"]) < 1e-5
     with torch.no_grad():
         full = ours(ids).logits[:, 40:]
     assert relative_difference(logits["sdpa"], full) > 1e-2
 
 
-def test_a_new_prefill_forgets_what_was_evicted(demo, reading):
-    cache = DynamicCache()
-    with torch.no_grad(), make_press("adakv_snapkv", 0.5)(demo):
-        demo(reading[:, :100], past_key_values=cache)
-    assert demo.model.layers[0].self_attn.masked_key_indices is not None
+def test_what_was_evicted_belongs_to_its_cache(demo, reading):
+    """Two conversations on one model, and a copied cache: each is read as it was compressed."""
+    contexts = [reading[:, :100], reading[:, 100:260], reading[:, 300:400]]
+    next_token, alone = reading[:, 400:401], []
+
+    def read(context, press):
+        cache = DynamicCache()
+        with torch.no_grad(), press(demo) if press else contextlib.nullcontext():
+            demo(context, past_key_values=cache)
+        return cache
+
+    def go_on(cache, length):
+        with torch.no_grad():
+            return demo(next_token, past_key_values=cache, position_ids=torch.tensor([[length]])).logits
+
+    names = (("adakv_snapkv", 0.5), ("critical_adakv_snapkv", 0.8))
+    presses = [*(make_press(name, ratio, window_size=16) for name, ratio in names), None]
+    for context, press in zip(contexts, presses):
+        alone.append(go_on(read(context, press), context.shape[1]))
+    caches = [read(context, press) for context, press in zip(contexts, presses)]
+    copied = copy.deepcopy(caches[0])
+    for cache, context, expected in zip([*caches, copied], [*contexts, contexts[0]], [*alone, alone[0]]):
+        assert torch.equal(go_on(cache, context.shape[1]), expected)
+    assert not torch.allclose(alone[0], go_on(read(contexts[0], None), 100), atol=1e-2)
+
+
+def test_a_used_model_can_be_copied_and_pickled():
+    _, ours = stock_and_ours(tiny_config())
+    cache, ids = DynamicCache(), torch.randint(0, 97, (1, 20))
     with torch.no_grad():
-        demo(reading[:, :50])
-    assert all(layer.self_attn.masked_key_indices is None for layer in demo.model.layers)
+        expected = ours(ids, past_key_values=cache).logits
+        for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            assert torch.equal(again(ids).logits, expected)
 
 
 def test_padding_under_compression_is_refused(demo, reading):

@@ -4,19 +4,19 @@ import inspect
 import logging
 
 import kvpress
+import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, hooks_of_presses, stock_and_ours, tiny_config
 from transformers import DynamicCache
 
 from kvneox_lib import check_press, make_press, press_names
-from kvneox_lib.decoding import greedy, kept_counts, kept_positions, prefill
+from kvneox_lib.decoding import greedy, kept_counts, kept_positions, prefill, with_delimiter
 from kvneox_lib.presses import (
     acts,
     applied,
     attention_needed,
     expand_presses,
-    forget_evictions,
     layer_ramp,
     parts_of,
     press_table,
@@ -66,6 +66,25 @@ def test_wrong_arguments_are_refused_before_any_work():
         make_press("per_layer_snapkv", [0.5, 1.5])
     with pytest.raises(ValueError, match="refuses.*alpha_safeguard"):
         make_press("adakv_snapkv", alpha_safeguard=2)
+    for name, option in [
+        ("think", {"key_channel_compression_ratio": 2}),
+        ("duo_attention", {"head_compression_ratio": -1}),
+        ("criticalkv_snapkv", {"first_stage_ratio": 1.5}),
+        ("snapkv", {"window_size": "x"}),
+        ("snapkv", {"window_size": 0}),
+        ("snapkv", {"kernel_size": 2.5}),
+        ("streaming_llm", {"n_sink": -1}),
+        ("expected_attention", {"use_vnorm": "no"}),
+    ]:
+        with pytest.raises(ValueError, match=f"{next(iter(option))}=.*; allowed"):
+            make_press(name, **option)
+    for name, option in [("no_press", {"window_size": 4}), ("ratio_decoding_knorm", {"target_compression_ratio": 0.1})]:
+        with pytest.raises(ValueError, match="has no option"):
+            make_press(name, **option)
+    with pytest.raises(ValueError, match="is unknown"):
+        make_press(["knorm"])
+    assert make_press("knorm", np.float32(0.5)).compression_ratio == 0.5
+    assert make_press("streaming_llm", n_sink=0).n_sink == 0
 
 
 def test_options_reach_the_wrapper_or_the_press_inside():
@@ -118,10 +137,9 @@ def counts_under(demo, name: str, ids: torch.Tensor, **options) -> torch.Tensor:
     press = make_press(name, ratio_for(name, 0.5, demo), **options)
     demo.config._attn_implementation = implementation_for(name, press)
     try:
-        return kept_counts(demo, prefill(demo, ids, press))
+        return kept_counts(prefill(demo, ids, press))
     finally:
         demo.config._attn_implementation = "sdpa"
-        forget_evictions(demo)
 
 
 @pytest.mark.parametrize("name", HOOK_ROWS)
@@ -150,16 +168,15 @@ def test_wrappers_do_something_of_their_own(demo, thousand):
             not torch.equal(one.keys, other.keys) or not torch.equal(one.values, other.values)
             for one, other in zip(*(cache.layers for cache in caches))
         ), f"{name} is {inner}"
-        forget_evictions(demo)
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75, 0.9])
 def test_pyramidkv_is_a_pyramid_at_every_ratio(demo, thousand, ratio):
-    counts = kept_counts(demo, prefill(demo, thousand, make_press("pyramidkv", ratio)))[:, 0, 0]
+    counts = kept_counts(prefill(demo, thousand, make_press("pyramidkv", ratio)))[:, 0, 0]
     assert (counts.diff() < 0).all()
     assert float(counts.float().mean()) == pytest.approx(1024 * (1 - ratio), abs=1)
     default = kvpress.PyramidKVPress(0.75)  # what kvpress' own settings do instead
-    assert kept_counts(demo, prefill(demo, thousand, default)).unique().numel() == 1
+    assert kept_counts(prefill(demo, thousand, default)).unique().numel() == 1
 
 
 @pytest.mark.parametrize("name", DECODING_ROWS)
@@ -182,8 +199,17 @@ def test_ratio_zero_keeps_everything(demo, thousand):
         if REGISTRY[name].takes_ratio and attention_needed(make_press(name)) != "eager":
             press = make_press(name, 0.0, **({"key_channel_compression_ratio": 0.0} if "think" in name else {}))
             cache = prefill(demo, thousand[:, :300], press)
-            assert (kept_counts(demo, cache) == 300).all(), name
-    forget_evictions(demo)
+            assert (kept_counts(cache) == 300).all(), name
+
+
+@pytest.mark.parametrize("length", [70, 257, 300, 513, 1060])
+def test_chunks_are_never_too_short_for_the_press_inside(demo, reading, length):
+    """kvpress' own last chunk is the remainder, and snapkv refuses one of up to 64 tokens."""
+    counts = kept_counts(prefill(demo, reading[:, :length], make_press("chunk_snapkv", 0.5)))
+    assert abs(float(counts.float().mean()) - length / 2) <= length // 256 + 2
+    if 0 < length % 256 <= 64 and length > 256:
+        with pytest.raises(AssertionError, match="greater than the window size"):
+            prefill(demo, reading[:, :length], kvpress.ChunkPress(kvpress.SnapKVPress(0.5), chunk_length=256))
 
 
 def test_unstructured_kvcompose_leaves_no_replay_in_the_cache(demo, thousand):
@@ -192,7 +218,6 @@ def test_unstructured_kvcompose_leaves_no_replay_in_the_cache(demo, thousand):
     assert prefill(demo, ids, make_press("kvcompose_unstructured")).get_seq_length() == 200
     upstream = kvpress.KVComposePress(structured=False, compression_ratio=0.5)
     assert prefill(demo, ids, upstream).get_seq_length() == 400, "kvpress has mended it: drop UnstructuredKVCompose"
-    forget_evictions(demo)
 
 
 # -- what a press demands -----------------------------------------------------------------------------------------
@@ -217,7 +242,6 @@ def test_attention_needs_are_what_kvpress_enforces(demo, thousand, name):
             demo.model(input_ids=thousand[:, :300], past_key_values=DynamicCache())
     finally:
         demo.config._attn_implementation = "sdpa"
-        forget_evictions(demo)
 
 
 def test_per_layer_ratios_must_fit_the_model(demo):
@@ -238,15 +262,14 @@ def test_rows_called_independent_are(demo, reading, name):
     try:
         ids = reading[:, :800].view(2, 400)
         together = prefill(demo, ids, press)
-        counts = kept_counts(demo, together)
+        counts = kept_counts(together)
         for row in range(2):
             alone = prefill(demo, ids[row : row + 1], press)
-            assert torch.equal(kept_counts(demo, alone)[:, 0], counts[:, row])
+            assert torch.equal(kept_counts(alone)[:, 0], counts[:, row])
             for one, other in zip(alone.layers, together.layers):
                 assert torch.allclose(one.keys[0].sum(1), other.keys[row].sum(1), atol=2e-3)
     finally:
         demo.config._attn_implementation = "sdpa"
-        forget_evictions(demo)
 
 
 def test_rows_called_dependent_include_every_known_offender(demo, reading):
@@ -266,28 +289,27 @@ def test_rows_called_dependent_include_every_known_offender(demo, reading):
 @pytest.mark.parametrize("name", ["snapkv", "kvzip", "kvgrad", "kvcompose", "finch", "decoding_knorm", "adakv_snapkv"])
 def test_a_failure_inside_leaves_nothing_behind(demo, reading, name):
     press = make_press(name)
-    if name == "finch":
-        press.delimiter_token_id = 1
+    with_delimiter(press, reading[:, :200])  # FINCH wants one before it is entered
 
     def fail(*_):
         raise KeyError("on purpose")
 
     forward = demo.model.__dict__.get("forward")
     handle = demo.model.layers[3].register_forward_hook(fail)
-    with pytest.raises(Exception), torch.no_grad(), applied(press, demo):  # noqa: B017 (KVCompose raises its own on top)
-        demo.model(input_ids=reading[:, :200], past_key_values=DynamicCache())
-    handle.remove()
+    try:
+        with pytest.raises(KeyError, match="on purpose"), torch.no_grad(), applied(press, demo):
+            demo.model(input_ids=with_delimiter(press, reading[:, :200]), past_key_values=DynamicCache())
+    finally:
+        handle.remove()
     assert demo.config._attn_implementation == "sdpa" and demo.model.__dict__.get("forward") is forward
     assert not demo.model.embed_tokens._forward_hooks
     assert hooks_of_presses(demo) == []
-    assert all(layer.self_attn.masked_key_indices is None for layer in demo.model.layers)
 
 
 def test_kvgrad_differentiates_though_the_caller_is_in_inference_mode(demo, reading):
     with torch.inference_mode():
         cache = prefill(demo, reading[:, :200], make_press("kvgrad", 0.5))
-    assert kept_counts(demo, cache).float().mean() == 100
-    forget_evictions(demo)
+    assert kept_counts(cache).float().mean() == 100
 
 
 def test_kvpress_no_longer_calls_the_model_untested(demo, reading, caplog):
@@ -295,7 +317,6 @@ def test_kvpress_no_longer_calls_the_model_untested(demo, reading, caplog):
         for name in ("knorm", "kvzip", "kvcompose"):
             prefill(demo, reading[:, :150], make_press(name))
     assert "not tested" not in caplog.text
-    forget_evictions(demo)
 
 
 @pytest.mark.parametrize("name", ["knorm", "adakv_snapkv", "kvzip", "kvgrad", "kvcompose"])
@@ -311,8 +332,7 @@ def test_every_way_to_call_the_model_leaves_the_same_cache(demo, reading, name):
         caches.append(DynamicCache())
         with torch.no_grad(), make_press(name, 0.5)(demo):
             call(caches[-1])
-        counts.append(kept_counts(demo, caches[-1]))
-        forget_evictions(demo)
+        counts.append(kept_counts(caches[-1]))
     for cache, count in zip(caches[1:], counts[1:]):
         assert torch.equal(count, counts[0])
         for one, other in zip(cache.layers, caches[0].layers):
@@ -370,7 +390,6 @@ def test_greedy_answers_as_the_kvpress_pipeline(demo, tokenizer, reading, name):
     if tokenizer.eos_token_id in tokens:
         tokens = tokens[: tokens.index(tokenizer.eos_token_id) + 1]
     assert tokenizer.decode(tokens, skip_special_tokens=True) == answer
-    forget_evictions(demo)
 
 
 def test_positions_that_cannot_be_read_off_are_not_guessed(demo, reading):

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 import torch
-from conftest import stock_and_ours, tiny_config
+from conftest import DEMO, stock_and_ours, tiny_config
+from transformers import AutoModelForCausalLM
 
 from kvneox_lib import modeling, verify
 from kvneox_lib.registry import REGISTRY
@@ -19,6 +20,15 @@ def pages(reading):
 def test_every_check_passes_on_the_demo_model(demo, pages):
     checks = list(verify.run_checks(demo, pages))
     assert len(checks) == 16 and all(check.passed for check in checks), "\n".join(map(str, checks))
+
+
+def test_checks_serve_eager_attention_and_bfloat16(demo, pages):
+    with verify.attention(demo, "eager"):
+        checks = list(verify.run_checks(demo, pages))
+    assert len(checks) == 16 and all(check.passed for check in checks), "\n".join(map(str, checks))
+    low = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    checks = list(verify.run_checks(low, pages))
+    assert len(checks) == 6 and all(check.passed for check in checks), "\n".join(map(str, checks))
 
 
 @pytest.mark.parametrize("head_dim", [32, 80])
