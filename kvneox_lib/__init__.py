@@ -1,4 +1,4 @@
-"""Training-free KV-cache compression on GPT-NeoX models: every kvpress press, exactly."""
+"""Training-free KV-cache compression on GPT-NeoX models, with the presses of kvpress."""
 
 from kvneox_lib.modeling import KVNeoXForCausalLM, adapt
 from kvneox_lib.models import LoadedModel, load_model

@@ -57,9 +57,13 @@ def load_text(
     """
     if fallback not in (None, "python-docs"):
         raise ValueError(f"fallback={fallback!r}: must be None or 'python-docs'")
+    if not isinstance(dataset, str | Path) or not str(dataset):
+        raise ValueError(f"dataset={dataset!r}: must be one of {', '.join(HUB)}, python-docs, or a path")
     path = Path(dataset).expanduser()
     if dataset not in (*HUB, "python-docs") and not path.exists():
         _check_choice("dataset", str(dataset), (*HUB, "python-docs"), "; nor is there a file or folder of that name")
+    if sample_idx is not None and (isinstance(sample_idx, bool) or not isinstance(sample_idx, int) or sample_idx < 0):
+        raise ValueError(f"sample_idx={sample_idx!r}: must be a whole number, 0 or above")
     if data_dir is not None and dataset not in HUB:
         raise ValueError(f"data_dir={str(data_dir)!r}: goes with dataset='wikitext' or 'pg19', not with {dataset!r}")
     if dataset == "wikitext" and subset is not None:
@@ -119,8 +123,8 @@ def _name(path: Path) -> str:
 
 def _read_path(path: Path, split: str, name: str | None = None) -> Text:
     name = name or _name(path)
-    files = sorted(file for file in (path.iterdir() if path.is_dir() else [path]) if file.suffix in SUFFIXES)
-    files = [file for file in files if not file.name.startswith("README") or file == path]
+    files = sorted(file for file in (path.iterdir() if path.is_dir() else [path]) if file.suffix.lower() in SUFFIXES)
+    files = [file for file in files if file.is_file() and (not file.name.startswith("README") or file == path)]
     if not files:
         raise ValueError(f"{path}: no file to read; it must end in {', '.join(SUFFIXES)}, or be a folder of such")
     split_of = {file: s for file in files for s in SPLITS if re.fullmatch(rf"{s}(-\d+-of-\d+.*)?", file.stem)}
@@ -133,10 +137,10 @@ def _read_path(path: Path, split: str, name: str | None = None) -> Text:
 
 def _read_files(files: Sequence[Path]) -> tuple[list[str], list[str]]:
     """(documents, titles). A .txt or .md is a document; the rows of all .parquet and .jsonl form one table."""
-    tables = [_read_table(file) for file in files if file.suffix in (".parquet", ".jsonl")]
+    tables = [_read_table(file) for file in files if file.suffix.lower() in (".parquet", ".jsonl")]
     documents, titles = _rows_to_documents(pd.concat(tables, ignore_index=True)) if tables else ([], [])
     for file in files:
-        if file.suffix not in (".parquet", ".jsonl"):
+        if file.suffix.lower() not in (".parquet", ".jsonl"):
             documents.append(_read_utf8(file))
             titles.append(file.stem)
     if not any(document.strip() for document in documents):
@@ -148,14 +152,15 @@ def _read_utf8(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        fix = f"convert it, as in `iconv -f latin1 -t utf-8 {path.name} > utf8-{path.name}`"
+        encoding = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
+        fix = f"convert it, as in `iconv -f {encoding} -t utf-8 {path.name} > utf8-{path.name}`"
         raise ValueError(f"{path}: not UTF-8 (byte {error.object[error.start]:#04x} at {error.start}); {fix}") from None
 
 
 def _read_table(path: Path) -> pd.DataFrame:
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: empty file; give one that has rows with a column `text`")
-    content = None if path.suffix == ".parquet" else _read_utf8(path)
+    content = None if path.suffix.lower() == ".parquet" else _read_utf8(path)
     try:
         # not pandas' reader of JSON lines: it would turn a text that looks like a date or a number into one
         rows = content and [dict(json.loads(line)) for line in content.split("\n") if line.strip()]

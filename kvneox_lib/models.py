@@ -7,6 +7,7 @@ found, `LoadedModel.weights` says which values the model holds, so that no figur
 import difflib
 import importlib.resources
 import json
+import os
 import pickle
 import re
 import sys
@@ -66,7 +67,7 @@ class Target:
 
 
 def load_model(
-    name: str,
+    name: str | os.PathLike,
     *,
     weights: str = "auto",
     fallback: str = "demo",
@@ -89,7 +90,7 @@ def load_model(
     _check("weights", weights, ("auto", "pretrained", "random"))
     _check("fallback", fallback, ("demo", "random"))
     _check("attn_implementation", attn_implementation, ("auto", *ATTENTION))
-    if not isinstance(seed, int) or seed < 0:
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed={seed!r}: allowed is an integer, 0 or above")
     device = _device(device)
     options = dict(
@@ -136,6 +137,10 @@ def _device(device: str | torch.device) -> torch.device:
         raise ValueError(f"device={device!r}: allowed is 'auto' or a torch device such as 'cpu' or 'cuda:0'") from error
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device={device!r}: this machine has {torch.cuda.device_count()} usable CUDA devices")
+    try:
+        torch.zeros(1, device=found)
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise ValueError(f"device={device!r}: torch cannot use it here ({error})") from error
     return found
 
 
@@ -150,8 +155,9 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _target(name: str, revision: str | None) -> Target:
+def _target(name: str | os.PathLike, revision: str | None) -> Target:
     """Aliases come first: a folder that is called like one is written ./demo."""
+    name = os.fspath(name) if isinstance(name, os.PathLike) else name
     allowed = f"{', '.join(PYTHIA)} (also with -deduped), demo, a hub id (owner/model) or a local folder"
     if not isinstance(name, str) or not name:
         raise ValueError(f"name={name!r}: allowed is one of {allowed}")
@@ -274,7 +280,10 @@ def _names(folder: Path) -> list[str]:
 def _read_config(folder: Path) -> GPTNeoXConfig:
     if not (folder / "config.json").is_file():
         raise ValueError(f"name={str(folder)!r}: the folder holds no config.json, so it is no model")
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    try:
+        kind = dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))).get("model_type")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"name={str(folder)!r}: its config.json is damaged ({error}). Fetch it again") from error
     if kind != "gpt_neox":
         raise ValueError(f"name={str(folder)!r}: its model_type is {kind!r}; allowed is 'gpt_neox'")
     return GPTNeoXConfig.from_pretrained(folder)
@@ -296,14 +305,23 @@ def _load_folder(target: Target, folder: Path, *, attn_implementation, dtype, de
             output_loading_info=True,
         )
     except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        if "mismatch" in str(error):
+            raise ValueError(f"name={str(folder)!r}: its weights have not the shapes of its config.json") from error
         raise ValueError(f"name={str(folder)!r}: its weights are damaged ({error}). Fetch them again") from error
     if report["missing_keys"]:  # transformers would leave these random
         raise ValueError(f"name={str(folder)!r}: its weights lack {', '.join(sorted(report['missing_keys']))}")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = _tokenizer(folder)
     bundled = folder == demo_folder()
     source = f"{target.repo}@{folder.name}" if target.repo else "kvneox_lib/demo" if bundled else str(folder)
     kind = "bundled" if bundled else "pretrained"
     return LoadedModel(model.to(device).eval(), tokenizer, target.name, kind, source)
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise ValueError(f"name={str(folder)!r}: its tokenizer.json is damaged ({error}). Fetch it again") from error
 
 
 def _load_random(target: Target, revision, seed: int, *, attn_implementation, dtype, device) -> LoadedModel:
@@ -321,7 +339,7 @@ def _load_random(target: Target, revision, seed: int, *, attn_implementation, dt
         )
     at_hand = folder is not None and (folder / "tokenizer.json").is_file()
     tokenizer_folder = folder if at_hand else demo_folder()
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+    tokenizer = _tokenizer(tokenizer_folder)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"name={target.name!r}: its vocabulary of {config.vocab_size} is smaller than the {len(tokenizer)} "

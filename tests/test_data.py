@@ -273,3 +273,23 @@ def test_what_cannot_be_read_is_an_error_with_the_path_and_the_fix(tmp_path):
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         load_text(**arguments)
+
+
+def test_arguments_are_checked_before_the_network_is_asked(monkeypatch):
+    monkeypatch.setattr(data, "_hub_files", lambda *_: pytest.fail("the hub was asked"))
+    for arguments, message in [
+        ({"dataset": "pg19", "sample_idx": -1}, "sample_idx=-1"),
+        ({"dataset": ""}, "dataset='': must be"),
+        ({"dataset": None}, "dataset=None: must be"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_text(**arguments)
+
+
+def test_odd_folders_and_encodings(tmp_path):
+    (tmp_path / "UPPER.TXT").write_text("Some text.", encoding="utf-8")
+    (tmp_path / "folder.txt").mkdir()
+    assert load_text(str(tmp_path)).documents == ["Some text."]
+    (tmp_path / "wide.txt").write_text("Some text.", encoding="utf-16")
+    with pytest.raises(ValueError, match="iconv -f utf-16"):
+        load_text(str(tmp_path / "wide.txt"))

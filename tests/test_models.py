@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import struct
 import subprocess
@@ -573,3 +574,39 @@ def test_dtype_auto_follows_the_card(monkeypatch, bf16, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
     assert models._dtype("auto", torch.device("cuda")) == expected
     assert models._dtype("auto", torch.device("cpu")) == torch.float32
+
+
+def test_a_folder_may_be_given_as_a_path():
+    assert load_model(demo_folder()).weights == "bundled"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "", "config.json is damaged"),
+        ("config.json", "[]", "config.json is damaged|model_type is None"),
+        ("tokenizer.json", "{", "tokenizer.json is damaged"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, file, content, message):
+    folder = tmp_path / "model"
+    shutil.copytree(demo_folder(), folder)
+    (folder / file).write_text(content)
+    with pytest.raises(ValueError, match=f"model.*({message})"):
+        load_model(str(folder))
+
+
+def test_weights_of_another_shape_are_not_called_damaged(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(demo_folder(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 512}))
+    with pytest.raises(ValueError, match="have not the shapes of its config.json"):
+        load_model(str(folder))
+
+
+def test_a_device_that_torch_cannot_use_is_refused_before_loading():
+    with pytest.raises(ValueError, match="device='mps': torch cannot use it here"):
+        load_model("demo", device="mps")
+    with pytest.raises(ValueError, match="seed=True"):
+        load_model("demo", seed=True)

@@ -6,6 +6,8 @@ import papermill
 import pytest
 from conftest import REPOSITORY
 
+from kvneox_lib import records
+
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 COMMON = {"model", "attn_implementation", "dtype", "device", "context_length", "output_dir"}
 
@@ -42,6 +44,13 @@ def test_adapter_notebook(tmp_path):
     notebook = run("00_adapter", tmp_path, context_length=192, presses=names, output_dir=str(tmp_path / "out"))
     text = said(notebook)
     assert "16 / 16 项通过" in text and "全部检查通过" in text
-    (matrix,) = (tmp_path / "out").glob("*.matrix.csv")
+    (record,) = records.load_records(tmp_path / "out").to_dict("records")
+    assert (record["weights"], record["n_checks"], record["n_checks_failed"], record["n_cells"]) == (
+        "bundled",
+        16,
+        0,
+        24,
+    )
+    matrix = records.table_path(tmp_path / "out", record["run_id"], "matrix")
     assert list(pd.read_csv(matrix).press) == names
     assert "4 种 press，24 格" in text

@@ -2,6 +2,9 @@
 
 import inspect
 import logging
+import re
+import subprocess
+import sys
 
 import kvpress
 import numpy as np
@@ -117,6 +120,15 @@ def test_rows_say_where_they_come_from():
         assert row.strength in {"compression_ratio", "compression_ratios"} | set(row.defaults) | {
             "target_compression_ratio"
         }
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_the_readmes_examples_run(name, tmp_path):
+    """Their Python blocks in order, on the bundled model and without the optional quantized cache."""
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / name).read_text(encoding="utf-8"), re.DOTALL)
+    script = "\n".join(block for block in blocks if "QuantizedCache" not in block).replace("pythia-410m", "demo")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert blocks and done.returncode == 0, done.stderr
 
 
 def test_the_table_in_the_readme_is_current():
