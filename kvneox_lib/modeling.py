@@ -129,9 +129,9 @@ class KVNeoXAttention(GPTNeoXAttention):
             evictions(cache)[self.layer_idx] = indices
 
     def __getstate__(self):
-        return {
-            name: value for name, value in self.__dict__.items() if name != "_last_cache"
-        }  # weak: not to be pickled
+        state = dict(self.__dict__)
+        state.pop("_last_cache", None)  # a weak reference cannot be pickled
+        return state
 
     def forward(
         self,
