@@ -29,9 +29,11 @@ class LayerMasks:
             return self.padding  # the kernel is causal by itself, aligned to the last key
         q_len = query.shape[2]
         kernel_is_causal = self.implementation != "eager" and q_len == kv_len
-        mask = None
-        if q_len > 1 and not (kernel_is_causal and self.padding is None and evicted is None):
-            mask = self._causal(q_len, kv_len, query.device)
+        if self.padding is None and evicted is None:
+            if q_len == 1 or kernel_is_causal:
+                return None
+            return self._causal(q_len, kv_len, query.device, query.dtype if self.implementation == "eager" else None)
+        mask = self._causal(q_len, kv_len, query.device) if q_len > 1 else None
         if self.padding is not None:
             # A padding query still sees itself: a row without any key would be NaN and poison its value.
             itself = torch.eye(q_len, kv_len, dtype=torch.bool, device=query.device)
@@ -48,9 +50,14 @@ class LayerMasks:
                 )
         return mask
 
-    def _causal(self, q_len: int, kv_len: int, device: torch.device) -> torch.Tensor:
-        key = (q_len, kv_len, device)
+    def _causal(self, q_len: int, kv_len: int, device: torch.device, additive: torch.dtype | None = None):
+        """Made once for all layers of these lengths; as a mask to be added, in that dtype, for eager attention."""
+        key = (q_len, kv_len, device, additive)
         if key not in self.causal:
-            visible = torch.ones(q_len, kv_len, dtype=torch.bool, device=device)
-            self.causal[key] = visible.tril(kv_len - q_len)[None, None]
+            mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=device).tril(kv_len - q_len)[None, None]
+            self.causal[key] = mask if additive is None else as_additive(mask, additive)
         return self.causal[key]
+
+
+def as_additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)

@@ -24,7 +24,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
 
-from kvneox_lib.masks import LayerMasks
+from kvneox_lib.masks import LayerMasks, as_additive
 
 
 def half_split(x: torch.Tensor, rotary_ndims: int, dim: int = -1) -> torch.Tensor:
@@ -176,9 +176,7 @@ class KVNeoXAttention(GPTNeoXAttention):
         if attention_mask is not None and attention_mask.device != query.device:
             attention_mask = attention_mask.to(query.device)
         if implementation == "eager" and attention_mask is not None and attention_mask.dtype == torch.bool:
-            attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(
-                ~attention_mask, torch.finfo(query.dtype).min
-            )
+            attention_mask = as_additive(attention_mask, query.dtype)
         if masks_itself:
             # kvpress would now search for a fake key that hides the evicted entries; the mask hides them exactly.
             self.masked_key_indices = None
