@@ -22,6 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from kvneox_lib.windows import cache_folder
+
 DOCSTRINGS_OF = (
     "argparse asyncio.streams datetime decimal difflib inspect logging optparse subprocess tarfile turtle typing"
 )
@@ -41,7 +43,7 @@ class QueryStatistics:
 
 def query_statistics(model) -> QueryStatistics:
     """The statistics of `model`, computed once and then read from the cache folder."""
-    path = _cache_folder() / f"query-statistics-{_fingerprint(model)}.safetensors"
+    path = cache_folder() / f"query-statistics-{_fingerprint(model)}.safetensors"
     try:
         return QueryStatistics(**load_file(path))
     except (OSError, SafetensorError, TypeError):
@@ -53,10 +55,6 @@ def query_statistics(model) -> QueryStatistics:
         save_file({f.name: getattr(statistics, f.name).contiguous() for f in fields(statistics)}, f"{folder}/new")
         os.replace(f"{folder}/new", path)
     return statistics
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("KVNEOX_CACHE") or Path.home() / ".cache" / "kvneox")
 
 
 def _fingerprint(model) -> str:

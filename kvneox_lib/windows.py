@@ -25,6 +25,11 @@ class Tokens:
     n_words: np.ndarray  # (n,) words that begin in the token; a word is what str.split() says
 
 
+def cache_folder() -> Path:
+    """Where this library keeps what is costly to make again."""
+    return Path(os.environ.get("KVNEOX_CACHE") or "~/.cache/kvneox").expanduser()
+
+
 def tokenize(text: str, tokenizer) -> Tokens:
     """Cached under KVNEOX_CACHE (default ~/.cache/kvneox), by a hash of the text and of the whole tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -33,7 +38,7 @@ def tokenize(text: str, tokenizer) -> Tokens:
     text = backend.normalizer.normalize_str(text) if backend.normalizer else text  # Pythia's: Unicode NFC
     size = len(text.encode())
     key = hashlib.sha256(f"1\0{backend.to_str()}\0{text}".encode()).hexdigest()[:32]
-    path = Path(os.environ.get("KVNEOX_CACHE") or "~/.cache/kvneox").expanduser() / "tokens" / f"{key}.npz"
+    path = cache_folder() / "tokens" / f"{key}.npz"
     try:
         with np.load(path) as file:  # the zip's checksums notice damage
             tokens = Tokens(file["ids"], file["n_bytes"], file["n_words"])
