@@ -5,11 +5,14 @@ compression positions go on from the true length, which the cache no longer know
 kept to new positions.
 """
 
+import weakref
+
 import torch
+from kvpress import BasePress
 from transformers import Cache, DynamicCache
 
 from kvneox_lib.modeling import KVNeoXForCausalLM, evictions
-from kvneox_lib.presses import acts, applied, rerotates, rows_independent
+from kvneox_lib.presses import acts, applied, check_press, rerotates, rows_independent
 
 
 @torch.no_grad()
@@ -21,6 +24,61 @@ def prefill(model: KVNeoXForCausalLM, input_ids: torch.Tensor, press) -> Cache:
     with applied(press, model):
         model.model(input_ids=input_ids, past_key_values=cache)
     return cache
+
+
+@torch.no_grad()
+def prefill_each(model: KVNeoXForCausalLM, input_ids: torch.Tensor, presses: list) -> list[Cache]:
+    """`prefill` under each press. They share one pass where they act in hooks alone: a hook runs after the attention of
+    its layer, so what it evicts changes nothing in the layers above, and all presses see the same keys."""
+    sharing = [(press, DynamicCache()) for press in presses if _shares_the_pass(press, len(input_ids))]
+    if len(sharing) < 2:
+        return [prefill(model, input_ids, press) for press in presses]
+
+    generator = _generator(input_ids.device)
+    dice = [generator.get_state()] * len(sharing)  # each press draws what it would draw alone
+
+    def fork(module, args, kwargs, output):
+        read = kwargs["past_key_values"].layers[module.layer_idx]
+        for i, (press, cache) in enumerate(sharing):
+            cache.update(read.keys, read.values, module.layer_idx)
+            module._last_cache = weakref.ref(cache)  # where evictions per head are written down
+            if press is not None:
+                generator.set_state(dice[i])
+                press.forward_hook(module, args, {**kwargs, "past_key_values": cache}, output)
+                dice[i] = generator.get_state()
+        read.keys, read.values = read.keys[:, :, :0], read.values[:, :, :0]  # no layer above needs them
+
+    for press, _ in sharing:
+        if press is not None:
+            check_press(press, model)
+            press.post_init_from_model(model)
+    handles = [layer.self_attn.register_forward_hook(fork, with_kwargs=True) for layer in model.model.layers]
+    try:
+        model.model(input_ids=input_ids, past_key_values=DynamicCache())
+    finally:
+        for handle in handles:
+            handle.remove()
+    shared = iter([cache for _, cache in sharing])
+    return [
+        next(shared) if _shares_the_pass(press, len(input_ids)) else prefill(model, input_ids, press)
+        for press in presses
+    ]
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    return torch.default_generator if device.type != "cuda" else torch.cuda.default_generators[device.index or 0]
+
+
+def _shares_the_pass(press, n_rows: int) -> bool:
+    in_hooks = press is None or (
+        type(press).__call__ is BasePress.__call__ and not hasattr(press, "delimiter_token_id")
+    )
+    return in_hooks and (n_rows == 1 or rows_independent(press))
+
+
+def first_position(cache: Cache, n_context: int, press) -> int:
+    """The position of the token that follows a compressed context of `n_context` tokens."""
+    return cache.get_seq_length() if rerotates(press) else n_context
 
 
 def with_delimiter(press, input_ids: torch.Tensor, window: int = 64) -> torch.Tensor:
@@ -49,9 +107,13 @@ def kept_positions(model: KVNeoXForCausalLM, input_ids: torch.Tensor, press) -> 
     """(layers, batch, heads, T) booleans: which tokens survive. Found by looking the kept keys up among all keys."""
     if rerotates(press):
         raise ValueError("this press rotates the keys it keeps; ask for the positions of the press inside it")
-    full = prefill(model, input_ids, None)
-    compressed = prefill(model, input_ids, press)
-    direction = torch.randn(model.config.head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return positions_in(*prefill_each(model, input_ids, [press, None]))
+
+
+def positions_in(compressed: Cache, full: Cache) -> torch.Tensor:
+    """(layers, batch, heads, T) booleans: which keys of `full` are still seen in `compressed`."""
+    head_dim = full.layers[0].keys.shape[-1]
+    direction = torch.randn(head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     kept = []
     for layer, (all_of, some) in enumerate(zip(full.layers, compressed.layers)):
         tags, kept_tags = ((held.keys.double().cpu() @ direction) for held in (all_of, some))  # one number per key
@@ -59,7 +121,7 @@ def kept_positions(model: KVNeoXForCausalLM, input_ids: torch.Tensor, press) -> 
         found = torch.searchsorted(tags.gather(-1, order), kept_tags).clamp(max=tags.shape[-1] - 1)
         positions = order.gather(-1, found)
         if not torch.equal(tags.gather(-1, positions), kept_tags):
-            raise ValueError(f"{type(press).__name__} changes the keys it keeps, so their positions cannot be read off")
+            raise ValueError("this press changes the keys it keeps, so their positions cannot be read off")
         mask = torch.zeros_like(tags, dtype=torch.bool).scatter_(-1, positions, True)
         if evictions(compressed).get(layer) is not None:
             mask[tuple(part.cpu() for part in evictions(compressed)[layer])] = False
@@ -78,7 +140,7 @@ def greedy(model: KVNeoXForCausalLM, input_ids: torch.Tensor, press, n_new: int)
     while_decoding = press if acts(press) == "decoding" else None
     tokens, logits = [], []
     with applied(while_decoding, model):
-        start = cache.get_seq_length() if rerotates(press) else length
+        start = first_position(cache, length, press)
         for step in range(n_new):
             position = torch.full_like(token, start + step)
             logits.append(model(token, past_key_values=cache, position_ids=position).logits[:, -1])

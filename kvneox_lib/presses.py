@@ -222,6 +222,15 @@ def check_press(press: BasePress | None, model: KVNeoXForCausalLM) -> None:
 
 
 @contextmanager
+def attention(model: KVNeoXForCausalLM, implementation: str) -> Iterator[KVNeoXForCausalLM]:
+    before, model.config._attn_implementation = model.config._attn_implementation, implementation
+    try:
+        yield model
+    finally:
+        model.config._attn_implementation = before
+
+
+@contextmanager
 def applied(press: BasePress | None, model: KVNeoXForCausalLM):
     """`with press(model)`, checked before and leaving nothing behind when something raises inside."""
     if press is None:

@@ -9,7 +9,6 @@ command line share them. Stock figures come from transformers' own `GPTNeoXForCa
 import argparse
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,7 @@ from transformers import DynamicCache, GPTNeoXForCausalLM, pipeline
 from kvneox_lib.calibration import standard_library_docstrings
 from kvneox_lib.decoding import greedy, kept_positions
 from kvneox_lib.modeling import KVNeoXForCausalLM, half_split
-from kvneox_lib.presses import REGISTRY, acts, applied, check_press, make_press, press_row, ratio_for
+from kvneox_lib.presses import REGISTRY, acts, applied, attention, check_press, make_press, press_row, ratio_for
 
 POSITIONS_CHECKED = ("snapkv", "tova", "knorm", "observed_attention", "streaming_llm", "pyramidkv")
 MODES = ("pipeline", "generation", "two questions")
@@ -50,15 +49,6 @@ def stock_twin(model: KVNeoXForCausalLM, attn_implementation: str = "eager") -> 
     stock.load_state_dict(model.state_dict(), assign=True)
     stock.gpt_neox.rotary_emb = type(stock.gpt_neox.rotary_emb)(config, device=model.device)  # its buffers were meta
     return stock.eval()
-
-
-@contextmanager
-def attention(model: KVNeoXForCausalLM, implementation: str) -> Iterator[KVNeoXForCausalLM]:
-    before, model.config._attn_implementation = model.config._attn_implementation, implementation
-    try:
-        yield model
-    finally:
-        model.config._attn_implementation = before
 
 
 def _relative(ours: torch.Tensor, stock: torch.Tensor) -> float:

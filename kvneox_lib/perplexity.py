@@ -1,0 +1,166 @@
+"""What compression costs in perplexity.
+
+A press acts after the attention of its layer, so the pass that reads the context knows nothing of it: whatever the
+ratio, its perplexity is that of no compression. What counts is the text *after* the context, each token predicted by a
+query that read the compressed cache. `continuation_nll` measures that; `teacher_forced_nll` is the control that shows
+the artefact.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import Cache, DynamicCache
+
+from kvneox_lib.decoding import first_position, kept_counts, prefill_each, with_delimiter
+from kvneox_lib.modeling import KVNeoXForCausalLM, adapt
+from kvneox_lib.presses import acts, applied, rows_independent
+
+LOGITS_AT_ONCE = 2**24  # numbers, 64 MiB in float32: a window's logits are never in memory as a whole
+TOKENS_AT_ONCE = 1024  # of a continuation: nor is a mask for all its queries
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A batch of windows read on from one compressed cache."""
+
+    nll: torch.Tensor  # (batch, T - n_context - 1)
+    kept: torch.Tensor  # (layers, batch, heads) entries that each head sees when the continuation begins
+    kv_bytes: int  # allocated for the keys and values of the whole batch, then
+
+
+@torch.no_grad()
+def continuation_nll(model, input_ids: torch.Tensor, *, n_context: int, press=None) -> torch.Tensor:
+    """(batch, T - n_context - 1): nll of tokens n_context + 1 ... T - 1 after `press` compressed the first `n_context`.
+
+    The token at n_context itself is predicted by the prefill, which no press has touched, and is not scored.
+    """
+    return score_each(model, input_ids, n_context=n_context, presses=[press])[0].nll
+
+
+@torch.no_grad()
+def score_each(model, input_ids: torch.Tensor, *, n_context: int, presses: list) -> list[Scored]:
+    """`continuation_nll` under each press, with what it kept; the context is read once for all that allow it."""
+    model, input_ids = _checked(model, input_ids)
+    if not 1 <= n_context <= input_ids.shape[1] - 2:
+        raise ValueError(
+            f"n_context={n_context!r}: must be from 1 to {input_ids.shape[1] - 2}, so that of these tokens"
+            " one is read after compression and one is scored"
+        )
+    if len(input_ids) > 1 and not all(map(rows_independent, presses)):
+        rows = [score_each(model, row[None], n_context=n_context, presses=presses) for row in input_ids]
+        return [_stacked(scored) for scored in zip(*rows)]
+    caches = prefill_each(model, input_ids[:, :n_context], presses)
+    scored = []
+    for press in presses:
+        cache = caches.pop(0)  # freed when it is done with
+        kept, kv_bytes = kept_counts(cache), allocated_bytes(cache)
+        nll, _ = read_on(model, cache, input_ids[:, n_context:], first_position(cache, n_context, press), press)
+        scored.append(Scored(nll, kept, kv_bytes))
+    return scored
+
+
+def _stacked(rows: list[Scored]) -> Scored:
+    nll, kept = torch.cat([row.nll for row in rows]), torch.cat([row.kept for row in rows], dim=1)
+    return Scored(nll, kept, sum(row.kv_bytes for row in rows))
+
+
+@torch.no_grad()
+def read_on(
+    model: KVNeoXForCausalLM, cache: Cache, input_ids: torch.Tensor, position: int, press
+) -> list[torch.Tensor]:
+    """Read `input_ids` (batch, n) into `cache` from `position` on. For all of them but the first, (batch, n - 1): the
+    nll, and whether the model would have chosen that token.
+
+    A press that acts while decoding goes on doing so, which takes a step for each token.
+    """
+    decoding = acts(press) == "decoding"
+    scored, last = [], input_ids.shape[1] - 1
+    with applied(press if decoding else None, model):
+        step = 1 if decoding else TOKENS_AT_ONCE
+        for start in range(0, last, step):
+            fed = input_ids[:, start : min(start + step, last)]
+            positions = torch.arange(start, start + fed.shape[1], device=fed.device)[None] + position
+            hidden = model.model(input_ids=fed, past_key_values=cache, position_ids=positions).last_hidden_state
+            scored.append(_score(model, hidden, input_ids[:, start + 1 : start + 1 + fed.shape[1]]))
+    return [torch.cat(parts, dim=1) for parts in zip(*scored)]
+
+
+@torch.no_grad()
+def teacher_forced_nll(model, input_ids: torch.Tensor, *, press=None) -> torch.Tensor:
+    """(batch, T - 1): the control, all tokens in one pass inside the press. No press can move it; see above."""
+    model, input_ids = _checked(model, input_ids)
+    if len(input_ids) > 1 and not rows_independent(press):
+        return torch.cat([teacher_forced_nll(model, row[None], press=press) for row in input_ids])
+    fed = with_delimiter(press, input_ids)
+    with applied(press, model):
+        hidden = model.model(input_ids=fed, past_key_values=DynamicCache()).last_hidden_state
+        return _score(model, hidden[:, :-1], input_ids[:, 1:])[0]
+
+
+def _checked(model, input_ids: torch.Tensor) -> tuple[KVNeoXForCausalLM, torch.Tensor]:
+    if input_ids.dim() != 2 or input_ids.shape[1] < 2:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; must be (batch, T) with T of at least 2")
+    model = adapt(model)
+    return model, input_ids.to(model.model.embed_tokens.weight.device)
+
+
+def _score(model: KVNeoXForCausalLM, hidden: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
+    """nll and hits (batch, n) from the last hidden states (batch, n, d), by chunks of the vocabulary projection."""
+    rows = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    scored = []
+    for states, ids in zip(hidden.flatten(0, 1).split(rows), targets.to(hidden.device).flatten().split(rows)):
+        logits = model.embed_out(states).float()
+        scored.append((cross_entropy(logits, ids, reduction="none"), logits.argmax(-1) == ids))
+    return [torch.cat(parts).view(targets.shape) for parts in zip(*scored)]
+
+
+def allocated_bytes(cache: Cache) -> int:
+    """Of keys and values, head-wise evicted entries that are only masked included."""
+    return sum(held.nbytes for layer in cache.layers for held in (layer.keys, layer.values))
+
+
+# ---- figures of a run -----------------------------------------------------------------------------------------------
+
+
+def bootstrap_ci95(numerator: np.ndarray, denominator: np.ndarray, n_resamples: int = 2000) -> tuple[float, float]:
+    """95 % interval of sum(numerator) / sum(denominator) over windows drawn with replacement, always the same draws."""
+    n = len(numerator)
+    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=n_resamples)  # (resamples, windows) counts
+    low, high = np.percentile((drawn @ numerator) / (drawn @ denominator), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def summarize(nll: np.ndarray, n_bytes: np.ndarray, n_words: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
+    """The figures of a record from nll (windows, L), in nat; `baseline` is that of no compression on the same windows.
+
+    Differences are paired: most of what makes one window harder than another is in both and cancels.
+    """
+    n_tokens, total = np.full(len(nll), nll.shape[1]), nll.sum(1)
+    figures = {"n_windows": len(nll), "n_tokens": int(n_tokens.sum())}
+    for name, values, worth in (
+        ("nll_mean", total, n_tokens),
+        ("delta_nll", total - baseline.sum(1), n_tokens),
+        ("bits_per_byte", total / np.log(2), n_bytes),
+        ("nll_per_word", total, n_words),
+    ):
+        low, high = bootstrap_ci95(values, worth)
+        figures |= {name: values.sum() / worth.sum(), f"{name}_ci95_low": low, f"{name}_ci95_high": high}
+    for name, of in (("ppl", "nll_mean"), ("ppl_ratio", "delta_nll"), ("word_ppl", "nll_per_word")):
+        for end in ("", "_ci95_low", "_ci95_high"):
+            figures[name + end] = float(np.exp(figures[of + end]))
+    return figures
+
+
+def by_distance(nll: np.ndarray, baseline: np.ndarray) -> pd.DataFrame:
+    """How long the damage lasts: nll and paired difference by distance from the cut, in bins that double."""
+    edges = [0, *(2**i for i in range(nll.shape[1].bit_length()) if 2**i < nll.shape[1]), nll.shape[1]]
+    rows = []
+    for start, end in zip(edges[:-1], edges[1:]):
+        part, delta = nll[:, start:end], (nll - baseline)[:, start:end]
+        low, high = bootstrap_ci95(delta.sum(1), np.full(len(delta), end - start))
+        row = {"from_token": start + 1, "to_token": end, "nll_mean": part.mean(), "delta_nll": delta.mean()}
+        rows.append(row | {"delta_nll_ci95_low": low, "delta_nll_ci95_high": high})
+    return pd.DataFrame(rows)

@@ -1,0 +1,120 @@
+"""Whether a fact in the context survives compression: passkeys hidden in filler, and questions about them.
+
+The question comes after compression (what counts for a cache that is used again), or stands inside the compressed
+context, all but its last token. Either way every digit is predicted by a query that read the compressed cache; none is
+left over from the prefill.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import Cache
+
+from kvneox_lib.decoding import first_position, kept_counts, positions_in, prefill_each
+from kvneox_lib.modeling import KVNeoXForCausalLM, adapt
+from kvneox_lib.passkeys import RecallKey, RecallSample, recall_samples
+from kvneox_lib.perplexity import allocated_bytes, read_on
+
+
+@dataclass(frozen=True)
+class RecallRow:
+    """One key, asked for once."""
+
+    name: str
+    depth: float  # where it is in the context, from 0 to 1
+    correct: bool  # all digits, each the model's first choice
+    nll: float  # mean over the tokens of the answer
+    digits_kept: float | None  # share of the digits' entries that survive, over layers and heads; None: not to be told
+    statement_kept: float | None  # the same for the whole statement around them
+    kept_fraction: float  # the same for the whole context
+    kv_bytes: int
+
+
+@dataclass(frozen=True)
+class RecallResult:
+    rows: list[RecallRow]
+
+    @property
+    def accuracy(self) -> float:
+        return sum(row.correct for row in self.rows) / len(self.rows)
+
+    @property
+    def nll(self) -> float:
+        return sum(row.nll for row in self.rows) / len(self.rows)
+
+
+def recall_accuracy(
+    model,
+    tokenizer,
+    *,
+    press=None,
+    n_keys: int,
+    context_length: int,
+    filler: str,
+    query_aware: bool = False,
+    seed: int = 0,
+    keys_per_context: int = 4,
+    depths: Sequence[float] | None = None,
+) -> RecallResult:
+    """Exact recall of `n_keys` passkeys, a few to each context of `context_length` tokens of `filler`.
+
+    query_aware: let the press see the question, but for its last token. `depths`: see `recall_samples`.
+    """
+    samples = recall_samples(
+        tokenizer,
+        filler=filler,
+        n_keys=n_keys,
+        keys_per_context=keys_per_context,
+        context_length=context_length,
+        depths=depths,
+        seed=seed,
+    )
+    rows = [rows[0] for sample in samples for rows in ask_each(model, sample, [press], query_aware)]
+    return RecallResult(rows)
+
+
+@torch.no_grad()
+def ask_each(model, sample: RecallSample, presses: list, query_aware: bool = False) -> Iterator[list[RecallRow]]:
+    """For each key of the sample, a row for each press."""
+    model = adapt(model)
+    device = model.model.embed_tokens.weight.device
+    for context, keys, n_fed in _contexts(sample, query_aware):
+        full, *caches = prefill_each(model, context[None].to(device), [None, *presses])
+        kept = [_kept(cache, full, press) for cache, press in zip(caches, presses)]
+        for key in keys:
+            read = torch.cat([key.question_ids[n_fed:], key.answer_ids])[None].to(device)
+            yield [
+                _ask(model, copy.deepcopy(cache), len(context), read, key, press, positions)
+                for cache, press, positions in zip(caches, presses, kept)
+            ]
+
+
+def _contexts(sample: RecallSample, query_aware: bool) -> Iterator[tuple[torch.Tensor, list[RecallKey], int]]:
+    """What to compress, the keys to ask for then, and how much of a question is in there already."""
+    if not query_aware:
+        yield sample.context_ids, sample.keys, 0
+        return
+    for key in sample.keys:
+        yield torch.cat([sample.context_ids, key.question_ids[:-1]]), [key], len(key.question_ids) - 1
+
+
+def _kept(cache: Cache, full: Cache, press) -> torch.Tensor | None:
+    try:
+        return None if press is None else positions_in(cache, full)[:, 0].float().mean((0, 1))  # (T,)
+    except ValueError:  # this press changes keys, so nobody can tell which are left
+        return None
+
+
+def _ask(model: KVNeoXForCausalLM, cache: Cache, n_context: int, read: torch.Tensor, key: RecallKey, press, positions):
+    kept_fraction = float(kept_counts(cache).float().mean()) / n_context
+    kv_bytes = allocated_bytes(cache)
+    nll, hit = read_on(model, cache, read, first_position(cache, n_context, press), press)
+    answer = slice(-len(key.answer_ids), None)
+    kept = [
+        None if positions is None else float(positions[slice(*span)].mean()) for span in (key.digits_span, key.span)
+    ]
+    return RecallRow(
+        key.name, key.depth, bool(hit[0, answer].all()), float(nll[0, answer].mean()), *kept, kept_fraction, kv_bytes
+    )
