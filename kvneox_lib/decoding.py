@@ -52,7 +52,10 @@ def prefill_each(model: KVNeoXForCausalLM, input_ids: torch.Tensor, presses: lis
         if press is not None:
             check_press(press, model)
             press.post_init_from_model(model)
-    handles = [layer.self_attn.register_forward_hook(fork, with_kwargs=True) for layer in model.model.layers]
+    handles = []
+    for layer in model.model.layers:
+        layer.self_attn.rotary_emb = model.model.rotary_emb  # as kvpress' own context does
+        handles.append(layer.self_attn.register_forward_hook(fork, with_kwargs=True))
     try:
         model.model(input_ids=input_ids, past_key_values=DynamicCache())
     finally:

@@ -33,7 +33,7 @@ from kvneox_lib.presses import (
 )
 from kvneox_lib.recall import RecallResult, ask_each
 from kvneox_lib.registry import RATIO_PER_LAYER
-from kvneox_lib.windows import Windows, windows
+from kvneox_lib.windows import Windows, check_int, windows
 
 # The first four are at the head of every run's name; where a text or a record lies does not change a figure.
 NOT_IN_THE_ID = ("model", "dataset", "press", "compression_ratio", "data_dir", "output_dir", "overwrite")
@@ -88,7 +88,10 @@ def measure_perplexity(
 
     context_limit: no window, context and continuation together, is longer; its context is cut for that.
     """
-    runs = _Runs(measure_perplexity, locals())
+    asked = locals()
+    check_int("batch_size", batch_size, 1)
+    check_int("control_windows", control_windows, 1)
+    runs = _Runs(measure_perplexity, asked)
     context_length = runs.context_length(context_length, continuation_length, context_limit)
     cut = windows(
         runs.text,
@@ -190,7 +193,9 @@ def measure_recall(
     context_limit: no context with a question and its answer is longer; the context is cut for that.
     """
     asked = locals()
-    modes = [query_aware] if isinstance(query_aware, bool) else list(query_aware)
+    modes = [query_aware] if isinstance(query_aware, bool | str) else list(query_aware)
+    if not modes or not all(isinstance(mode, bool) for mode in modes):
+        raise ValueError(f"query_aware={query_aware!r}: must be True, False or a list of them")
     runs = _Runs(measure_recall, asked)
     context_length = runs.context_length(context_length, QUESTION_TOKENS, context_limit)
     samples = recall_samples(

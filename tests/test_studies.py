@@ -1,0 +1,169 @@
+"""Studies: each run once, found again only for equal parameters, the same alone as among others."""
+
+import pandas as pd
+import pytest
+
+from kvneox_lib import studies
+from kvneox_lib.data import load_text
+from kvneox_lib.perplexity import bootstrap_ci95, continuation_nll, teacher_forced_nll
+from kvneox_lib.presses import make_press
+from kvneox_lib.studies import measure_perplexity, measure_recall, wilson_ci95
+from kvneox_lib.windows import windows
+
+SMALL = {
+    "model": "demo",
+    "dataset": "python-docs",
+    "context_length": 96,
+    "continuation_length": 32,
+    "max_windows": 6,
+    "control_windows": 2,
+}
+
+
+def figures(study) -> pd.DataFrame:
+    measured = [name for name in study.records if not name.endswith(("_s", "_at", "path"))]
+    return study.records.set_index("run_id")[measured[1:]]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return measure_perplexity(
+        **SMALL,
+        press=["random", "snapkv"],
+        compression_ratio=[0.3, 0.8],
+        output_dir=str(tmp_path_factory.mktemp("out")),
+    )
+
+
+def test_figures_are_those_of_the_functions(study, demo, tokenizer):
+    cut = windows(load_text("python-docs"), tokenizer, context_length=96, continuation_length=32, max_windows=6)
+    assert study.records["press"].tolist() == ["no_press", "random", "random", "snapkv", "snapkv"]
+    nll = continuation_nll(demo, cut.input_ids, n_context=96, press=make_press("snapkv", 0.8)).double()
+    plain = continuation_nll(demo, cut.input_ids, n_context=96).double()
+    row = study.records.iloc[-1]
+    assert row["nll_mean"] == pytest.approx(float(nll.mean()), abs=1e-5)
+    assert row["delta_nll"] == pytest.approx(float((nll - plain).mean()), abs=1e-5)
+    low, high = bootstrap_ci95((nll - plain).sum(1).numpy(), pd.Series([31] * 6).to_numpy())
+    assert (row["delta_nll_ci95_low"], row["delta_nll_ci95_high"]) == pytest.approx((low, high), abs=1e-5)
+    control = teacher_forced_nll(demo, cut.input_ids[:2])[:, 96:].mean()
+    assert (row["n_tokens"], row["n_windows"], row["context_tokens"]) == (6 * 31, 6, 96)
+    assert row["control_nll_mean"] == pytest.approx(float(control), abs=1e-5) and abs(row["control_delta_nll"]) < 1e-6
+    assert row["kept_fraction"] == pytest.approx(0.2, abs=0.01)
+    assert row["kv_bytes"] == 2 * 6 * 19 * 256 * 4
+    assert (row["model"], row["weights"], row["press"], row["compression_ratio"]) == ("demo", "bundled", "snapkv", 0.8)
+    assert row["dataset"].startswith("python-docs 3.")
+
+
+def test_tables_are_one_for_each_run(study):
+    table = study.table("windows")
+    by_run = table.groupby(["press", "compression_ratio"])["nll_mean"].mean()
+    assert len(table) == 5 * 6
+    assert by_run["snapkv", 0.3] == pytest.approx(study.records.iloc[3]["nll_mean"])
+    heads = study.table("heads")
+    assert heads.groupby(["press", "compression_ratio"])["kept"].mean()["random", 0.8] == pytest.approx(0.2, abs=0.01)
+    assert len(heads) == 5 * 24 and study.table("distance")["to_token"].max() == 31
+
+
+def test_runs_are_the_same_alone_and_are_not_done_again(study, tmp_path, monkeypatch):
+    for name, ratio in (("snapkv", 0.3), ("random", 0.8), ("random", 0.3)):
+        alone = measure_perplexity(**SMALL, press=name, compression_ratio=ratio, output_dir=str(tmp_path))
+        row, other = alone.records.iloc[-1], study.records.set_index("run_id").loc[alone.records.iloc[-1]["run_id"]]
+        assert row["nll_mean"] == pytest.approx(other["nll_mean"], abs=1e-6), name
+    monkeypatch.setattr(studies, "score_each", None)  # whoever measures now fails
+    again = measure_perplexity(**SMALL, press=["random", "snapkv"], compression_ratio=0.3, output_dir=str(study.folder))
+    assert again.records["nll_mean"].tolist() == study.records["nll_mean"][[0, 1, 3]].tolist()
+    for changed in ({"seed": 1}, {"context_length": 95}, {"overwrite": True}, {"dtype": "bfloat16"}):
+        with pytest.raises(TypeError):
+            measure_perplexity(**{**SMALL, **changed}, press="snapkv", output_dir=str(study.folder))
+
+
+def test_names_say_what_differs_from_the_defaults(study):
+    names = study.records["run_id"].tolist()
+    differing = "__".join(f"{name}={SMALL[name]}" for name in sorted(SMALL) if name not in ("model", "dataset"))
+    assert names[4] == f"python-docs__demo__snapkv__0.80__{differing}"
+    assert (study.folder / f"{names[4]}.json").exists() and len(list(study.folder.glob("*.json"))) == 5
+
+
+def test_presses_without_a_ratio_are_measured_once_and_those_that_need_eager_get_it(tmp_path):
+    study = measure_perplexity(
+        **SMALL,
+        press=["think", "observed_attention", "per_layer_knorm", "chunkkv_snapkv"],
+        compression_ratio=[0.2, 0.6],
+        output_dir=str(tmp_path),
+    )
+    table = study.records.set_index(["press"])
+    assert len(table) == 1 + 1 + 2 + 2 + 2
+    assert table.loc["think", "run_id"].startswith("python-docs__demo__think__own__")
+    assert set(table.loc["observed_attention", "attn_implementation"]) == {"eager"}
+    assert set(table.loc["chunkkv_snapkv", "attn_implementation"]) == {"sdpa"}
+    assert table.loc["per_layer_knorm", "kept_fraction"].tolist() == pytest.approx([0.8, 0.4], abs=0.02)
+    assert study.loaded.model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"press": ["knorm", "adakv_snapkv"], "attn_implementation": "eager"}, "'eager' cannot serve AdaKVPress"),
+        ({"press": ["knorm", "snapvk"]}, "press 'snapvk' is unknown; nearest: snapkv"),
+        ({"context_limit": 32}, "context_limit=32: must be above 32"),
+        ({"compression_ratio": 1.5}, "compression_ratio=1.5; allowed is"),
+        ({"max_windows": 0}, "max_windows=0: must be a whole number of at least 1"),
+        ({"batch_size": 0}, "batch_size=0: must be a whole number of at least 1"),
+        ({"control_windows": 0}, "control_windows=0: must be a whole number of at least 1"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_anything_is_run(tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        measure_perplexity(**{**SMALL, **wrong}, output_dir=str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_query_aware_is_yes_or_no():
+    with pytest.raises(ValueError, match="query_aware='yes': must be True, False or a list of them"):
+        measure_recall(query_aware="yes")
+
+
+def test_context_limit_cuts_the_context(tmp_path):
+    study = measure_perplexity(**SMALL, context_limit=100, press="knorm", output_dir=str(tmp_path))
+    assert set(study.records["context_tokens"]) == {68}
+
+
+def test_recall_study(tmp_path):
+    study = measure_recall(
+        model="demo",
+        dataset="python-docs",
+        press="streaming_llm",
+        compression_ratio=0.5,
+        query_aware=[False, True],
+        n_keys=6,
+        keys_per_context=3,
+        depths=[0.2, 0.9],
+        context_length=400,
+        output_dir=str(tmp_path),
+    )
+    assert study.records["query_aware"].tolist() == [False, False, True, True]
+    keys = study.table("keys")
+    assert len(keys) == 4 * 6 and set(keys["depth"]) == {0.2, 0.9}
+    outside = keys[(keys["press"] == "streaming_llm") & ~keys["query_aware"]]
+    assert outside.groupby("depth")["digits_kept"].mean().to_dict() == {0.2: 0.0, 0.9: 1.0}  # the window's half
+    row = study.records.iloc[1]
+    assert row["accuracy"] == outside["correct"].mean() and row["nll_mean"] == pytest.approx(outside["nll"].mean())
+    assert row["accuracy_ci95_low"] < row["accuracy"] < row["accuracy_ci95_high"]
+
+
+def test_wilsons_interval():
+    """Where the score test just rejects: |share - p| = z sqrt(p (1 - p) / n)."""
+    for hits, n in ((0, 20), (7, 20), (20, 20)):
+        for p in wilson_ci95(hits, n):
+            assert abs(hits / n - p) == pytest.approx(1.959964 * (p * (1 - p) / n) ** 0.5, abs=1e-6)
+
+
+def test_fallbacks_are_named(tmp_path, cache):
+    """No connection: the demo model and python-docs stand in, under their own names."""
+    with pytest.warns(UserWarning, match="STANDS IN for wikitext"):
+        study = measure_perplexity(
+            press="knorm", compression_ratio=0.5, max_windows=1, control_windows=1, output_dir=str(tmp_path)
+        )
+    row = study.records.iloc[-1]
+    assert (row["model"], row["weights"], row["dataset"].split()[0]) == ("demo", "bundled", "python-docs")
+    assert row["run_id"].startswith("python-docs__demo__knorm__0.50__") and study.text.name == row["dataset"]
