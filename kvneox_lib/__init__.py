@@ -2,15 +2,21 @@
 
 from kvneox_lib.modeling import KVNeoXForCausalLM, adapt
 from kvneox_lib.models import LoadedModel, load_model
+from kvneox_lib.perplexity import continuation_nll, teacher_forced_nll
 from kvneox_lib.presses import check_press, expand_presses, make_press, press_names
+from kvneox_lib.recall import RecallResult, recall_accuracy
 
 __all__ = [
     "KVNeoXForCausalLM",
     "LoadedModel",
+    "RecallResult",
     "adapt",
     "check_press",
+    "continuation_nll",
     "expand_presses",
     "load_model",
     "make_press",
     "press_names",
+    "recall_accuracy",
+    "teacher_forced_nll",
 ]

@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 
 import matplotlib
+import pandas as pd
 import seaborn
 import torch
 from matplotlib import font_manager, pyplot
@@ -98,4 +99,79 @@ def kept_heat_maps(kept: dict[str, torch.Tensor], n_bins: int = 64) -> Figure:
     figure.supxlabel("上下文中的位置", fontsize=10)
     figure.supylabel("层（层内每行一个头）", fontsize=10)
     figure.colorbar(image, ax=grid, label="保留比例", shrink=0.8)
+    return figure
+
+
+# -- one line, one panel a press --------------------------------------------------------------------------------------
+
+
+def _line_style(name: str, names: list[str]) -> dict:
+    """Colour, marker and dash together tell a press, so that grey print and colour-blind eyes do too."""
+    if name == "no_press":
+        return {"color": "0.25", "marker": "", "linestyle": ":"}
+    index = [n for n in names if n != "no_press"].index(name)
+    palette, markers, dashes = seaborn.color_palette("colorblind"), "os^DvP*X<>hd", ("-", "--", "-.")
+    return {
+        "color": palette[index % len(palette)],
+        "marker": markers[index % len(markers)],
+        "linestyle": dashes[index // len(palette) % len(dashes)],
+    }
+
+
+def press_lines(
+    frame: pd.DataFrame, x: str, y: str, *, xlabel: str, ylabel: str, title: str = "", log_x: bool = False
+) -> Figure:
+    """`y` against `x`, one line a press, with bars from <y>_ci95_low to <y>_ci95_high where the frame has them."""
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.2))
+    names = list(dict.fromkeys(frame["press"]))
+    for i, name in enumerate(names):
+        rows = frame[frame["press"] == name].sort_values(x)
+        style = {**_line_style(name, names), "markersize": 5, "linewidth": 1.4, "label": name}
+        if f"{y}_ci95_low" in frame:
+            bars = rows[y] - rows[f"{y}_ci95_low"], rows[f"{y}_ci95_high"] - rows[y]
+            bars = [bar.clip(lower=0).to_numpy() for bar in bars]
+            aside = (i - (len(names) - 1) / 2) / 200  # so that bars do not hide each other
+            places = rows[x] * 8**aside if log_x else rows[x] + aside * (frame[x].max() - frame[x].min())
+            axes.errorbar(places.to_numpy(), rows[y].to_numpy(), yerr=bars, capsize=2, **style)
+        else:
+            axes.plot(rows[x], rows[y], **style)
+    if log_x:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
+    return figure
+
+
+def heat_maps(
+    frame: pd.DataFrame,
+    rows: str,
+    columns: str,
+    value: str,
+    *,
+    ylabel: str,
+    xlabel: str,
+    label: str,
+    highest: float = 1,
+) -> Figure:
+    """For each press a panel of `value`, averaged, by `rows` and `columns`."""
+    names = list(dict.fromkeys(frame["press"]))
+    width = min(5, len(names))
+    height = -(-len(names) // width)
+    figure, grid = pyplot.subplots(
+        height, width, figsize=(2.2 * width + 1, 2.1 * height + 0.6), sharex=True, sharey=True, squeeze=False
+    )
+    for axes, name in zip(grid.flat, names):
+        table = frame[frame["press"] == name].pivot_table(index=rows, columns=columns, values=value)
+        image = axes.imshow(table, aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_title(name, fontsize=9)
+        axes.set_xticks(range(table.shape[1]), [f"{x:g}" for x in table.columns], fontsize=8)
+        shown = range(0, table.shape[0], -(-table.shape[0] // 6))
+        axes.set_yticks(shown, [f"{table.index[i]:g}" for i in shown], fontsize=8)
+        axes.grid(False)
+    for axes in list(grid.flat)[len(names) :]:
+        axes.set_axis_off()
+    figure.supxlabel(xlabel, fontsize=10)
+    figure.supylabel(ylabel, fontsize=10)
+    figure.colorbar(image, ax=grid, label=label, shrink=0.8)
     return figure

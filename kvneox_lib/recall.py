@@ -7,15 +7,16 @@ left over from the prefill.
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import Cache
 
-from kvneox_lib.decoding import first_position, kept_counts, positions_in, prefill_each
+from kvneox_lib.decoding import first_position, kept_counts, positions_in, prefill, prefill_each
 from kvneox_lib.modeling import KVNeoXForCausalLM, adapt
 from kvneox_lib.passkeys import RecallKey, RecallSample, recall_samples
 from kvneox_lib.perplexity import allocated_bytes, read_on
+from kvneox_lib.presses import attention
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class RecallRow:
     statement_kept: float | None  # the same for the whole statement around them
     kept_fraction: float  # the same for the whole context
     kv_bytes: int
+    digits_kept_by_head: torch.Tensor | None = field(repr=False, compare=False)  # (layers, heads)
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def _contexts(sample: RecallSample, query_aware: bool) -> Iterator[tuple[torch.T
 
 def _kept(cache: Cache, full: Cache, press) -> torch.Tensor | None:
     try:
-        return None if press is None else positions_in(cache, full)[:, 0].float().mean((0, 1))  # (T,)
+        return None if press is None else positions_in(cache, full)[:, 0].float()  # (layers, heads, T)
     except ValueError:  # this press changes keys, so nobody can tell which are left
         return None
 
@@ -112,9 +114,39 @@ def _ask(model: KVNeoXForCausalLM, cache: Cache, n_context: int, read: torch.Ten
     kv_bytes = allocated_bytes(cache)
     nll, hit = read_on(model, cache, read, first_position(cache, n_context, press), press)
     answer = slice(-len(key.answer_ids), None)
-    kept = [
-        None if positions is None else float(positions[slice(*span)].mean()) for span in (key.digits_span, key.span)
-    ]
+    digits_kept = statement_kept = by_head = None
+    if positions is not None:
+        by_head = positions[..., slice(*key.digits_span)].mean(-1)
+        digits_kept, statement_kept = float(by_head.mean()), float(positions[..., slice(*key.span)].mean())
     return RecallRow(
-        key.name, key.depth, bool(hit[0, answer].all()), float(nll[0, answer].mean()), *kept, kept_fraction, kv_bytes
+        name=key.name,
+        depth=key.depth,
+        correct=bool(hit[0, answer].all()),
+        nll=float(nll[0, answer].mean()),
+        digits_kept=digits_kept,
+        statement_kept=statement_kept,
+        kept_fraction=kept_fraction,
+        kv_bytes=kv_bytes,
+        digits_kept_by_head=by_head,
     )
+
+
+@torch.no_grad()
+def copy_attention(model, samples: Sequence[RecallSample]) -> torch.Tensor:
+    """(layers, heads): how much each head of the uncompressed model looks at a digit when it has to say that digit.
+
+    Recall hangs on few heads. A press that keeps the digits there can drop them everywhere else.
+    """
+    model = adapt(model)
+    device, seen = model.model.embed_tokens.weight.device, []
+    with attention(model, "eager"):
+        for sample in samples:
+            cache = prefill(model, sample.context_ids[None].to(device), None)
+            for key in sample.keys:
+                read, n = torch.cat([key.question_ids, key.answer_ids[:-1]]), len(key.answer_ids)
+                weights = model.model(
+                    input_ids=read[None].to(device), past_key_values=copy.deepcopy(cache), output_attentions=True
+                ).attentions  # of each layer, (1, heads, queries, keys)
+                digits = torch.arange(*key.digits_span)
+                seen.append(torch.stack([of_layer[0, :, range(-n, 0), digits].mean(-1).cpu() for of_layer in weights]))
+    return torch.stack(seen).float().mean(0)

@@ -31,7 +31,7 @@ from kvneox_lib.presses import (
     press_row,
     ratio_for,
 )
-from kvneox_lib.recall import RecallResult, ask_each
+from kvneox_lib.recall import RecallResult, ask_each, copy_attention
 from kvneox_lib.registry import RATIO_PER_LAYER
 from kvneox_lib.windows import Windows, check_int, windows
 
@@ -126,7 +126,7 @@ def measure_perplexity(
             tables = {
                 "windows": _window_table(cut, result.nll, baseline.nll),
                 "distance": by_distance(result.nll, baseline.nll),
-                "heads": pd.DataFrame(kept).rename_axis("layer").reset_index().melt("layer", None, "head", "kept"),
+                "heads": _head_table(kept=kept),
             }
             runs.write(name, ratio, context_length, started, figures, tables)
     progress.close()
@@ -214,6 +214,7 @@ def measure_recall(
         for mode in modes
         for name, ratios in runs.pending(["no_press", *expand_presses(press)], compression_ratio, query_aware=mode)
     ]
+    reading = copy_attention(runs.loaded.model, samples[:4]).numpy() if pending else None
     progress = tqdm(total=n_keys * sum(len(ratios) for _, _, ratios in pending), unit="问", desc="检索")
     for mode, name, ratios in pending:
         progress.set_postfix_str(name)
@@ -226,6 +227,8 @@ def measure_recall(
         seconds = (time.perf_counter() - clock) / len(ratios)
         for ratio, result in zip(ratios, map(RecallResult, zip(*rows))):
             table = pd.DataFrame([asdict(row) for row in result.rows])
+            by_head = table.pop("digits_kept_by_head")
+            kept = np.full_like(reading, np.nan) if by_head[0] is None else torch.stack([*by_head]).mean(0).numpy()
             low, high = wilson_ci95(int(table["correct"].sum()), len(table))
             figures = {
                 "accuracy": result.accuracy,
@@ -234,12 +237,21 @@ def measure_recall(
                 "nll_mean": result.nll,
                 "n_tokens": sum(len(key.answer_ids) for sample in samples for key in sample.keys),
                 **table[["digits_kept", "statement_kept", "kept_fraction", "kv_bytes"]].mean(),
+                "digits_kept_where_read": (kept * reading).sum() / reading.sum(),
                 "run_s": seconds,
             }
             figures = {name: None if pd.isna(value) else value for name, value in figures.items()}
-            runs.write(name, ratio, context_length, started, figures, {"keys": table}, query_aware=mode)
+            heads = _head_table(digits_kept=kept, copy_attention=reading)
+            runs.write(name, ratio, context_length, started, figures, {"keys": table, "heads": heads}, query_aware=mode)
     progress.close()
     return runs.study()
+
+
+def _head_table(**columns: np.ndarray) -> pd.DataFrame:
+    """Long form of arrays (layers, heads)."""
+    layer, head = np.indices(next(iter(columns.values())).shape)
+    values = {name: array.ravel() for name, array in columns.items()}
+    return pd.DataFrame({"layer": layer.ravel(), "head": head.ravel(), **values})
 
 
 def wilson_ci95(hits: int, n: int) -> tuple[float, float]:

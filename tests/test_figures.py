@@ -4,6 +4,7 @@ import warnings
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from matplotlib import font_manager, pyplot
@@ -60,3 +61,36 @@ def test_kept_heat_maps(tmp_path):
     assert len(maps) == 4
     assert np.array_equal(maps[0], [[0] * 10] * 2 + [[0] * 5 + [1] * 5] + [[0] * 10] * 3)
     assert np.array_equal(maps[1], 1 - maps[0])
+
+
+def measured() -> pd.DataFrame:
+    rows = [
+        {"press": press, "compression_ratio": ratio, "delta_nll": ratio * i, "depth": depth, "correct": i == 3}
+        for i, press in enumerate(["no_press", *(f"press {k}" for k in range(13))])
+        for ratio in (0.25, 0.5)
+        for depth in (0.1, 0.9)
+    ]
+    frame = pd.DataFrame(rows)
+    return frame.assign(delta_nll_ci95_low=frame["delta_nll"] - 0.1, delta_nll_ci95_high=frame["delta_nll"] + 0.2)
+
+
+def test_press_lines(tmp_path):
+    frame = measured().drop_duplicates(["press", "compression_ratio"])
+    figure = figures.press_lines(frame, "compression_ratio", "delta_nll", xlabel="压缩率", ylabel="差", log_x=True)
+    draw(figure, tmp_path)
+    (axes,) = figure.axes
+    lines = {container.get_label(): container.lines[0] for container in axes.containers}
+    assert list(lines["press 3"].get_ydata()) == [1.0, 2.0]
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines.values()}
+    assert len(lines) == len(looks) == 14
+    (bars,) = axes.containers[4].lines[2]
+    assert bars.get_segments()[0][:, 1].tolist() == pytest.approx([0.9, 1.2])
+
+
+def test_heat_maps(tmp_path):
+    figure = figures.heat_maps(
+        measured(), "depth", "compression_ratio", "correct", ylabel="深度", xlabel="压缩率", label="准确率"
+    )
+    draw(figure, tmp_path)
+    panels = {axes.get_title(): axes.images[0].get_array() for axes in figure.axes if axes.images and axes.get_title()}
+    assert len(panels) == 14 and panels["press 2"].mean() == 1 and panels["press 3"].mean() == 0

@@ -1,12 +1,15 @@
 """Every notebook runs under papermill, with reduced parameters, from the folder that a user would be in."""
 
+import ast
+import inspect
+
 import nbformat
 import pandas as pd
 import papermill
 import pytest
 from conftest import REPOSITORY
 
-from kvneox_lib import records
+from kvneox_lib import records, studies
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 COMMON = {"model", "attn_implementation", "dtype", "device", "context_length", "output_dir"}
@@ -54,3 +57,58 @@ def test_adapter_notebook(tmp_path):
     matrix = records.table_path(tmp_path / "out", record["run_id"], "matrix")
     assert list(pd.read_csv(matrix).press) == names
     assert "4 种 press，24 格" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "measure", "own"),
+    [
+        ("01_wikitext_ppl", studies.measure_perplexity, {"output_dir"}),
+        ("02_pg19_ppl", studies.measure_perplexity, {"output_dir", "dataset", "sample_idx"}),
+        ("05_recall", studies.measure_recall, set()),
+    ],
+)
+def test_notebooks_have_the_defaults_after_which_runs_are_named(name, measure, own):
+    defaults = {key: parameter.default for key, parameter in inspect.signature(measure).parameters.items()}
+    found = papermill.inspect_notebook(REPOSITORY / "notebooks" / f"{name}.ipynb")
+    written = {key: ast.literal_eval(parameter["default"]) for key, parameter in found.items()}
+    assert set(written) == set(defaults)
+    for key in set(defaults) - own:
+        expected = list(defaults[key]) if isinstance(defaults[key], tuple) else defaults[key]
+        assert written[key] == expected, key
+
+
+TEXT = {"model": "demo", "dataset": "python-docs", "context_length": 192}
+
+
+@pytest.mark.slow
+def test_wikitext_notebook(tmp_path):
+    windows = {"continuation_length": 48, "max_windows": 6, "control_windows": 2}
+    ratios = {"press": ["random", "adakv_snapkv", "think"], "compression_ratio": [0.25, 0.9]}
+    notebook = run("01_wikitext_ppl", tmp_path, **TEXT, **windows, **ratios, output_dir=str(tmp_path / "out"))
+    text = said(notebook)
+    assert "模型 **demo**（权重：bundled），文本 **python-docs 3." in text
+    assert "对照的最大变动是 0.0e+00 nat" in text and "与随机淘汰逐窗口相比" in text
+    assert len(records.load_records(tmp_path / "out")) == 1 + 2 + 2 + 1 and "6 份记录" in text
+
+
+@pytest.mark.slow
+def test_long_book_notebook(tmp_path):
+    """As README says it, in the folder of a user without network."""
+    windows = {"continuation_length": 48, "max_windows": 6, "control_windows": 2, "press": "knorm", "sample_idx": 0}
+    notebook = run("02_pg19_ppl", tmp_path, **{**TEXT, **windows}, output_dir=str(tmp_path / "out"))
+    text = said(notebook)
+    assert "The Python Language Reference" in text and "损失最大的是 knorm（压缩率 0.90）" in text
+    assert len(records.load_records(tmp_path / "out")) == 5
+
+
+@pytest.mark.slow
+def test_recall_notebook(tmp_path):
+    asked = {"press": ["streaming_llm", "keydiff"], "compression_ratio": [0.5, 0.9], "query_aware": [False, True]}
+    notebook = run("05_recall", tmp_path, **{**TEXT, "context_length": 400}, **asked, output_dir=str(tmp_path / "out"))
+    text = said(notebook)
+    assert "不压缩时：问题在外" in text and "秩相关" in text and "第 5 层第 1 头" in text
+    measured = records.load_records(tmp_path / "out").set_index(["press", "compression_ratio", "query_aware"])[
+        "accuracy"
+    ]
+    assert len(measured) == 10 and measured["no_press", 0.0, False] >= 0.9
+    assert measured["streaming_llm", 0.9, False] <= 0.2

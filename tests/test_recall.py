@@ -8,7 +8,7 @@ from kvneox_lib.data import load_text
 from kvneox_lib.decoding import kept_positions
 from kvneox_lib.passkeys import recall_samples
 from kvneox_lib.presses import make_press
-from kvneox_lib.recall import ask_each, recall_accuracy
+from kvneox_lib.recall import ask_each, copy_attention, recall_accuracy
 from kvneox_lib.verify import stock_twin
 
 SAMPLE = {"n_keys": 6, "keys_per_context": 3, "context_length": 500, "seed": 2}
@@ -116,6 +116,20 @@ def test_what_is_kept_around_a_key_is_what_kept_positions_says(demo, samples):
         assert row.kept_fraction == pytest.approx(0.4) and row.depth == key.depth
     (row,) = next(ask_each(demo, sample, [make_press("key_rerotation_knorm")]))
     assert row.digits_kept is None and row.kept_fraction == 0.5
+
+
+@torch.no_grad()
+def test_copy_attention_is_the_stock_models(demo, samples):
+    stock, seen = stock_twin(demo), []
+    for key in samples[0].keys:
+        ids = torch.cat([samples[0].context_ids, key.question_ids, key.answer_ids])[None]
+        weights = torch.stack(stock(ids[:, :-1], output_attentions=True).attentions)[:, 0]  # (layers, heads, T, T)
+        first = ids.shape[1] - 1 - len(key.answer_ids)
+        pairs = [weights[..., first + j, key.digits_span[0] + j] for j in range(len(key.answer_ids))]
+        seen.append(torch.stack(pairs).mean(0))
+    found = copy_attention(demo, samples[:1])
+    assert (found - torch.stack(seen).mean(0)).abs().max() < 1e-4
+    assert found.max() > 0.5 and (found > 0.1).float().mean() < 0.5  # few heads do it
 
 
 def test_wrong_arguments_are_refused(demo, tokenizer, filler):

@@ -149,6 +149,9 @@ def test_recall_study(tmp_path):
     row = study.records.iloc[1]
     assert row["accuracy"] == outside["correct"].mean() and row["nll_mean"] == pytest.approx(outside["nll"].mean())
     assert row["accuracy_ci95_low"] < row["accuracy"] < row["accuracy_ci95_high"]
+    heads = study.table("heads").query("press == 'streaming_llm' and not query_aware")
+    assert len(heads) == 24 and heads["digits_kept"].mean() == pytest.approx(row["digits_kept"])
+    assert row["digits_kept_where_read"] == pytest.approx(0.5)  # all heads alike
 
 
 def test_wilsons_interval():
