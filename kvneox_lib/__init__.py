@@ -1,5 +1,7 @@
 """Training-free KV-cache compression on GPT-NeoX models, with the presses of kvpress."""
 
+from kvneox_lib.cache import CompactCache
+from kvneox_lib.decoding import Generation, generate
 from kvneox_lib.modeling import KVNeoXForCausalLM, adapt
 from kvneox_lib.models import LoadedModel, load_model
 from kvneox_lib.perplexity import continuation_nll, teacher_forced_nll
@@ -7,6 +9,8 @@ from kvneox_lib.presses import check_press, expand_presses, make_press, press_na
 from kvneox_lib.recall import RecallResult, recall_accuracy
 
 __all__ = [
+    "CompactCache",
+    "Generation",
     "KVNeoXForCausalLM",
     "LoadedModel",
     "RecallResult",
@@ -14,6 +18,7 @@ __all__ = [
     "check_press",
     "continuation_nll",
     "expand_presses",
+    "generate",
     "load_model",
     "make_press",
     "press_names",

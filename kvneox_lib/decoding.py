@@ -5,32 +5,219 @@ compression positions go on from the true length, which the cache no longer know
 kept to new positions.
 """
 
+import time
+import warnings
 import weakref
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from kvpress import BasePress
 from transformers import Cache, DynamicCache
 
-from kvneox_lib.modeling import KVNeoXForCausalLM, evictions
+from kvneox_lib.cache import CompactCache
+from kvneox_lib.kernels import linear_of_few_rows
+from kvneox_lib.modeling import KVNeoXForCausalLM, adapt, evictions
 from kvneox_lib.presses import acts, applied, check_press, rerotates, rows_independent
+from kvneox_lib.windows import check_int
+
+
+@dataclass(frozen=True)
+class Generation:
+    tokens: torch.Tensor  # (batch, n new); a sample that has ended repeats its end-of-text token
+    prefill_s: float  # to the first token
+    decode_s: float  # for all others
+    kv_bytes: int  # allocated when decoding ends
+    kv_lengths: torch.Tensor  # (layers, batch, heads) entries held when decoding begins
+    peak_bytes: int | None  # of the decoding phase: the allocator's on CUDA, resident memory on Linux, else None
 
 
 @torch.no_grad()
-def prefill(model: KVNeoXForCausalLM, input_ids: torch.Tensor, press) -> Cache:
-    """The cache after `press` compressed `input_ids`; what a head-wise press evicted is in `evictions(cache)`."""
+def generate(
+    model,
+    input_ids: torch.Tensor,
+    *,
+    press=None,
+    question_ids: torch.Tensor | None = None,
+    max_new_tokens: int,
+    min_new_tokens: int = 0,
+    stop_at_eos: bool = True,
+    temperature: float = 0.0,
+    attention_mask: torch.Tensor | None = None,
+) -> Generation:
+    """Compress `input_ids` (batch, T), then decode: greedily, or by drawing at a `temperature` above 0.
+
+    Without `question_ids` the first token follows from the prefill, as in `with press(model): model.generate(...)`.
+    With them (batch, n), they are read after compression, as in the kvpress pipeline. min_new_tokens: none of so many
+    ends a sample.
+    """
+    model = adapt(model)
+    input_ids, question_ids = _checked_prompt(model, input_ids, question_ids, attention_mask)
+    check_int("max_new_tokens", max_new_tokens, 1)
+    check_int("min_new_tokens", min_new_tokens, 0)
+    if not temperature >= 0:
+        raise ValueError(f"temperature={temperature!r}: must be 0 (greedy) or above")
+    n_question = 0 if question_ids is None else question_ids.shape[1]
+    total, trained = input_ids.shape[1] + n_question + max_new_tokens, model.config.max_position_embeddings
+    if total > trained:
+        warnings.warn(
+            f"max_new_tokens={max_new_tokens} goes on to position {total}, the model was trained on {trained}: expect "
+            "poor text beyond",
+            stacklevel=2,
+        )
+    decoding = press if acts(press) == "decoding" else None
+    if decoding is not None and len(input_ids) > 1 and not rows_independent(press):
+        raise ValueError(f"{type(press).__name__} mixes the rows of a batch while decoding; give it one row at a time")
+
+    clock = _Clock(input_ids.device)
+    cache, hidden = _prefill_batch(model, input_ids, press, n_question + max_new_tokens)
+    ends = _Ends(model, len(input_ids), min_new_tokens, stop_at_eos)
+    position = first_position(cache, input_ids.shape[1], press)
+    with applied(decoding, model):
+        if question_ids is not None:
+            hidden = _step(model, question_ids, position, cache)
+            position += n_question
+        kv_lengths = cache.kv_lengths - n_question
+        tokens = [ends.apply(_choose(model, hidden, ends, temperature))]
+        prefill_s = clock.lap()
+        peak = _Peak(input_ids.device)
+        while len(tokens) < max_new_tokens and not ends.all_ended:
+            hidden = _step(model, tokens[-1][:, None], position, cache)
+            tokens.append(ends.apply(_choose(model, hidden, ends, temperature)))
+            position += 1
+    return Generation(torch.stack(tokens, 1), prefill_s, clock.lap(), cache.kv_bytes, kv_lengths, peak.read())
+
+
+def _checked_prompt(model, input_ids, question_ids, attention_mask):
+    if attention_mask is not None and not attention_mask.all():
+        raise ValueError(
+            "attention_mask marks padding: after compression nobody knows which entries were padding. Give prompts of "
+            "equal length, or one by one"
+        )
+    device = model.model.embed_tokens.weight.device
+    for name, ids in (("input_ids", input_ids), ("question_ids", question_ids)):
+        if ids is not None and (ids.dim() != 2 or ids.shape[1] < 1 or len(ids) != len(input_ids)):
+            raise ValueError(f"{name} has shape {tuple(ids.shape)}; must be (batch, T), T at least 1, one row a sample")
+    return input_ids.to(device), None if question_ids is None else question_ids.to(device)
+
+
+def _prefill_batch(model: KVNeoXForCausalLM, input_ids: torch.Tensor, press, headroom: int):
+    """The cache, ready to be decoded from, and the last hidden states (batch, d)."""
+    if len(input_ids) > 1 and not rows_independent(press):
+        caches, hidden = zip(*(_prefill(model, row[None], press, headroom) for row in input_ids))
+        return CompactCache.stack(caches), torch.cat(hidden)
+    cache, hidden = _prefill(model, input_ids, press, headroom)
+    if acts(press) != "decoding":
+        cache.make_ragged()
+    return cache, hidden
+
+
+def _step(model: KVNeoXForCausalLM, input_ids: torch.Tensor, position: int, cache: CompactCache) -> torch.Tensor:
+    """Read (batch, n) from `position` on; the last hidden states (batch, d)."""
+    positions = torch.arange(position, position + input_ids.shape[1], device=input_ids.device)[None]
+    return model.model(input_ids=input_ids, past_key_values=cache, position_ids=positions).last_hidden_state[:, -1]
+
+
+def _choose(model: KVNeoXForCausalLM, hidden: torch.Tensor, ends: "_Ends", temperature: float) -> torch.Tensor:
+    logits = linear_of_few_rows(model.embed_out, hidden)  # (batch, vocabulary)
+    if ends.forbidden:
+        logits[:, ends.ids] = -torch.inf
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial((logits.float() / temperature).softmax(-1), 1)[:, 0]
+
+
+class _Ends:
+    """Which samples of a batch have ended."""
+
+    def __init__(self, model: KVNeoXForCausalLM, batch: int, min_new_tokens: int, stop_at_eos: bool):
+        ids = model.generation_config.eos_token_id
+        ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+        self.ids = torch.tensor(ids, dtype=torch.long, device=model.device)
+        self.ended = torch.zeros(batch, dtype=torch.bool, device=model.device)
+        self.stop, self.min_new_tokens, self.n = stop_at_eos and bool(ids), min_new_tokens, 0
+
+    @property
+    def forbidden(self) -> bool:
+        return self.n < self.min_new_tokens and len(self.ids) > 0
+
+    @property
+    def all_ended(self) -> bool:
+        return self.stop and bool(self.ended.all())
+
+    def apply(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.n += 1
+        if self.stop:
+            tokens = torch.where(self.ended, self.ids[0], tokens)
+            self.ended = self.ended | torch.isin(tokens, self.ids)
+        return tokens
+
+
+class _Clock:
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.lap()
+
+    def lap(self) -> float:
+        """Seconds since the last call, with what a GPU has still to do."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        seconds, self.last = now - getattr(self, "last", now), now
+        return seconds
+
+
+class _Peak:
+    """The highest use of memory from here on."""
+
+    STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def __init__(self, device: torch.device):
+        self.device, self.known = device, True
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            return
+        try:
+            self.RESET.write_text("5")  # Linux: from now on VmHWM counts anew
+        except OSError:
+            self.known = False
+
+    def read(self) -> int | None:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        if not self.known:
+            return None
+        line = next(line for line in self.STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+
+
+# ---- prefill --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def prefill(model: KVNeoXForCausalLM, input_ids: torch.Tensor, press, headroom: int = 0) -> CompactCache:
+    """The cache after `press` compressed `input_ids`; what a head-wise press evicted is in `evictions(cache)`.
+
+    headroom: how many tokens follow.
+    """
+    return _prefill(model, input_ids, press, headroom)[0]
+
+
+def _prefill(model: KVNeoXForCausalLM, input_ids: torch.Tensor, press, headroom: int):
+    """The cache, and the last hidden states (batch, d), which no press has touched."""
     if not rows_independent(press) and len(input_ids) > 1:
         raise ValueError(f"{type(press).__name__} mixes the rows of a batch; give it one row at a time")
-    cache, input_ids = DynamicCache(), with_delimiter(press, input_ids)
+    cache, input_ids = CompactCache(headroom), with_delimiter(press, input_ids)
     with applied(press, model):
-        model.model(input_ids=input_ids, past_key_values=cache)
-    return cache
+        hidden = model.model(input_ids=input_ids, past_key_values=cache).last_hidden_state[:, -1]
+    return cache, hidden
 
 
 @torch.no_grad()
-def prefill_each(model: KVNeoXForCausalLM, input_ids: torch.Tensor, presses: list) -> list[Cache]:
+def prefill_each(model: KVNeoXForCausalLM, input_ids: torch.Tensor, presses: list) -> list[CompactCache]:
     """`prefill` under each press. They share one pass where they act in hooks alone: a hook runs after the attention of
     its layer, so what it evicts changes nothing in the layers above, and all presses see the same keys."""
-    sharing = [(press, DynamicCache()) for press in presses if _shares_the_pass(press, len(input_ids))]
+    sharing = [(press, CompactCache(headroom=0)) for press in presses if _shares_the_pass(press, len(input_ids))]
     if len(sharing) < 2:
         return [prefill(model, input_ids, press) for press in presses]
 

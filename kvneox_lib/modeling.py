@@ -24,7 +24,16 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
 
+from kvneox_lib.kernels import (
+    attend_with_one_query,
+    is_plain,
+    is_watched,
+    linear_of_few_rows,
+    one_query_is_faster_alone,
+)
 from kvneox_lib.masks import LayerMasks, as_additive
+
+TOKENS_PER_SLICE = 2048  # of the MLP
 
 
 def half_split(x: torch.Tensor, rotary_ndims: int, dim: int = -1) -> torch.Tensor:
@@ -89,7 +98,7 @@ class FusedSlice:
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         fused = self.attention.query_key_value
-        if type(fused) is nn.Linear and not hasattr(fused, "_hf_hook"):
+        if is_plain(fused):
             return linear(hidden_states, self.weight, self.bias)
         # Quantized, adapted (LoRA) or offloaded: only the module itself knows how to multiply.
         return self._take(fused(hidden_states), hidden_states.dim() - 1)
@@ -144,15 +153,23 @@ class KVNeoXAttention(GPTNeoXAttention):
     ):
         self._last_cache = None if past_key_values is None else weakref.ref(past_key_values)
         query, key, value = self._project(hidden_states, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
-        output, weights = self._attend(query, key, value, attention_mask, **kwargs)
-        return self.dense(output.flatten(2)), weights
+        held = past_key_values.layers[self.layer_idx : self.layer_idx + 1] if past_key_values is not None else []
+        if held and hasattr(held[0], "attend"):  # its heads hold different entries; see RaggedLayer
+            output, weights = held[0].attend(query, key, value, self.scaling).transpose(1, 2), None
+        else:
+            if past_key_values is not None:
+                key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
+            output, weights = self._attend(query, key, value, attention_mask, **kwargs)
+        return linear_of_few_rows(self.dense, output.flatten(2)), weights
 
     def _project(self, hidden_states, cos, sin):
         """Rotated queries, rotated keys and values, each (batch, heads, T, D), the first two in half-split order."""
         half, rest = self.rotary_ndims // 2, (self.head_size - self.rotary_ndims) // 2
-        fused = self.query_key_value(hidden_states).unflatten(-1, (-1, 3 * self.head_size)).transpose(1, 2)
+        fused = (
+            linear_of_few_rows(self.query_key_value, hidden_states)
+            .unflatten(-1, (-1, 3 * self.head_size))
+            .transpose(1, 2)
+        )
         query, key, value = fused.chunk(3, dim=-1)
         # Only the rotary part is multiplied; the order changes in the one copy that is made anyway.
         cos, sin = cos[:, None, :, :half], sin[:, None, :, :half]
@@ -175,6 +192,9 @@ class KVNeoXAttention(GPTNeoXAttention):
             attention_mask = attention_mask.for_layer(query, kv_len, evicted if masks_itself else None)
         if attention_mask is not None and attention_mask.device != query.device:
             attention_mask = attention_mask.to(query.device)
+        if implementation == "sdpa" and attention_mask is None and one_query_is_faster_alone(query):
+            rows = (states.flatten(0, 1) for states in (query, key, value))
+            return attend_with_one_query(*rows, self.scaling).view(query.shape).transpose(1, 2), None
         if implementation == "eager" and attention_mask is not None and attention_mask.dtype == torch.bool:
             attention_mask = as_additive(attention_mask, query.dtype)
         if masks_itself:
@@ -201,10 +221,24 @@ class KVNeoXLayer(GPTNeoXLayer):
         )
         attended = self.post_attention_dropout(attended)
         if self.use_parallel_residual:
-            fed = self.post_mlp_dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
-            return fed + attended + hidden_states
+            return self._feed(hidden_states) + attended + hidden_states
         attended = attended + hidden_states
-        return self.post_mlp_dropout(self.mlp(self.post_attention_layernorm(attended))) + attended
+        return self._feed(attended) + attended
+
+    def _feed(self, x: torch.Tensor) -> torch.Tensor:
+        """The MLP, in slices of the sequence: between its two layers a token takes four times the room."""
+        n_tokens = max(1, TOKENS_PER_SLICE // x.shape[0])
+        if torch.is_grad_enabled() or x.shape[1] <= n_tokens:
+            return self.post_mlp_dropout(self._mlp(self.post_attention_layernorm(x)))
+        output = torch.empty_like(x)
+        for part, into in zip(x.split(n_tokens, dim=1), output.split(n_tokens, dim=1)):
+            into.copy_(self._mlp(self.post_attention_layernorm(part)))
+        return self.post_mlp_dropout(output)
+
+    def _mlp(self, x: torch.Tensor) -> torch.Tensor:
+        if is_watched(self.mlp):
+            return self.mlp(x)
+        return linear_of_few_rows(self.mlp.dense_4h_to_h, self.mlp.act(linear_of_few_rows(self.mlp.dense_h_to_4h, x)))
 
 
 class KVNeoXPreTrainedModel(GPTNeoXPreTrainedModel):
@@ -329,7 +363,7 @@ class KVNeoXForCausalLM(KVNeoXPreTrainedModel, GPTNeoXForCausalLM):
             **kwargs,
         )
         wanted = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.embed_out(outputs.last_hidden_state[:, wanted])
+        logits = linear_of_few_rows(self.embed_out, outputs.last_hidden_state[:, wanted])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

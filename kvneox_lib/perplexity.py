@@ -56,7 +56,10 @@ def score_each(model, input_ids: torch.Tensor, *, n_context: int, presses: list)
     scored = []
     for press in presses:
         cache = caches.pop(0)  # freed when it is done with
-        kept, kv_bytes = kept_counts(cache), allocated_bytes(cache)
+        kept = kept_counts(cache)
+        if acts(press) != "decoding":
+            cache.make_ragged()
+        kv_bytes = cache.kv_bytes
         nll, _ = read_on(model, cache, input_ids[:, n_context:], first_position(cache, n_context, press), press)
         scored.append(Scored(nll, kept, kv_bytes))
     return scored
@@ -115,11 +118,6 @@ def _score(model: KVNeoXForCausalLM, hidden: torch.Tensor, targets: torch.Tensor
         logits = model.embed_out(states).float()
         scored.append((cross_entropy(logits, ids, reduction="none"), logits.argmax(-1) == ids))
     return [torch.cat(parts).view(targets.shape) for parts in zip(*scored)]
-
-
-def allocated_bytes(cache: Cache) -> int:
-    """Of keys and values, head-wise evicted entries that are only masked included."""
-    return sum(held.nbytes for layer in cache.layers for held in (layer.keys, layer.values))
 
 
 # ---- figures of a run -----------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def acts(press: BasePress | None) -> str:
     """When the cache is compressed: in a "hook" of the prefill, at the "exit" of the context, while "decoding"."""
     if press is None:
         return "never"
-    if _is(press, ACTS_WHILE_DECODING):
+    if _is(press, ACTS_WHILE_DECODING) or any(getattr(part, "decoding", False) is True for part in parts_of(press)):
         return "decoding"
     return "exit" if _is(press, ACTS_AT_EXIT) else "hook"
 

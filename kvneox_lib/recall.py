@@ -15,8 +15,8 @@ from transformers import Cache
 from kvneox_lib.decoding import first_position, kept_counts, positions_in, prefill, prefill_each
 from kvneox_lib.modeling import KVNeoXForCausalLM, adapt
 from kvneox_lib.passkeys import RecallKey, RecallSample, recall_samples
-from kvneox_lib.perplexity import allocated_bytes, read_on
-from kvneox_lib.presses import attention
+from kvneox_lib.perplexity import read_on
+from kvneox_lib.presses import acts, attention
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,9 @@ def _kept(cache: Cache, full: Cache, press) -> torch.Tensor | None:
 
 def _ask(model: KVNeoXForCausalLM, cache: Cache, n_context: int, read: torch.Tensor, key: RecallKey, press, positions):
     kept_fraction = float(kept_counts(cache).float().mean()) / n_context
-    kv_bytes = allocated_bytes(cache)
+    if acts(press) != "decoding":
+        cache.make_ragged()
+    kv_bytes = cache.kv_bytes
     nll, hit = read_on(model, cache, read, first_position(cache, n_context, press), press)
     answer = slice(-len(key.answer_ids), None)
     digits_kept = statement_kept = by_head = None

@@ -1,0 +1,256 @@
+"""A cache that decodes at the speed of memory.
+
+transformers' DynamicCache copies all keys and values for every token. Here each layer owns buffers with head-room: a
+new token is written behind the others, and when a press assigns fewer keys the large buffer is given back at once.
+
+Head-wise presses evict different entries in each head, which kvpress only masks. `make_ragged` keeps each head's own
+entries and frees the rest.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch.nn.functional import pad
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from kvneox_lib.kernels import attend
+from kvneox_lib.modeling import evictions
+
+WASTE = 0.85  # rows of a group are at least this share of its longest, see RaggedLayer
+
+
+class Room:
+    """A tensor (batch, heads, n, D) with room to grow along n."""
+
+    def __init__(self, headroom: int):
+        self.headroom = headroom
+        self.buffer: torch.Tensor | None = None
+        self.length = 0
+
+    @property
+    def filled(self) -> torch.Tensor | None:
+        return None if self.buffer is None else self.buffer[:, :, : self.length]
+
+    def append(self, new: torch.Tensor) -> torch.Tensor:
+        length = self.length + new.shape[2]
+        if self.buffer is None or length > self.buffer.shape[2]:
+            old, outgrown = self.filled, self.buffer is not None
+            self._allocate(new, length + max(self.headroom, length // 4 if outgrown else 0))
+            if outgrown:
+                self.buffer[:, :, : self.length] = old
+        self.buffer[:, :, self.length : length] = new
+        self.length = length
+        return self.filled
+
+    def assign(self, tensor: torch.Tensor | None) -> None:
+        """What a press leaves. The leading part of what is there is a crop and copies nothing."""
+        if tensor is None:
+            self.buffer, self.length = None, 0
+            return
+        if self.buffer is not None and tensor.dim() == 4:
+            filled = self.filled
+            same_place = tensor.data_ptr() == filled.data_ptr() and tensor.stride() == filled.stride()
+            if same_place and tensor.shape[:2] == filled.shape[:2] and tensor.shape[2] <= self.length:
+                self.length = tensor.shape[2]
+                return
+        self._allocate(tensor, tensor.shape[2] + self.headroom)
+        self.buffer[:, :, : tensor.shape[2]] = tensor
+        self.length = tensor.shape[2]
+
+    def _allocate(self, like: torch.Tensor, capacity: int) -> None:
+        self.buffer = like.new_empty(*like.shape[:2], capacity, like.shape[3])
+
+
+class CompactLayer(DynamicLayer):
+    """A DynamicLayer whose `keys` and `values` are views of preallocated buffers."""
+
+    keys = property(lambda self: self._keys.filled, lambda self, tensor: self._keys.assign(tensor))
+    values = property(lambda self: self._values.filled, lambda self, tensor: self._values.assign(tensor))
+
+    def __init__(self, headroom: int = 128):
+        self.headroom = headroom
+        self._keys, self._values = Room(headroom), Room(headroom)
+        super().__init__()
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, cache_kwargs=None) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return self._keys.append(key_states), self._values.append(value_states)
+
+    def reset(self) -> None:
+        self._keys.length = self._values.length = 0
+
+    @property
+    def allocated_bytes(self) -> int:
+        return sum(room.buffer.nbytes for room in (self._keys, self._values) if room.buffer is not None)
+
+    def lengths(self) -> torch.Tensor:
+        """(batch, heads) entries held."""
+        keys = self.keys
+        return torch.full(keys.shape[:2], keys.shape[2])
+
+
+class CompactCache(Cache):
+    """A transformers Cache on CompactLayers. `headroom`: how many tokens follow, if that is known."""
+
+    def __init__(self, headroom: int = 128):
+        if isinstance(headroom, bool) or not isinstance(headroom, int) or headroom < 0:
+            raise ValueError(f"headroom={headroom!r}: must be a whole number, 0 or above")
+        super().__init__(layer_class_to_replicate=partial(CompactLayer, headroom))
+
+    @property
+    def kv_bytes(self) -> int:
+        """What is allocated, head-room included."""
+        return sum(layer.allocated_bytes for layer in self.layers)
+
+    @property
+    def kv_lengths(self) -> torch.Tensor:
+        """(layers, batch, heads): entries physically held, masked ones included."""
+        return torch.stack([layer.lengths() for layer in self.layers])
+
+    def make_ragged(self) -> None:
+        """Free what head-wise presses evicted. After prefill, for presses that are idle while decoding."""
+        for index, evicted in list(evictions(self).items()):
+            if evicted is not None:
+                self.layers[index] = RaggedLayer.of([self.layers[index]], [evicted])
+                evictions(self)[index] = None
+
+    @classmethod
+    def stack(cls, caches: list["CompactCache"]) -> "CompactCache":
+        """One cache for a batch from those of its samples. They may hold different numbers of entries."""
+        stacked = cls(caches[0].layers[0].headroom)
+        for index, layers in enumerate(zip(*(cache.layers for cache in caches))):
+            evicted = [evictions(cache).get(index) for cache in caches]
+            if any(part is not None for part in evicted) or len({layer.get_seq_length() for layer in layers}) > 1:
+                stacked.layers.append(RaggedLayer.of(layers, evicted))
+            else:
+                states = (torch.cat(parts) for parts in zip(*((layer.keys, layer.values) for layer in layers)))
+                stacked.update(*states, index)
+        return stacked
+
+
+class RaggedLayer(CacheLayerMixin):
+    """Rows (one a sample and head) of different lengths, attended to in groups of similar length.
+
+    In a group the rows end together and begin apart: what they hold is right-aligned, so new tokens are written to the
+    same columns in all rows, and one mask, made once, hides the padding at the left.
+    """
+
+    is_sliding = False
+
+    def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor], batch: int, logical: int, headroom: int):
+        """keys, values: one (n_i, D) for each row, sample by sample. logical: the length that the model believes in."""
+        super().__init__()
+        self.is_initialized, self.batch, self.logical = True, batch, logical
+        self.held = torch.tensor([len(row) for row in keys])
+        self.groups = [_Group(rows, keys, values, headroom) for rows in _similar(self.held.tolist())]
+
+    @classmethod
+    def of(cls, layers: Sequence[CompactLayer], evicted: Sequence[tuple | None]) -> "RaggedLayer":
+        """One layer of the samples in `layers`, without what was evicted from each."""
+        keys, values = [], []
+        for layer, gone in zip(layers, evicted):
+            keep = torch.ones(layer.keys.shape[:3], dtype=torch.bool, device=layer.keys.device)
+            if gone is not None:
+                keep[tuple(index.to(keep.device) for index in gone)] = False
+            for rows, states in ((keys, layer.keys), (values, layer.values)):
+                rows += [row[mask] for row, mask in zip(states.flatten(0, 1), keep.flatten(0, 1))]
+        batch = sum(len(layer.keys) for layer in layers)
+        return cls(keys, values, batch, max(layer.get_seq_length() for layer in layers), layers[0].headroom)
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+        """Take in new keys and values and answer the queries, all (batch, heads, T, D)."""
+        self.logical += query.shape[2]
+        self.held = self.held + query.shape[2]
+        rows = [states.flatten(0, 1) for states in (query, key, value)]
+        output = torch.empty_like(rows[0])
+        for group in self.groups:
+            output[group.rows] = group.attend(*(states[group.rows] for states in rows), scaling)
+        return output.view(query.shape)
+
+    def update(self, key_states, value_states, cache_kwargs=None):
+        raise NotImplementedError("heads hold different entries here: only this library's attention can read them")
+
+    def lazy_initialization(self, key_states, value_states) -> None:
+        pass
+
+    def get_mask_sizes(self, cache_position: torch.Tensor) -> tuple[int, int]:
+        return self.logical + len(cache_position), 0
+
+    def get_seq_length(self) -> int:
+        return self.logical
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def crop(self, max_length: int) -> None:
+        """Take back what was read after compression."""
+        surplus = self.logical - (max_length if max_length >= 0 else self.logical + max_length)
+        if surplus > 0:
+            if any(surplus > group.n_new for group in self.groups):
+                raise ValueError(f"max_length={max_length}: what was compressed cannot be cropped")
+            self.logical -= surplus
+            self.held = self.held - surplus
+            for group in self.groups:
+                group.crop(surplus)
+
+    @property
+    def allocated_bytes(self) -> int:
+        return sum(group.allocated_bytes for group in self.groups)
+
+    def lengths(self) -> torch.Tensor:
+        return self.held.view(self.batch, -1)
+
+
+def _similar(lengths: list[int]) -> list[list[int]]:
+    """Indices in groups whose shortest is at least WASTE of its longest."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and lengths[index] >= WASTE * lengths[groups[-1][0]]:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+class _Group:
+    def __init__(self, rows: list[int], keys: list[torch.Tensor], values: list[torch.Tensor], headroom: int):
+        like = keys[rows[0]]
+        self.rows = torch.tensor(rows, device=like.device)
+        longest = max(len(keys[row]) for row in rows)
+        self.keys, self.values = Room(headroom), Room(headroom)
+        for room, states in ((self.keys, keys), (self.values, values)):
+            room.assign(torch.stack([pad(states[row], (0, 0, longest - len(states[row]), 0)) for row in rows])[None])
+        padding = torch.tensor([longest - len(keys[row]) for row in rows], device=like.device)
+        hidden = torch.arange(longest, device=like.device) < padding[:, None]
+        self.mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)
+        self.n_new = 0
+
+    def attend(self, query, key, value, scaling: float) -> torch.Tensor:
+        """query, key, value (rows, T, D)"""
+        n = query.shape[1]
+        self.n_new += n
+        keys, values = self.keys.append(key[None])[0], self.values.append(value[None])[0]
+        if keys.shape[1] > self.mask.shape[1]:  # grown ahead: what is new is seen by all
+            self.mask = pad(self.mask, (0, self.keys.buffer.shape[2] - self.mask.shape[1]))
+        mask = self.mask[:, None, : keys.shape[1]]
+        if n > 1:
+            later = torch.ones(n, n, dtype=torch.bool, device=mask.device).triu(1)
+            mask = mask.repeat(1, n, 1)
+            mask[:, :, -n:].masked_fill_(later, -torch.inf)
+        return attend(query, keys, values, scaling, mask)
+
+    def crop(self, surplus: int) -> None:
+        self.n_new -= surplus
+        self.keys.length -= surplus
+        self.values.length -= surplus
+
+    @property
+    def allocated_bytes(self) -> int:
+        return self.keys.buffer.nbytes + self.values.buffer.nbytes + self.mask.nbytes
