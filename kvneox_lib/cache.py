@@ -117,7 +117,7 @@ class CompactCache(Cache):
     def make_ragged(self) -> None:
         """Free what head-wise presses evicted. After prefill, for presses that are idle while decoding."""
         for index, evicted in list(evictions(self).items()):
-            if evicted is not None:
+            if evicted is not None and len(evicted[0]):
                 self.layers[index] = RaggedLayer.of([self.layers[index]], [evicted])
                 evictions(self)[index] = None
 

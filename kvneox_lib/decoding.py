@@ -69,7 +69,7 @@ def generate(
     if decoding is not None and len(input_ids) > 1 and not rows_independent(press):
         raise ValueError(f"{type(press).__name__} mixes the rows of a batch while decoding; give it one row at a time")
 
-    clock = _Clock(input_ids.device)
+    clock = Clock(input_ids.device)
     cache, hidden = _prefill_batch(model, input_ids, press, n_question + max_new_tokens)
     ends = _Ends(model, len(input_ids), min_new_tokens, stop_at_eos)
     position = first_position(cache, input_ids.shape[1], press)
@@ -80,7 +80,7 @@ def generate(
         kv_lengths = cache.kv_lengths - n_question
         tokens = [ends.apply(_choose(model, hidden, ends, temperature))]
         prefill_s = clock.lap()
-        peak = _Peak(input_ids.device)
+        peak = PeakMemory(input_ids.device)
         while len(tokens) < max_new_tokens and not ends.all_ended:
             hidden = _step(model, tokens[-1][:, None], position, cache)
             tokens.append(ends.apply(_choose(model, hidden, ends, temperature)))
@@ -153,7 +153,7 @@ class _Ends:
         return tokens
 
 
-class _Clock:
+class Clock:
     def __init__(self, device: torch.device):
         self.device = device
         self.lap()
@@ -167,7 +167,7 @@ class _Clock:
         return seconds
 
 
-class _Peak:
+class PeakMemory:
     """The highest use of memory from here on."""
 
     STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")

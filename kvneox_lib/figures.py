@@ -4,6 +4,7 @@ The Chinese font is one that the machine has, else the one that the package mplf
 """
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -174,4 +175,17 @@ def heat_maps(
     figure.supxlabel(xlabel, fontsize=10)
     figure.supylabel(ylabel, fontsize=10)
     figure.colorbar(image, ax=grid, label=label, shrink=0.8)
+    return figure
+
+
+def bars(names: Sequence[str], values: Sequence[float], *, xlabel: str, marks: Sequence[float] | None = None) -> Figure:
+    """A bar for each name, from top to bottom; `marks` are black lines across them."""
+    figure, axes = pyplot.subplots(figsize=(7.2, 0.32 * len(names) + 1))
+    places = range(len(names))
+    axes.barh(places, list(values), color=seaborn.color_palette("colorblind")[0], height=0.7)
+    if marks is not None:
+        axes.vlines(list(marks), [place - 0.4 for place in places], [place + 0.4 for place in places], color="black")
+    axes.set_yticks(places, list(names), fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(xlabel)
     return figure

@@ -17,7 +17,7 @@ def linear_of_few_rows(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     if n_rows > FEW_ROWS or x.device.type != "cpu" or x.dtype != torch.float32 or not is_plain(module):
         return module(x)
     rows = x.reshape(n_rows, -1)
-    columns = (rows.expand(2, -1) if n_rows == 1 else rows).t()
+    columns = (rows.repeat(2, 1) if n_rows == 1 else rows).t()
     if module.bias is None:
         product = torch.mm(module.weight, columns)
     else:

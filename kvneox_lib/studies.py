@@ -3,14 +3,10 @@
 The parameters are the notebooks', and the defaults here are theirs: a run is named after those that differ.
 """
 
-import hashlib
-import inspect
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,45 +14,16 @@ import torch
 from tqdm.auto import tqdm
 
 from kvneox_lib import records
-from kvneox_lib.data import HUB, Text, load_text
-from kvneox_lib.models import LoadedModel, load_model
 from kvneox_lib.passkeys import recall_samples
 from kvneox_lib.perplexity import by_distance, score_each, summarize, teacher_forced_nll
 from kvneox_lib.presses import (
-    attention,
-    attention_needed,
-    check_press,
     expand_presses,
-    make_press,
-    press_row,
-    ratio_for,
 )
 from kvneox_lib.recall import RecallResult, ask_each, copy_attention
-from kvneox_lib.registry import RATIO_PER_LAYER
+from kvneox_lib.runs import Runs, Study, as_list
 from kvneox_lib.windows import Windows, check_int, windows
 
-# The first four are at the head of every run's name; where a text or a record lies does not change a figure.
-NOT_IN_THE_ID = ("model", "dataset", "press", "compression_ratio", "data_dir", "output_dir", "overwrite")
 QUESTION_TOKENS = 64  # room for a question and its answer
-
-
-@dataclass(frozen=True)
-class Study:
-    """What was measured: a row of `records` for each press and ratio, and the tables beside them."""
-
-    loaded: LoadedModel
-    text: Text
-    folder: Path
-    records: pd.DataFrame
-
-    def table(self, name: str) -> pd.DataFrame:
-        """That table of all runs, one below the other, with `press`, `compression_ratio` and `query_aware`."""
-        frames = []
-        for row in self.records.to_dict("records"):
-            frame = pd.read_csv(records.table_path(self.folder, row["run_id"], name))
-            known = {key: row[key] for key in ("press", "compression_ratio", "query_aware") if key in row}
-            frames.append(frame.assign(**known))
-        return pd.concat(frames, ignore_index=True)
 
 
 def measure_perplexity(
@@ -91,7 +58,7 @@ def measure_perplexity(
     asked = locals()
     check_int("batch_size", batch_size, 1)
     check_int("control_windows", control_windows, 1)
-    runs = _Runs(measure_perplexity, asked)
+    runs = Runs(measure_perplexity, asked)
     context_length = runs.context_length(context_length, continuation_length, context_limit)
     cut = windows(
         runs.text,
@@ -193,10 +160,10 @@ def measure_recall(
     context_limit: no context with a question and its answer is longer; the context is cut for that.
     """
     asked = locals()
-    modes = [query_aware] if isinstance(query_aware, bool | str) else list(query_aware)
+    modes = as_list(query_aware)
     if not modes or not all(isinstance(mode, bool) for mode in modes):
         raise ValueError(f"query_aware={query_aware!r}: must be True, False or a list of them")
-    runs = _Runs(measure_recall, asked)
+    runs = Runs(measure_recall, asked)
     context_length = runs.context_length(context_length, QUESTION_TOKENS, context_limit)
     samples = recall_samples(
         runs.loaded.tokenizer,
@@ -259,114 +226,3 @@ def wilson_ci95(hits: int, n: int) -> tuple[float, float]:
     z, share = 1.959964, hits / n
     middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-
-
-# ---- what both have in common ---------------------------------------------------------------------------------------
-
-
-class _Runs:
-    """The runs of one study: which are still to be done, how each is named and kept."""
-
-    def __init__(self, measure, asked: dict):
-        self.defaults = {name: parameter.default for name, parameter in inspect.signature(measure).parameters.items()}
-        self.asked = asked
-        names = ("weights", "attn_implementation", "dtype", "device", "seed")
-        self.loaded = load_model(asked["model"], **{name: asked[name] for name in names})
-        self.text = load_text(
-            asked["dataset"],
-            **{name: asked[name] for name in ("subset", "split", "sample_idx", "data_dir")},
-            fallback="python-docs" if asked["dataset"] in HUB else None,
-        )
-        self.device = self.loaded.model.device
-        self.folder = records.output_folder(asked["output_dir"])
-        digest = hashlib.sha256("\0".join(self.text.documents).encode()).hexdigest()
-        self.parameters = {  # as they turned out, which is what a figure depends on
-            "model": self.loaded.name,
-            "weights": self.loaded.weights,
-            "dataset": self.text.name,
-            "sample_idx": asked["sample_idx"],
-            "text_sha256": digest[:16],
-            "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
-            "device": self.device.type,
-            "seed": asked["seed"],
-        }
-        self.wanted: list[str] = []
-
-    def context_length(self, context_length: int, others: int, context_limit: int | None) -> int:
-        trained = self.loaded.model.config.max_position_embeddings
-        limit = trained if context_limit is None else context_limit
-        if context_limit is not None and not others < context_limit <= trained:
-            raise ValueError(
-                f"context_limit={context_limit!r}: must be above {others}, what is read after the context, and at most "
-                f"{trained}, the trained length of {self.loaded.name}"
-            )
-        return min(context_length, limit - others)
-
-    def pending(self, names: list[str], ratios, **more) -> list[tuple[str, list]]:
-        """Each press once, with the ratios whose record is not there. Presses that the model's attention cannot serve
-        are refused before any of them is run."""
-        ratios = [ratios] if isinstance(ratios, int | float) else list(ratios)
-        pending = []
-        for name in dict.fromkeys(names):
-            by_ratio = press_row(name).takes_ratio or press_row(name).strength == RATIO_PER_LAYER
-            own = [0.0] if name == "no_press" else ratios if by_ratio else [None]
-            with self.presses(name, own) as presses:
-                for press in presses:
-                    check_press(press, self.loaded.model)
-            missing = [ratio for ratio in own if self._find(name, ratio, more) is None]
-            self.wanted += [self._run_id(name, ratio, more) for ratio in own]
-            if missing:
-                pending.append((name, missing))
-        return pending
-
-    @contextmanager
-    def presses(self, name: str, ratios: list) -> Iterator[list]:
-        """The press at each ratio, with the model on an attention that serves it if the user left that open."""
-        lm = self.loaded.model
-        presses = [make_press(name, *([] if ratio is None else [ratio_for(name, ratio, lm)])) for ratio in ratios]
-        torch.manual_seed(self.asked["seed"])  # for presses that draw
-        with attention(lm, self._attention(presses[0])):
-            yield presses
-
-    def _attention(self, press) -> str:
-        needed = attention_needed(press)
-        free = self.asked["attn_implementation"] == "auto" and needed != "any"
-        return needed if free else self.loaded.model.config._attn_implementation
-
-    def _all_parameters(self, name: str, ratio: float | None, more: dict) -> dict:
-        with self.presses(name, [ratio]):
-            used = self.loaded.model.config._attn_implementation
-        return {**self.parameters, **more, "press": name, "compression_ratio": ratio, "attn_implementation": used}
-
-    def _run_id(self, name: str, ratio: float | None, more: dict) -> str:
-        stands_in = self.text.name.startswith("python-docs")
-        dataset = "python-docs" if stands_in else Path(self.asked["dataset"]).resolve().name
-        asked = {**self.asked, **more}
-        differing = {
-            key: value
-            for key, value in asked.items()
-            if key not in NOT_IN_THE_ID and _plain(value) != _plain(self.defaults[key])
-        }
-        return records.run_id(dataset, self.loaded.name, name, "own" if ratio is None else ratio, **differing)
-
-    def _find(self, name: str, ratio: float | None, more: dict) -> dict | None:
-        if self.asked["overwrite"]:
-            return None
-        return records.find_record(
-            self.folder, self._run_id(name, ratio, more), self._all_parameters(name, ratio, more)
-        )
-
-    def write(self, name, ratio, context_length, started: dict, figures: dict, tables: dict, **more) -> None:
-        run_id, parameters = self._run_id(name, ratio, more), self._all_parameters(name, ratio, more)
-        for table, frame in tables.items():
-            records.write_table(self.folder, run_id, table, frame)
-        record = {**started, **parameters, **figures, "context_tokens": context_length}
-        records.write_record(self.folder, run_id, record, parameters=parameters)
-
-    def study(self) -> Study:
-        found = records.load_records(self.folder).set_index("run_id", drop=False).loc[self.wanted]
-        return Study(self.loaded, self.text, self.folder, found.reset_index(drop=True))
-
-
-def _plain(value):
-    return list(value) if isinstance(value, tuple) else value

@@ -94,3 +94,11 @@ def test_heat_maps(tmp_path):
     draw(figure, tmp_path)
     panels = {axes.get_title(): axes.images[0].get_array() for axes in figure.axes if axes.images and axes.get_title()}
     assert len(panels) == 14 and panels["press 2"].mean() == 1 and panels["press 3"].mean() == 0
+
+
+def test_bars(tmp_path):
+    figure = figures.bars(["不压缩", "snapkv 0.75"], [20.0, 5.0], xlabel="毫秒", marks=[12.0, 3.0])
+    draw(figure, tmp_path)
+    (axes,) = figure.axes
+    assert [patch.get_width() for patch in axes.patches] == [20.0, 5.0]
+    assert [segment[0, 0] for segment in axes.collections[0].get_segments()] == [12.0, 3.0]

@@ -9,10 +9,10 @@ import papermill
 import pytest
 from conftest import REPOSITORY
 
-from kvneox_lib import records, studies
+from kvneox_lib import benchmark, records, studies
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
-COMMON = {"model", "attn_implementation", "dtype", "device", "context_length", "output_dir"}
+COMMON = {"model", "attn_implementation", "dtype", "device", "output_dir"}
 
 
 def parameters_of(path) -> set[str]:
@@ -64,6 +64,7 @@ def test_adapter_notebook(tmp_path):
     [
         ("01_wikitext_ppl", studies.measure_perplexity, {"output_dir"}),
         ("02_pg19_ppl", studies.measure_perplexity, {"output_dir", "dataset", "sample_idx"}),
+        ("03_speed", benchmark.measure_speed, set()),
         ("05_recall", studies.measure_recall, set()),
     ],
 )
@@ -112,3 +113,16 @@ def test_recall_notebook(tmp_path):
     ]
     assert len(measured) == 10 and measured["no_press", 0.0, False] >= 0.9
     assert measured["streaming_llm", 0.9, False] <= 0.2
+
+
+@pytest.mark.slow
+def test_speed_notebook(tmp_path):
+    cells = {"context_lengths": [200, 300], "batch_sizes": [1, 2], "max_new_tokens": 12}
+    presses = {"press": ["snapkv", "adakv_snapkv", "chunkkv_snapkv"]}
+    notebook = run("03_speed", tmp_path, model="demo", **cells, **presses, output_dir=str(tmp_path / "out"))
+    text = said(notebook)
+    assert "模型 **demo**（权重：bundled），随机 token" in text and "没有找到 demo 在同样压缩率下的困惑度记录" in text
+    assert "kvpress：chunkkv_snapkv 0.75（上下文 200，批 2）没有计时：不能整批运行" in text
+    assert "上下文 300、批 2：不压缩，本库的解码是 transformers 的" in text
+    runs = records.load_records(tmp_path / "out")
+    assert len(runs) == 4 * (4 + 1 + 3)

@@ -1,0 +1,158 @@
+"""The runs of one study: which are still to be done, how each is named, kept and found again."""
+
+import hashlib
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from kvneox_lib import records
+from kvneox_lib.data import HUB, Text, load_text
+from kvneox_lib.models import LoadedModel, load_model
+from kvneox_lib.presses import attention, attention_needed, check_press, make_press, press_row, ratio_for
+from kvneox_lib.registry import RATIO_PER_LAYER
+
+# The first four are at the head of every run's name; where a text or a record lies does not change a figure.
+NOT_IN_THE_ID = ("model", "dataset", "press", "compression_ratio", "data_dir", "output_dir", "overwrite")
+NOT_IN_THE_ID += ("context_lengths", "batch_sizes")  # of a whole grid; each run of it has its own
+RANDOM_TOKENS = "random-tokens"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What was measured: a row of `records` for each press and ratio, and the tables beside them."""
+
+    loaded: LoadedModel
+    text: Text | None
+    folder: Path
+    records: pd.DataFrame
+
+    def table(self, name: str) -> pd.DataFrame:
+        """That table of all runs, one below the other, with `press`, `compression_ratio` and `query_aware`."""
+        frames = []
+        for row in self.records.to_dict("records"):
+            frame = pd.read_csv(records.table_path(self.folder, row["run_id"], name))
+            known = {key: row[key] for key in ("press", "compression_ratio", "query_aware") if key in row}
+            frames.append(frame.assign(**known))
+        return pd.concat(frames, ignore_index=True)
+
+
+class Runs:
+    """Of one call of a `measure_...` function, whose parameters and their defaults name them."""
+
+    def __init__(self, measure, asked: dict):
+        self.defaults = {name: parameter.default for name, parameter in inspect.signature(measure).parameters.items()}
+        self.asked = asked
+        reads_text = "dataset" in asked  # time and memory depend neither on the text nor on the weights' values
+        names = ("weights", "attn_implementation", "dtype", "device", "seed")
+        fallback = "demo" if reads_text else "random"
+        self.loaded = load_model(asked["model"], fallback=fallback, **{name: asked[name] for name in names})
+        self.device = self.loaded.model.device
+        self.folder = records.output_folder(asked["output_dir"])
+        self.parameters = {  # as they turned out, which is what a figure depends on
+            "model": self.loaded.name,
+            "weights": self.loaded.weights,
+            "dataset": RANDOM_TOKENS,
+            "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "seed": asked["seed"],
+        }
+        self.text = self._load_text() if reads_text else None
+        self.wanted: list[str] = []
+
+    def _load_text(self) -> Text:
+        names, dataset = ("subset", "split", "sample_idx", "data_dir"), self.asked["dataset"]
+        fallback = "python-docs" if dataset in HUB else None
+        text = load_text(dataset, **{name: self.asked[name] for name in names}, fallback=fallback)
+        digest = hashlib.sha256("\0".join(text.documents).encode()).hexdigest()
+        self.parameters |= {"dataset": text.name, "sample_idx": self.asked["sample_idx"], "text_sha256": digest[:16]}
+        return text
+
+    def context_length(self, context_length: int, others: int, context_limit: int | None) -> int:
+        trained = self.loaded.model.config.max_position_embeddings
+        limit = trained if context_limit is None else context_limit
+        if context_limit is not None and not others < context_limit <= trained:
+            raise ValueError(
+                f"context_limit={context_limit!r}: must be above {others}, what is read after the context, and at most "
+                f"{trained}, the trained length of {self.loaded.name}"
+            )
+        return min(context_length, limit - others)
+
+    def pending(self, names: list[str], ratios, **more) -> list[tuple[str, list]]:
+        """Each press once, with the ratios whose record is not there. Presses that the model's attention cannot serve
+        are refused before any of them is run."""
+        ratios = as_list(ratios)
+        pending = []
+        for name in dict.fromkeys(names):
+            by_ratio = press_row(name).takes_ratio or press_row(name).strength == RATIO_PER_LAYER
+            own = [0.0] if name == "no_press" else ratios if by_ratio else [None]
+            with self.presses(name, own) as presses:
+                for press in presses:
+                    check_press(press, self.loaded.model)
+            missing = [ratio for ratio in own if self._find(name, ratio, more) is None]
+            self.wanted += [self._run_id(name, ratio, more) for ratio in own]
+            if missing:
+                pending.append((name, missing))
+        return pending
+
+    @contextmanager
+    def presses(self, name: str, ratios: list) -> Iterator[list]:
+        """The press at each ratio, with the model on an attention that serves it if the user left that open."""
+        lm = self.loaded.model
+        presses = [make_press(name, *([] if ratio is None else [ratio_for(name, ratio, lm)])) for ratio in ratios]
+        torch.manual_seed(self.asked["seed"])  # for presses that draw
+        with attention(lm, self._attention(presses[0])):
+            yield presses
+
+    def _attention(self, press) -> str:
+        needed = attention_needed(press)
+        free = self.asked["attn_implementation"] == "auto" and needed != "any"
+        return needed if free else self.loaded.model.config._attn_implementation
+
+    def _all_parameters(self, name: str, ratio: float | None, more: dict) -> dict:
+        with self.presses(name, [ratio]):
+            used = self.loaded.model.config._attn_implementation
+        return {**self.parameters, **more, "press": name, "compression_ratio": ratio, "attn_implementation": used}
+
+    def _run_id(self, name: str, ratio: float | None, more: dict) -> str:
+        if self.text is None:
+            dataset = RANDOM_TOKENS
+        else:
+            stands_in = self.text.name.startswith("python-docs")
+            dataset = "python-docs" if stands_in else Path(self.asked["dataset"]).resolve().name
+        differing = {
+            key: value
+            for key, value in {**self.asked, **more}.items()
+            if key not in NOT_IN_THE_ID and (key not in self.defaults or _plain(value) != _plain(self.defaults[key]))
+        }
+        return records.run_id(dataset, self.loaded.name, name, "own" if ratio is None else ratio, **differing)
+
+    def _find(self, name: str, ratio: float | None, more: dict) -> dict | None:
+        if self.asked["overwrite"]:
+            return None
+        return records.find_record(
+            self.folder, self._run_id(name, ratio, more), self._all_parameters(name, ratio, more)
+        )
+
+    def write(self, name, ratio, n_context, started: dict, figures: dict, tables: dict, **more) -> None:
+        run_id, parameters = self._run_id(name, ratio, more), self._all_parameters(name, ratio, more)
+        for table, frame in tables.items():
+            records.write_table(self.folder, run_id, table, frame)
+        record = {**started, **parameters, **figures, "context_tokens": n_context}
+        records.write_record(self.folder, run_id, record, parameters=parameters)
+
+    def study(self) -> Study:
+        found = records.load_records(self.folder).set_index("run_id", drop=False).loc[self.wanted]
+        return Study(self.loaded, self.text, self.folder, found.reset_index(drop=True))
+
+
+def as_list(values) -> list:
+    return [values] if isinstance(values, bool | int | float | str) else list(values)
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value
