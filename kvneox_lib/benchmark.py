@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import Cache, DynamicCache
 
 from kvneox_lib import records
-from kvneox_lib.decoding import Clock, PeakMemory, first_position, generate
+from kvneox_lib.decoding import Clock, PeakMemory, first_position, generate, kept_counts, with_delimiter
 from kvneox_lib.modeling import KVNeoXForCausalLM
 from kvneox_lib.presses import acts, applied, expand_presses, rows_independent
 from kvneox_lib.runs import Runs, Study, as_list
@@ -37,7 +37,8 @@ class Timing:
     prefill_s: float
     decode_s: float
     n_new: int
-    kv_bytes_compressed: int  # of the entries held when decoding begins
+    kept_fraction: float  # of the entries, seen when decoding begins
+    kv_bytes_compressed: int  # of the entries held then, masked ones included
     kv_bytes: int  # allocated when it ends
     peak_bytes: int | None  # of decoding
 
@@ -51,23 +52,27 @@ def time_once(model: KVNeoXForCausalLM, engine: str, press, input_ids: torch.Ten
     if engine == "ours":
         made = generate(model, input_ids, press=press, max_new_tokens=n_new + 1, stop_at_eos=False)
         compressed = int(made.kv_lengths.sum()) * 2 * model.config.head_dim * model.dtype.itemsize
-        return Timing(made.prefill_s, made.decode_s, n_new, compressed, made.kv_bytes, made.peak_bytes)
-    return _time_loop(model if engine == "kvpress" else stock_twin(model, "sdpa"), press, input_ids, n_new)
+        kept = float(made.kv_lengths.float().mean()) / input_ids.shape[1]
+        return Timing(made.prefill_s, made.decode_s, n_new, kept, compressed, made.kv_bytes, made.peak_bytes)
+    stock = engine == "stock"
+    return _time_loop(stock_twin(model, model.config._attn_implementation) if stock else model, press, input_ids, n_new)
 
 
 @torch.no_grad()
 def _time_loop(model, press, input_ids: torch.Tensor, n_new: int) -> Timing:
     clock, cache = Clock(input_ids.device), DynamicCache()
     with applied(press, model):
-        hidden = model.base_model(input_ids=input_ids, past_key_values=cache).last_hidden_state[:, -1:]
+        read = with_delimiter(press, input_ids)
+        hidden = model.base_model(input_ids=read, past_key_values=cache).last_hidden_state[:, -1:]
     token = model.embed_out(hidden).argmax(-1)
-    prefill_s, compressed, peak = clock.lap(), _bytes(cache), PeakMemory(input_ids.device)
+    prefill_s, compressed = clock.lap(), _bytes(cache)
+    kept, peak = float(kept_counts(cache).float().mean()) / input_ids.shape[1], PeakMemory(input_ids.device)
     position = first_position(cache, input_ids.shape[1], press)
     with applied(press if acts(press) == "decoding" else None, model):
         for step in range(n_new):
             positions = torch.full((1, 1), position + step, device=token.device)
             token = model(token, past_key_values=cache, position_ids=positions).logits.argmax(-1)
-    return Timing(prefill_s, clock.lap(), n_new, compressed, _bytes(cache), peak.read())
+    return Timing(prefill_s, clock.lap(), n_new, kept, compressed, _bytes(cache), peak.read())
 
 
 def _bytes(cache: Cache) -> int:
@@ -96,8 +101,9 @@ def can_batch(engine: str, press, batch_size: int) -> bool:
     return batch_size == 1 or rows_independent(press) or (engine == "ours" and acts(press) != "decoding")
 
 
-def read_bandwidth(device: torch.device, n_bytes: int = 2**28, repeats: int = 5) -> float:
+def read_bandwidth(device: torch.device, repeats: int = 5) -> float:
     """Bytes a second, the best of a few sums over what no processor's cache holds."""
+    n_bytes = 2**32 if device.type == "cuda" else 2**28  # so that starting a kernel costs nothing beside it
     data, clock, best = torch.ones(n_bytes // 4, device=device), Clock(device), float("inf")
     for _ in range(repeats):
         clock.lap()
@@ -152,7 +158,8 @@ def measure_speed(
     runs = Runs(measure_speed, asked)
     lm, n_turn = runs.loaded.model, max(-(-max_new_tokens // repeats), min_new_tokens or 0, 2)
     runs.parameters |= {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens, "repeats": repeats}
-    runs.parameters |= {"decode_only": decode_only}
+    runs.parameters |= {"decode_only": decode_only, "n_threads": torch.get_num_threads()}
+    runs.parameters |= {"device_name": records.provenance(runs.device)["device_name"]}  # times are of one machine
     names, cells = ["no_press", *expand_presses(press)], []
     for context_length, batch_size in itertools.product(as_list(context_lengths), as_list(batch_sizes)):
         check_int("context_lengths", context_length, 1)
@@ -201,6 +208,8 @@ def _time_or_why_not(runs: "Runs", engine: str, name: str, ratio: float | None, 
             if not is_out_of_memory(error):
                 raise
             return "out of memory"
+        except (ValueError, AssertionError) as refusal:  # kvpress states its limits by assertion
+            return " ".join(str(refusal).split()) or f"{name} refuses this context"
 
 
 def _record(lm, timings: list, cell: dict, max_new_tokens: int, decode_only: bool, bandwidth: float) -> dict:
@@ -208,15 +217,12 @@ def _record(lm, timings: list, cell: dict, max_new_tokens: int, decode_only: boo
     batch, n_cached = cell["batch_size"], 2 * lm.config.num_hidden_layers * lm.config.hidden_size
     token_bytes = n_cached * batch * lm.dtype.itemsize
     found = dict.fromkeys(["kept_fraction", "nll_mean", "n_tokens", "failure"])
-    found |= {"n_threads": torch.get_num_threads(), "bandwidth_bytes_per_s": bandwidth}
-    found |= {"kv_bytes_full": cell["context_length"] * token_bytes, "weight_bytes": weight_bytes(lm)}
+    found |= {"bandwidth_bytes_per_s": bandwidth, "weight_bytes": weight_bytes(lm)}
+    found["kv_bytes_full"] = cell["context_length"] * token_bytes
     failed = [timing for timing in timings if isinstance(timing, str)]
     if failed:
         return found | {"failure": failed[0]}
     found |= figures(timings, batch, max_new_tokens, decode_only)
-    found |= {
-        "kept_fraction": found["kv_bytes_compressed"] / found["kv_bytes_full"],
-        "n_tokens": batch * max_new_tokens,
-    }
+    found |= {"kept_fraction": timings[-1].kept_fraction, "n_tokens": batch * max_new_tokens}
     read = found["weight_bytes"] + found["kv_bytes_compressed"] + timings[0].n_new / 2 * token_bytes
     return found | {"floor_s": read / bandwidth, "times_floor": found["step_s"] * bandwidth / read}

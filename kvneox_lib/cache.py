@@ -189,6 +189,14 @@ class RaggedLayer(CacheLayerMixin):
     def get_max_cache_shape(self) -> int:
         return -1
 
+    def _refuse(self, *_) -> None:
+        raise NotImplementedError(
+            "entries are stored for each head: samples cannot be reordered, repeated or reset; use the CompactCache "
+            "before make_ragged() for that"
+        )
+
+    reorder_cache = batch_repeat_interleave = batch_select_indices = reset = _refuse
+
     def crop(self, max_length: int) -> None:
         """Take back what was read after compression."""
         surplus = self.logical - (max_length if max_length >= 0 else self.logical + max_length)

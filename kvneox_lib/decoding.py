@@ -28,7 +28,7 @@ class Generation:
     prefill_s: float  # to the first token
     decode_s: float  # for all others
     kv_bytes: int  # allocated when decoding ends
-    kv_lengths: torch.Tensor  # (layers, batch, heads) entries held when decoding begins
+    kv_lengths: torch.Tensor  # (layers, batch, heads) entries held after compression
     peak_bytes: int | None  # of the decoding phase: the allocator's on CUDA, resident memory on Linux, else None
 
 
@@ -74,10 +74,10 @@ def generate(
     ends = _Ends(model, len(input_ids), min_new_tokens, stop_at_eos)
     position = first_position(cache, input_ids.shape[1], press)
     with applied(decoding, model):
+        kv_lengths = cache.kv_lengths
         if question_ids is not None:
             hidden = _step(model, question_ids, position, cache)
             position += n_question
-        kv_lengths = cache.kv_lengths - n_question
         tokens = [ends.apply(_choose(model, hidden, ends, temperature))]
         prefill_s = clock.lap()
         peak = PeakMemory(input_ids.device)
@@ -233,7 +233,8 @@ def prefill_each(model: KVNeoXForCausalLM, input_ids: torch.Tensor, presses: lis
                 generator.set_state(dice[i])
                 press.forward_hook(module, args, {**kwargs, "past_key_values": cache}, output)
                 dice[i] = generator.get_state()
-        read.keys, read.values = read.keys[:, :, :0], read.values[:, :, :0]  # no layer above needs them
+        batch, heads, _, dim = read.keys.shape
+        read.keys = read.values = read.keys.new_empty(batch, heads, 0, dim)  # no layer above needs them
 
     for press, _ in sharing:
         if press is not None:
@@ -275,6 +276,8 @@ def with_delimiter(press, input_ids: torch.Tensor, window: int = 64) -> torch.Te
     """For FINCH, mark where the question begins (the last `window` tokens), with an id that the text does not use."""
     if not hasattr(press, "delimiter_token_id"):
         return input_ids
+    if input_ids.shape[1] <= window:
+        raise ValueError(f"FINCH takes the last {window} tokens for the question; the context has {input_ids.shape[1]}")
     unused = next(i for i in range(input_ids.max() + 2) if not (input_ids == i).any())
     press.delimiter_token_id = unused
     return torch.cat([input_ids[:, :-window], input_ids.new_full((1, 1), unused), input_ids[:, -window:]], dim=1)

@@ -50,10 +50,12 @@ def attend_with_one_query(
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, mask: torch.Tensor
 ) -> torch.Tensor:
-    """The same for more than one query, with a mask (rows, queries, n) to be added."""
-    if query.shape[1] == 1:
+    """The same for any number of queries and any precision, with a mask (rows, queries, n) to be added."""
+    if query.shape[1] == 1 and query.dtype == torch.float32:
         return attend_with_one_query(query, key, value, scaling, mask[:, 0])
-    return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+    # as a batch of one: only in four dimensions it has fused kernels, which keep the scores of half precision exact
+    states = (part[None] for part in (query, key, value, mask))
+    return torch.nn.functional.scaled_dot_product_attention(*states, scale=scaling)[0]
 
 
 def one_query_is_faster_alone(query: torch.Tensor) -> bool:

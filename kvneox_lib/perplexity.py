@@ -6,6 +6,7 @@ query that read the compressed cache. `continuation_nll` measures that; `teacher
 the artefact.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,8 +28,8 @@ class Scored:
     """A batch of windows read on from one compressed cache."""
 
     nll: torch.Tensor  # (batch, T - n_context - 1)
-    kept: torch.Tensor  # (layers, batch, heads) entries that each head sees when the continuation begins
-    kv_bytes: int  # allocated for the keys and values of the whole batch, then
+    kept: torch.Tensor  # (layers, batch, heads) entries that each head sees when the continuation begins; when it ends,
+    kv_bytes: int  # at most n_context, for presses that act while decoding. And bytes allocated for the batch, then
 
 
 @torch.no_grad()
@@ -56,11 +57,14 @@ def score_each(model, input_ids: torch.Tensor, *, n_context: int, presses: list)
     scored = []
     for press in presses:
         cache = caches.pop(0)  # freed when it is done with
-        kept = kept_counts(cache)
-        if acts(press) != "decoding":
+        kept, position = kept_counts(cache), first_position(cache, n_context, press)
+        decoding = acts(press) == "decoding"
+        if not decoding:
             cache.make_ragged()
-        kv_bytes = cache.kv_bytes
-        nll, _ = read_on(model, cache, input_ids[:, n_context:], first_position(cache, n_context, press), press)
+            kv_bytes = cache.kv_bytes
+        nll, _ = read_on(model, cache, input_ids[:, n_context:], position, press)
+        if decoding:  # what it evicted while reading on is gone only now
+            kept, kv_bytes = kept_counts(cache).clamp(max=n_context), cache.kv_bytes
         scored.append(Scored(nll, kept, kv_bytes))
     return scored
 
@@ -124,17 +128,22 @@ def _score(model: KVNeoXForCausalLM, hidden: torch.Tensor, targets: torch.Tensor
 
 
 def bootstrap_ci95(numerator: np.ndarray, denominator: np.ndarray, n_resamples: int = 2000) -> tuple[float, float]:
-    """95 % interval of sum(numerator) / sum(denominator) over windows drawn with replacement, always the same draws."""
+    """95 % interval of sum(numerator) / sum(denominator) over windows drawn with replacement, always the same draws.
+    Of fewer than 5 windows no interval can be had: NaN."""
     n = len(numerator)
+    if n < 5:
+        return math.nan, math.nan
     drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=n_resamples)  # (resamples, windows) counts
     low, high = np.percentile((drawn @ numerator) / (drawn @ denominator), [2.5, 97.5])
     return float(low), float(high)
 
 
+@np.errstate(divide="ignore", over="ignore", invalid="ignore")
 def summarize(nll: np.ndarray, n_bytes: np.ndarray, n_words: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
     """The figures of a record from nll (windows, L), in nat; `baseline` is that of no compression on the same windows.
 
-    Differences are paired: most of what makes one window harder than another is in both and cancels.
+    Differences are paired: most of what makes one window harder than another is in both and cancels. A figure that
+    does not exist is None: those of words in text without spaces, intervals from a few windows.
     """
     n_tokens, total = np.full(len(nll), nll.shape[1]), nll.sum(1)
     figures = {"n_windows": len(nll), "n_tokens": int(n_tokens.sum())}
@@ -149,7 +158,7 @@ def summarize(nll: np.ndarray, n_bytes: np.ndarray, n_words: np.ndarray, baselin
     for name, of in (("ppl", "nll_mean"), ("ppl_ratio", "delta_nll"), ("word_ppl", "nll_per_word")):
         for end in ("", "_ci95_low", "_ci95_high"):
             figures[name + end] = float(np.exp(figures[of + end]))
-    return figures
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def by_distance(nll: np.ndarray, baseline: np.ndarray) -> pd.DataFrame:

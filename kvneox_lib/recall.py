@@ -111,7 +111,9 @@ def _kept(cache: Cache, full: Cache, press) -> torch.Tensor | None:
 
 def _ask(model: KVNeoXForCausalLM, cache: Cache, n_context: int, read: torch.Tensor, key: RecallKey, press, positions):
     kept_fraction = float(kept_counts(cache).float().mean()) / n_context
-    if acts(press) != "decoding":
+    if acts(press) == "decoding":
+        press = copy.deepcopy(press)  # its counters are of one question
+    else:
         cache.make_ragged()
     kv_bytes = cache.kv_bytes
     nll, hit = read_on(model, cache, read, first_position(cache, n_context, press), press)

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class Runs:
     def __init__(self, measure, asked: dict):
         self.defaults = {name: parameter.default for name, parameter in inspect.signature(measure).parameters.items()}
         self.asked = asked
-        reads_text = "dataset" in asked  # time and memory depend neither on the text nor on the weights' values
+        reads_text = "dataset" in asked  # time and memory do not depend on the text
         names = ("weights", "attn_implementation", "dtype", "device", "seed")
         fallback = "demo" if reads_text else "random"
         self.loaded = load_model(asked["model"], fallback=fallback, **{name: asked[name] for name in names})
@@ -80,7 +81,13 @@ class Runs:
                 f"context_limit={context_limit!r}: must be above {others}, what is read after the context, and at most "
                 f"{trained}, the trained length of {self.loaded.name}"
             )
-        return min(context_length, limit - others)
+        if others >= limit:
+            raise ValueError(f"{others} tokens after the context leave no room for it: {self.loaded.name} has {limit}")
+        if context_length > limit - others and context_limit is None:
+            what = f"context_length={context_length} is cut to {limit - others}"
+            warnings.warn(f"{what}, so that a window has the trained length, {limit} tokens", stacklevel=3)
+        self.asked["context_length"] = min(context_length, limit - others)
+        return self.asked["context_length"]
 
     def pending(self, names: list[str], ratios, **more) -> list[tuple[str, list]]:
         """Each press once, with the ratios whose record is not there. Presses that the model's attention cannot serve
@@ -134,9 +141,10 @@ class Runs:
     def _find(self, name: str, ratio: float | None, more: dict) -> dict | None:
         if self.asked["overwrite"]:
             return None
-        return records.find_record(
+        found = records.find_record(
             self.folder, self._run_id(name, ratio, more), self._all_parameters(name, ratio, more)
         )
+        return None if found and found.get("failure") else found  # what failed may succeed now
 
     def write(self, name, ratio, n_context, started: dict, figures: dict, tables: dict, **more) -> None:
         run_id, parameters = self._run_id(name, ratio, more), self._all_parameters(name, ratio, more)

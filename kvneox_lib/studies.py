@@ -5,6 +5,7 @@ The parameters are the notebooks', and the defaults here are theirs: a run is na
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -16,9 +17,7 @@ from tqdm.auto import tqdm
 from kvneox_lib import records
 from kvneox_lib.passkeys import recall_samples
 from kvneox_lib.perplexity import by_distance, score_each, summarize, teacher_forced_nll
-from kvneox_lib.presses import (
-    expand_presses,
-)
+from kvneox_lib.presses import acts, expand_presses, make_press, ratio_for
 from kvneox_lib.recall import RecallResult, ask_each, copy_attention
 from kvneox_lib.runs import Runs, Study, as_list
 from kvneox_lib.windows import Windows, check_int, windows
@@ -78,7 +77,7 @@ def measure_perplexity(
         started, clock = records.provenance(runs.device), time.perf_counter()
         with runs.presses(name, ratios) as presses:
             baseline, *scored = _score_windows(runs.loaded.model, cut, [None, *presses], batch_size, progress)
-            still, *control = _control(runs.loaded.model, cut, [None, *presses], control_windows)
+            still, *control = _control(runs.loaded.model, cut, [None, *presses], control_windows, batch_size)
         seconds = (time.perf_counter() - clock) / len(ratios)
         for ratio, result, control_nll in zip(ratios, scored, control):
             figures = summarize(result.nll, cut.n_bytes.numpy(), cut.n_words.numpy(), baseline.nll)
@@ -120,9 +119,10 @@ def _score_windows(model, cut: Windows, presses: list, batch_size: int, progress
     return results
 
 
-def _control(model, cut: Windows, presses: list, n_windows: int) -> list[float]:
-    ids, scored = cut.input_ids[:n_windows], slice(cut.context_length, None)
-    return [float(teacher_forced_nll(model, ids, press=press)[:, scored].double().mean()) for press in presses]
+def _control(model, cut: Windows, presses: list, n_windows: int, batch_size: int) -> list[float]:
+    batches, scored = cut.input_ids[:n_windows].split(batch_size), slice(cut.context_length, None)
+    nll = [[teacher_forced_nll(model, ids, press=press)[:, scored] for ids in batches] for press in presses]
+    return [float(torch.cat(of_press).double().mean()) for of_press in nll]
 
 
 def _window_table(cut: Windows, nll: np.ndarray, baseline: np.ndarray) -> pd.DataFrame:
@@ -176,10 +176,11 @@ def measure_recall(
     )
     runs.parameters |= {"n_keys": n_keys, "keys_per_context": keys_per_context, "context_length": context_length}
     runs.parameters |= {"depths": depths if depths is None else list(depths)}
+    names = ["no_press", *_that_act_before(press, runs.loaded.model)]
     pending = [
         (mode, name, ratios)
         for mode in modes
-        for name, ratios in runs.pending(["no_press", *expand_presses(press)], compression_ratio, query_aware=mode)
+        for name, ratios in runs.pending(names, compression_ratio, query_aware=mode)
     ]
     reading = copy_attention(runs.loaded.model, samples[:4]).numpy() if pending else None
     progress = tqdm(total=n_keys * sum(len(ratios) for _, _, ratios in pending), unit="问", desc="检索")
@@ -212,6 +213,16 @@ def measure_recall(
             runs.write(name, ratio, context_length, started, figures, {"keys": table, "heads": heads}, query_aware=mode)
     progress.close()
     return runs.study()
+
+
+def _that_act_before(press: str | Sequence[str], model) -> list[str]:
+    """Without the presses that act while decoding: they wait for more tokens than a question has, and would pass."""
+    names = expand_presses(press)
+    waiting = [name for name in names if acts(make_press(name, ratio_for(name, 0.5, model))) == "decoding"]
+    if waiting:
+        what = "not asked, as they compress only after more tokens than a question has"
+        warnings.warn(f"{what}: {', '.join(waiting)}", stacklevel=3)
+    return [name for name in names if name not in waiting]
 
 
 def _head_table(**columns: np.ndarray) -> pd.DataFrame:

@@ -41,13 +41,14 @@ def test_bytes(demo, reading):
     masked = time_once(demo, "kvpress", make_press("adakv_snapkv", 0.75), ids, 5)
     freed = time_once(demo, "ours", make_press("adakv_snapkv", 0.75), ids, 5)
     assert masked.kv_bytes_compressed == 200 * token and freed.kv_bytes_compressed == 50 * token
+    assert masked.kept_fraction == freed.kept_fraction == 0.25
     _, apart = stock_and_ours(tiny_config())  # embeddings not tied: a step looks one row up
     assert weight_bytes(apart) == 4 * (sum(p.numel() for p in apart.parameters()) - 97 * 128)
     assert weight_bytes(demo) == 4 * sum(p.numel() for p in demo.parameters())
 
 
 def test_figures_are_medians_of_the_turns():
-    turns = [Timing(1.0 + i, 2.0 * (1 + i), 4, 10, 20, 100 * i) for i in (0, 1, 2, 3, 10)]
+    turns = [Timing(1.0 + i, 2.0 * (1 + i), 4, 0.5, 10, 20, 100 * i) for i in (0, 1, 2, 3, 10)]
     found = figures(turns, batch_size=3, max_new_tokens=11, decode_only=False)
     assert (found["prefill_s"], found["step_s"], found["step_s_q25"], found["step_s_q75"]) == (3.0, 1.5, 1.0, 2.0)
     assert found["decode_tok_per_s"] == 2.0 and found["total_tok_per_s"] == 3 * 11 / (3.0 + 10 * 1.5)
@@ -84,6 +85,13 @@ def test_what_runs_out_of_memory_is_a_row_and_the_rest_goes_on(tmp_path, monkeyp
     monkeypatch.setattr(benchmark, "time_once", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         measure_speed(**{**SMALL, "overwrite": True}, output_dir=str(tmp_path))
+
+
+def test_what_a_press_refuses_is_a_row_too(tmp_path):
+    short = {**SMALL, "context_lengths": 40, "press": ["snapkv", "finch", "knorm"]}
+    rows = measure_speed(**short, output_dir=str(tmp_path)).records.set_index(["engine", "press"])["failure"]
+    assert "should be greater than" in rows["ours", "snapkv"] and rows["kvpress", "snapkv"] == rows["ours", "snapkv"]
+    assert rows[["ours", "kvpress"]][:, "knorm"].isna().all()
 
 
 def test_out_of_memory_is_told_apart():

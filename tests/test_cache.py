@@ -4,15 +4,15 @@ import copy
 
 import pytest
 import torch
-from conftest import relative_difference
-from transformers import DynamicCache
+from conftest import DEMO, relative_difference
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from kvneox_lib.cache import CompactCache, RaggedLayer
 from kvneox_lib.decoding import kept_counts, prefill
 from kvneox_lib.modeling import evictions
 from kvneox_lib.presses import applied, attention, attention_needed, make_press, press_names, ratio_for
 
-HEADWISE = ("adakv_snapkv", "critical_adakv_snapkv", "dms_leverage", "kvcompose_unstructured", "kvzip")
+HEADWISE = ("adakv_snapkv", "critical_adakv_snapkv", "dms_leverage", "kvcompose_unstructured", "kvzip", "kvgrad")
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +165,34 @@ def test_ragged_bytes_are_what_the_heads_hold(demo, reading):
 def test_wrong_headroom():
     with pytest.raises(ValueError, match="headroom=-1: must be a whole number, 0 or above"):
         CompactCache(-1)
+
+
+@torch.no_grad()
+def test_ragged_is_masked_in_half_precision(reading):
+    low = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    masked = prefill(low, reading[:, :600], make_press("adakv_snapkv", 0.5))
+    ragged = copy.deepcopy(masked)
+    ragged.make_ragged()
+    for start, end in ((600, 640), (640, 641)):
+        logits = [
+            low(reading[:, start:end], past_key_values=cache, position_ids=torch.arange(start, end)[None]).logits
+            for cache in (ragged, masked)
+        ]
+        assert relative_difference(*logits) < 0.02  # a unit in the last place of bfloat16 is 0.008
+
+
+def test_what_ragged_storage_cannot_do_is_said(demo, pages):
+    cache = prefill(demo, pages[:, :200], make_press("adakv_snapkv", 0.5))
+    cache.make_ragged()
+    for change in (
+        lambda: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda: cache.batch_repeat_interleave(2),
+        lambda: cache.batch_select_indices(torch.tensor([0])),
+        cache.reset,
+    ):
+        with pytest.raises(NotImplementedError, match="cannot be reordered, repeated or reset"):
+            change()
+    mask = torch.ones(2, 201, dtype=torch.long)
+    mask[0, 0] = 0
+    with pytest.raises(ValueError, match="attention_mask marks padding"):
+        demo(pages[:, 200:201], past_key_values=cache, attention_mask=mask)

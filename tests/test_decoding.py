@@ -102,7 +102,6 @@ def test_bytes_and_lengths_are_those_of_the_cache(demo, pages):
     assert made.kv_lengths.shape == (6, 2, 4) and made.kv_lengths[0, 0, 0] > made.kv_lengths[5, 0, 0]
     room = made.kv_lengths[:, 0, 0] + 5
     assert made.kv_bytes == 2 * 2 * int(room.sum()) * 256 * 4
-    assert made.peak_bytes is None or made.peak_bytes > made.kv_bytes
     asked = generate(demo, pages, press=make_press("knorm", 0.5), question_ids=pages[:, :7], max_new_tokens=5)
     assert (asked.kv_lengths == 140).all()
 

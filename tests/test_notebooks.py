@@ -98,8 +98,16 @@ def test_long_book_notebook(tmp_path):
     windows = {"continuation_length": 48, "max_windows": 6, "control_windows": 2, "press": "knorm", "sample_idx": 0}
     notebook = run("02_pg19_ppl", tmp_path, **{**TEXT, **windows}, output_dir=str(tmp_path / "out"))
     text = said(notebook)
-    assert "The Python Language Reference" in text and "损失最大的是 knorm（压缩率 0.90）" in text
+    assert "The Python Language Reference" in text and "knorm（压缩率 0.90）：每 token 多" in text
     assert len(records.load_records(tmp_path / "out")) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["01_wikitext_ppl", "02_pg19_ppl"])
+def test_notebooks_without_a_press_that_takes_the_ratio(name, tmp_path):
+    windows = {"continuation_length": 32, "max_windows": 2, "control_windows": 1, "press": "think"}
+    run(name, tmp_path, **{**TEXT, **windows}, output_dir=str(tmp_path / "out"))
+    assert set(records.load_records(tmp_path / "out")["press"]) == {"no_press", "think"}
 
 
 @pytest.mark.slow
@@ -123,6 +131,6 @@ def test_speed_notebook(tmp_path):
     text = said(notebook)
     assert "模型 **demo**（权重：bundled），随机 token" in text and "没有找到 demo 在同样压缩率下的困惑度记录" in text
     assert "kvpress：chunkkv_snapkv 0.75（上下文 200，批 2）没有计时：不能整批运行" in text
-    assert "上下文 300、批 2：不压缩，本库的解码是 transformers 的" in text
+    assert "上下文 300、批 2：不压缩，本库的解码速度是 transformers 的" in text
     runs = records.load_records(tmp_path / "out")
     assert len(runs) == 4 * (4 + 1 + 3)

@@ -212,3 +212,18 @@ def test_an_order_is_claimed_only_where_windows_carry_it():
     assert table.loc["good", "nll_difference"] == pytest.approx(-0.1, abs=0.01)
     swapped = against(pd.DataFrame(rows), "good").set_index("press")
     assert swapped.loc["random", "verdict"] == "worse" and "good" not in swapped.index
+
+
+def test_figures_that_do_not_exist_are_none():
+    nll = np.full((3, 10), 2.0)
+    figures = summarize(nll, np.full(3, 30), np.zeros(3), nll)  # no words, as in Chinese, and too few windows
+    assert (
+        figures["nll_per_word"] is None and figures["word_ppl"] is None and figures["ppl"] == pytest.approx(math.e**2)
+    )
+    assert figures["nll_mean_ci95_low"] is None and figures["ppl_ci95_high"] is None
+
+
+def test_what_a_decoding_press_keeps_is_counted_when_it_has_decoded(demo, reading):
+    press = make_press("decoding_knorm", target_size=64, compression_interval=8)
+    (scored,) = score_each(demo, reading[:, :200], n_context=150, presses=[press])
+    assert (scored.kept < 64 + 8).all() and scored.kv_bytes < 2 * 6 * 250 * 256 * 4

@@ -128,6 +128,24 @@ def test_context_limit_cuts_the_context(tmp_path):
     assert set(study.records["context_tokens"]) == {68}
 
 
+def test_a_context_beyond_the_trained_length_is_cut_and_said(tmp_path):
+    long = {**SMALL, "context_length": 4096, "max_windows": 1, "control_windows": 1}
+    with pytest.warns(UserWarning, match="context_length=4096 is cut to 2016, so that a window has the trained length"):
+        study = measure_perplexity(**long, press="no_press", output_dir=str(tmp_path))
+    assert set(study.records["context_tokens"]) == {2016} and "context_length=2016" in study.records["run_id"][0]
+    with pytest.raises(ValueError, match="2048 tokens after the context leave no room for it: demo has 2048"):
+        measure_perplexity(**{**long, "continuation_length": 2048}, output_dir=str(tmp_path))
+
+
+def test_recall_does_not_ask_presses_that_would_sleep_through_it(tmp_path):
+    asked = {"n_keys": 2, "keys_per_context": 2, "context_length": 200, "depths": None}
+    with pytest.warns(UserWarning, match="not asked, as they compress only after more tokens.*: decoding_knorm"):
+        study = measure_recall(
+            model="demo", dataset="python-docs", press=["decoding_knorm"], **asked, output_dir=str(tmp_path)
+        )
+    assert study.records["press"].tolist() == ["no_press"]
+
+
 def test_recall_study(tmp_path):
     study = measure_recall(
         model="demo",

@@ -1,0 +1,70 @@
+"""The committed reference records say what the study claims: whoever measures them anew learns here what changed."""
+
+import pandas as pd
+import pytest
+from conftest import REPOSITORY
+
+from kvneox_lib.perplexity import against
+from kvneox_lib.presses import expand_presses, press_names
+from kvneox_lib.records import load_records, table_path
+
+REFERENCE = REPOSITORY / "results" / "reference"
+CORE = [name for name in expand_presses("all") if name != "no_press"]
+RATIOS = [0.25, 0.5, 0.75, 0.9, 0.99]
+TEXTS = {"wikitext_ppl": "wikitext-2-v1", "pg19_ppl": "Gutenberg (pre-1919)"}
+
+
+def runs(study: str) -> pd.DataFrame:
+    return load_records(REFERENCE / study)
+
+
+@pytest.mark.parametrize("study", TEXTS)
+def test_core_presses_at_every_ratio_and_the_others_at_one(study):
+    frame = runs(study)
+    assert set(frame["dataset"]) == {TEXTS[study]} and set(frame["weights"]) == {"bundled"}
+    assert not frame["git_dirty"].any() and (frame["continuation_length"] == 256).all()
+    core = frame[frame["n_windows"] >= 200]
+    found = core[core["press"] != "no_press"].groupby("press")["compression_ratio"].apply(sorted).to_dict()
+    assert found == {name: RATIOS for name in CORE}
+    assert set(frame[frame["n_windows"] == 20]["press"]) == set(press_names()) - set(CORE)
+
+
+@pytest.mark.parametrize("study", TEXTS)
+def test_the_damage_grows_with_the_ratio_and_the_control_stands_still(study):
+    frame = runs(study)
+    assert frame["control_delta_nll"].abs().max() < 1e-5
+    by_press = frame[frame["n_windows"] >= 200].set_index(["press", "compression_ratio"])
+    for name in CORE:
+        steps = by_press.loc[name, "delta_nll"].loc[0.25:0.9]
+        assert steps.is_monotonic_increasing and len(steps) == 4, name
+        assert by_press.loc[(name, 0.9), "delta_nll_ci95_low"] > by_press.loc[(name, 0.25), "delta_nll_ci95_high"], name
+
+
+def test_snapkv_against_random():
+    """Ahead on the novels; on WikiText at 0.75 the windows carry no order."""
+    verdicts = {}
+    for study in TEXTS:
+        frame = runs(study)
+        frame = frame[(frame["n_windows"] >= 200) & frame["press"].isin(["random", "snapkv"])]
+        tables = [
+            pd.read_csv(table_path(REFERENCE / study, row.run_id, "windows")).assign(
+                press=row.press, compression_ratio=row.compression_ratio
+            )
+            for row in frame.itertuples()
+        ]
+        table = against(pd.concat(tables), "random").set_index("compression_ratio")["verdict"]
+        verdicts[study] = table.loc[[0.75, 0.9]].tolist()
+    assert verdicts == {"pg19_ppl": ["better", "better"], "wikitext_ppl": ["", "better"]}
+
+
+def test_recall_ranks_presses_otherwise():
+    frame = runs("recall")
+    assert (frame["n_keys"] >= 200).all()
+    by_press = frame.set_index(["query_aware", "press", "compression_ratio"])["accuracy"].sort_index()
+    assert len(by_press) == 2 * (1 + len(CORE) * len(RATIOS))
+    assert (by_press[:, "no_press"] >= 0.95).all()
+    assert by_press[False, "random", 0.75] <= 0.2 and by_press[False, "keydiff", 0.75] >= 0.9
+    assert by_press[False, "snapkv", 0.25] <= 0.2  # first in perplexity, last here
+    outside = frame[~frame["query_aware"] & (frame["press"] != "no_press")]
+    ranks = outside[["accuracy", "digits_kept", "digits_kept_where_read"]].rank().corr()["accuracy"]
+    assert ranks["digits_kept_where_read"] > 0.9 > ranks["digits_kept"]
