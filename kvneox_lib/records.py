@@ -78,7 +78,7 @@ def provenance(device: str | torch.device = "cpu") -> dict[str, str | bool | Non
         "python_version": platform.python_version(),
         **{f"{package}_version": _version(package) for package in PACKAGES},
         "git_commit": commit,
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no", ".", ":!results")) if commit else None,
         "device_name": _device_name(torch.device(device)),
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
