@@ -95,6 +95,21 @@ def test_an_installed_copy_does_not_take_the_commit_of_the_repository_around_it(
     assert provenance()["git_commit"] is None
 
 
+def test_changed_code_is_dirty_and_new_results_are_not(tmp_path, monkeypatch):
+    for name in ("kvneox_lib/records.py", "results/reference/a.json"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("before")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "kvneox_lib" / "records.py"))
+    assert provenance()["git_dirty"] is False
+    (tmp_path / "results/reference/a.json").write_text("after")
+    assert provenance()["git_dirty"] is False
+    (tmp_path / "kvneox_lib/records.py").write_text("after")
+    assert provenance()["git_dirty"] is True
+
+
 def test_json_and_csv_hold_the_same_row_and_the_parameters(tmp_path, record):
     path = write_record(tmp_path / "new" / "ppl", "a__b__0.50", record, parameters=PARAMETERS)
     row = json.loads(path.read_text())
