@@ -34,28 +34,13 @@ def is_watched(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
 
 
-def attend_with_one_query(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """softmax(query key^T) value for query (rows, 1, D), key and value (rows, n, D), mask (rows, n) to be added.
+def attend_with_one_query(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """softmax(query key^T) value for query (rows, 1, D), key and value (rows, n, D).
 
     key @ query^T, rather than query @ key^T, reads the keys twice as fast as the fused kernel does.
     """
     scores = torch.bmm(key, (query * scaling).transpose(1, 2)).squeeze(-1)  # (rows, n)
-    if mask is not None:
-        scores += mask
     return torch.bmm(scores.softmax(-1).unsqueeze(1), value)  # (rows, 1, D)
-
-
-def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, mask: torch.Tensor
-) -> torch.Tensor:
-    """The same for any number of queries and any precision, with a mask (rows, queries, n) to be added."""
-    if query.shape[1] == 1 and query.dtype == torch.float32:
-        return attend_with_one_query(query, key, value, scaling, mask[:, 0])
-    # as a batch of one: only in four dimensions it has fused kernels, which keep the scores of half precision exact
-    states = (part[None] for part in (query, key, value, mask))
-    return torch.nn.functional.scaled_dot_product_attention(*states, scale=scaling)[0]
 
 
 def one_query_is_faster_alone(query: torch.Tensor) -> bool:
