@@ -131,7 +131,7 @@ def press_lines(
         if f"{y}_ci95_low" in frame:
             bars = rows[y] - rows[f"{y}_ci95_low"], rows[f"{y}_ci95_high"] - rows[y]
             bars = [bar.clip(lower=0).to_numpy() for bar in bars]
-            aside = (i - (len(names) - 1) / 2) / 200  # so that bars do not hide each other
+            aside = (i - (len(names) - 1) / 2) / 400  # so that bars do not hide each other
             places = rows[x] * 8**aside if log_x else rows[x] + aside * (frame[x].max() - frame[x].min())
             axes.errorbar(places.to_numpy(), rows[y].to_numpy(), yerr=bars, capsize=2, **style)
         else:
