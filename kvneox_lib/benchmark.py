@@ -196,7 +196,7 @@ def _for_engine(engine: str, names: list[str]) -> list[str]:
     return ["no_press"] if engine == "stock" else [name for name in names if name != "no_press"]
 
 
-def _time_or_why_not(runs: "Runs", engine: str, name: str, ratio: float | None, ids, n_turn: int) -> Timing | str:
+def _time_or_why_not(runs: Runs, engine: str, name: str, ratio: float | None, ids, n_turn: int) -> Timing | str:
     with runs.presses(name, [ratio]) as (press,), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*the model was trained on")  # time does not depend on that
         if not can_batch(engine, press, len(ids)):

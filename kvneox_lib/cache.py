@@ -30,6 +30,10 @@ class Room:
     def filled(self) -> torch.Tensor | None:
         return None if self.buffer is None else self.buffer[:, :, : self.length]
 
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.buffer is None else self.buffer.nbytes
+
     def append(self, new: torch.Tensor) -> torch.Tensor:
         length = self.length + new.shape[2]
         if self.buffer is None or length > self.buffer.shape[2]:
@@ -85,7 +89,7 @@ class CompactLayer(DynamicLayer):
 
     @property
     def allocated_bytes(self) -> int:
-        return sum(room.buffer.nbytes for room in (self._keys, self._values) if room.buffer is not None)
+        return self._keys.nbytes + self._values.nbytes
 
     def lengths(self) -> torch.Tensor:
         """(batch, heads) entries held."""
@@ -114,7 +118,7 @@ class CompactCache(Cache):
     def make_ragged(self) -> None:
         """Free what head-wise presses evicted. After prefill, for presses that are idle while decoding."""
         for index, evicted in list(evictions(self).items()):
-            if evicted is not None and len(evicted[0]):
+            if _names_any(evicted):
                 self.layers[index] = RaggedLayer.of([self.layers[index]], [evicted])
                 evictions(self)[index] = None
 
@@ -124,7 +128,7 @@ class CompactCache(Cache):
         stacked = cls(caches[0].layers[0].headroom)
         for index, layers in enumerate(zip(*(cache.layers for cache in caches))):
             evicted = [evictions(cache).get(index) for cache in caches]
-            if any(part is not None for part in evicted) or len({layer.get_seq_length() for layer in layers}) > 1:
+            if any(map(_names_any, evicted)) or len({layer.get_seq_length() for layer in layers}) > 1:
                 stacked.layers.append(RaggedLayer.of(layers, evicted))
             else:
                 states = (torch.cat(parts) for parts in zip(*((layer.keys, layer.values) for layer in layers)))
@@ -151,9 +155,8 @@ class RaggedLayer(CacheLayerMixin):
         size = self.tile_keys.shape[1]
         n_tiles = -(-self.held // size)
         self.row = torch.arange(len(keys)).repeat_interleave(n_tiles).to(device)  # of each tile
-        first = torch.cat(
-            [torch.arange(n) * size for n in n_tiles.tolist()]
-        )  # entry of the row that a tile begins with
+        # the entry of its row with which a tile begins
+        first = torch.cat([torch.arange(n) * size for n in n_tiles.tolist()])
         hidden = (first[:, None] + torch.arange(size) >= self.held[self.row.cpu()][:, None]).to(device)
         self.hidden = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -torch.inf)[..., None]
         self.new_keys, self.new_values = Room(headroom), Room(headroom)  # (1, rows, n, D)
@@ -227,11 +230,15 @@ class RaggedLayer(CacheLayerMixin):
 
     @property
     def allocated_bytes(self) -> int:
-        rooms = [room.buffer.nbytes for room in (self.new_keys, self.new_values) if room.buffer is not None]
-        return self.tile_keys.nbytes + self.tile_values.nbytes + self.hidden.nbytes + sum(rooms)
+        held = self.tile_keys, self.tile_values, self.hidden, self.new_keys, self.new_values
+        return sum(part.nbytes for part in held)
 
     def lengths(self) -> torch.Tensor:
         return (self.held + self.new_keys.length).view(self.batch, -1)
+
+
+def _names_any(evicted: tuple[torch.Tensor, ...] | None) -> bool:
+    return evicted is not None and len(evicted[0]) > 0
 
 
 def _tiles(rows: list[torch.Tensor]) -> torch.Tensor:

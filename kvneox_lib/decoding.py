@@ -335,8 +335,7 @@ def greedy(model: KVNeoXForCausalLM, input_ids: torch.Tensor, press, n_new: int)
     with applied(while_decoding, model):
         start = first_position(cache, length, press)
         for step in range(n_new):
-            position = torch.full_like(token, start + step)
-            logits.append(model(token, past_key_values=cache, position_ids=position).logits[:, -1])
+            logits.append(linear_of_few_rows(model.embed_out, _step(model, token, start + step, cache)))
             token = logits[-1].argmax(-1, keepdim=True)
             tokens.append(token)
     return torch.cat(tokens, dim=1), torch.stack(logits, dim=1)

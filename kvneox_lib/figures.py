@@ -153,9 +153,8 @@ def heat_maps(
     ylabel: str,
     xlabel: str,
     label: str,
-    highest: float = 1,
 ) -> Figure:
-    """For each press a panel of `value`, averaged, by `rows` and `columns`."""
+    """For each press a panel of `value`, a share from 0 to 1, averaged, by `rows` and `columns`."""
     names = list(dict.fromkeys(frame["press"]))
     width = min(5, len(names))
     height = -(-len(names) // width)
