@@ -7,6 +7,7 @@ from kvneox_lib.models import LoadedModel, load_model
 from kvneox_lib.perplexity import continuation_nll, teacher_forced_nll
 from kvneox_lib.presses import check_press, expand_presses, make_press, press_names
 from kvneox_lib.recall import RecallResult, recall_accuracy
+from kvneox_lib.streaming import StreamingDecoder, streaming_nll
 
 __all__ = [
     "CompactCache",
@@ -14,6 +15,7 @@ __all__ = [
     "KVNeoXForCausalLM",
     "LoadedModel",
     "RecallResult",
+    "StreamingDecoder",
     "adapt",
     "check_press",
     "continuation_nll",
@@ -23,5 +25,6 @@ __all__ = [
     "make_press",
     "press_names",
     "recall_accuracy",
+    "streaming_nll",
     "teacher_forced_nll",
 ]

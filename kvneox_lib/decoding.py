@@ -52,7 +52,7 @@ def generate(
     ends a sample.
     """
     model = adapt(model)
-    input_ids, question_ids = _checked_prompt(model, input_ids, question_ids, attention_mask)
+    input_ids, question_ids = checked_prompt(model, input_ids, question_ids, attention_mask)
     check_int("max_new_tokens", max_new_tokens, 1)
     check_int("min_new_tokens", min_new_tokens, 0)
     if not temperature >= 0:
@@ -70,25 +70,28 @@ def generate(
         raise ValueError(f"{type(press).__name__} mixes the rows of a batch while decoding; give it one row at a time")
 
     clock = Clock(input_ids.device)
-    cache, hidden = _prefill_batch(model, input_ids, press, n_question + max_new_tokens)
-    ends = _Ends(model, len(input_ids), min_new_tokens, stop_at_eos)
+    headroom = n_question + max_new_tokens
+    if decoding is not None:  # then it shrinks again, however long the text becomes
+        headroom = min(headroom, getattr(decoding, "decoding_press", decoding).compression_interval)
+    cache, hidden = _prefill_batch(model, input_ids, press, headroom)
+    ends = Ends(model, len(input_ids), min_new_tokens, stop_at_eos)
     position = first_position(cache, input_ids.shape[1], press)
     with applied(decoding, model):
         kv_lengths = cache.kv_lengths
         if question_ids is not None:
             hidden = _step(model, question_ids, position, cache)
             position += n_question
-        tokens = [ends.apply(_choose(model, hidden, ends, temperature))]
+        tokens = [ends.apply(choose(model, hidden, ends, temperature))]
         prefill_s = clock.lap()
         peak = PeakMemory(input_ids.device)
         while len(tokens) < max_new_tokens and not ends.all_ended:
             hidden = _step(model, tokens[-1][:, None], position, cache)
-            tokens.append(ends.apply(_choose(model, hidden, ends, temperature)))
+            tokens.append(ends.apply(choose(model, hidden, ends, temperature)))
             position += 1
     return Generation(torch.stack(tokens, 1), prefill_s, clock.lap(), cache.kv_bytes, kv_lengths, peak.read())
 
 
-def _checked_prompt(model, input_ids, question_ids, attention_mask):
+def checked_prompt(model, input_ids, question_ids, attention_mask):
     if attention_mask is not None and not attention_mask.all():
         raise ValueError(
             "attention_mask marks padding: after compression nobody knows which entries were padding. Give prompts of "
@@ -118,7 +121,7 @@ def _step(model: KVNeoXForCausalLM, input_ids: torch.Tensor, position: int, cach
     return model.model(input_ids=input_ids, past_key_values=cache, position_ids=positions).last_hidden_state[:, -1]
 
 
-def _choose(model: KVNeoXForCausalLM, hidden: torch.Tensor, ends: "_Ends", temperature: float) -> torch.Tensor:
+def choose(model: KVNeoXForCausalLM, hidden: torch.Tensor, ends: "Ends", temperature: float) -> torch.Tensor:
     logits = linear_of_few_rows(model.embed_out, hidden)  # (batch, vocabulary)
     if ends.forbidden:
         logits[:, ends.ids] = -torch.inf
@@ -127,7 +130,7 @@ def _choose(model: KVNeoXForCausalLM, hidden: torch.Tensor, ends: "_Ends", tempe
     return torch.multinomial((logits.float() / temperature).softmax(-1), 1)[:, 0]
 
 
-class _Ends:
+class Ends:
     """Which samples of a batch have ended."""
 
     def __init__(self, model: KVNeoXForCausalLM, batch: int, min_new_tokens: int, stop_at_eos: bool):

@@ -20,6 +20,7 @@ from kvneox_lib.modeling import KVNeoXForCausalLM, adapt
 from kvneox_lib.presses import acts, applied, rows_independent
 
 LOGITS_AT_ONCE = 2**24  # numbers, 64 MiB in float32: a window's logits are never in memory as a whole
+ROWS_AT_ONCE = 512  # of them: more leave the processor's cache
 TOKENS_AT_ONCE = 1024  # of a continuation: nor is a mask for all its queries
 
 
@@ -44,7 +45,7 @@ def continuation_nll(model, input_ids: torch.Tensor, *, n_context: int, press=No
 @torch.no_grad()
 def score_each(model, input_ids: torch.Tensor, *, n_context: int, presses: list) -> list[Scored]:
     """`continuation_nll` under each press, with what it kept; the context is read once for all that allow it."""
-    model, input_ids = _checked(model, input_ids)
+    model, input_ids = checked(model, input_ids)
     if not 1 <= n_context <= input_ids.shape[1] - 2:
         raise ValueError(
             f"n_context={n_context!r}: must be from 1 to {input_ids.shape[1] - 2}, so that of these tokens"
@@ -91,32 +92,32 @@ def read_on(
             fed = input_ids[:, start : min(start + step, last)]
             positions = torch.arange(start, start + fed.shape[1], device=fed.device)[None] + position
             hidden = model.model(input_ids=fed, past_key_values=cache, position_ids=positions).last_hidden_state
-            scored.append(_score(model, hidden, input_ids[:, start + 1 : start + 1 + fed.shape[1]]))
+            scored.append(score(model, hidden, input_ids[:, start + 1 : start + 1 + fed.shape[1]]))
     return [torch.cat(parts, dim=1) for parts in zip(*scored)]
 
 
 @torch.no_grad()
 def teacher_forced_nll(model, input_ids: torch.Tensor, *, press=None) -> torch.Tensor:
     """(batch, T - 1): the control, all tokens in one pass inside the press. No press can move it; see above."""
-    model, input_ids = _checked(model, input_ids)
+    model, input_ids = checked(model, input_ids)
     if len(input_ids) > 1 and not rows_independent(press):
         return torch.cat([teacher_forced_nll(model, row[None], press=press) for row in input_ids])
     fed = with_delimiter(press, input_ids)
     with applied(press, model):
         hidden = model.model(input_ids=fed, past_key_values=DynamicCache()).last_hidden_state
-        return _score(model, hidden[:, :-1], input_ids[:, 1:])[0]
+        return score(model, hidden[:, :-1], input_ids[:, 1:])[0]
 
 
-def _checked(model, input_ids: torch.Tensor) -> tuple[KVNeoXForCausalLM, torch.Tensor]:
+def checked(model, input_ids: torch.Tensor) -> tuple[KVNeoXForCausalLM, torch.Tensor]:
     if input_ids.dim() != 2 or input_ids.shape[1] < 2:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; must be (batch, T) with T of at least 2")
     model = adapt(model)
     return model, input_ids.to(model.model.embed_tokens.weight.device)
 
 
-def _score(model: KVNeoXForCausalLM, hidden: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
+def score(model: KVNeoXForCausalLM, hidden: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
     """nll and hits (batch, n) from the last hidden states (batch, n, d), by chunks of the vocabulary projection."""
-    rows = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    rows = max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // model.config.vocab_size))
     scored = []
     for states, ids in zip(hidden.flatten(0, 1).split(rows), targets.to(hidden.device).flatten().split(rows)):
         logits = model.embed_out(states).float()

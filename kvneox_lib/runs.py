@@ -15,12 +15,14 @@ from kvneox_lib import records
 from kvneox_lib.data import HUB, Text, load_text
 from kvneox_lib.models import LoadedModel, load_model
 from kvneox_lib.presses import attention, attention_needed, check_press, make_press, press_row, ratio_for
-from kvneox_lib.registry import RATIO_PER_LAYER
+from kvneox_lib.registry import RATIO_PER_LAYER, REGISTRY
 
 # The first four are at the head of every run's name; where a text or a record lies does not change a figure.
 NOT_IN_THE_ID = ("model", "dataset", "press", "compression_ratio", "data_dir", "output_dir", "overwrite")
-NOT_IN_THE_ID += ("context_lengths", "batch_sizes")  # of a whole grid; each run of it has its own
+# of a whole grid; each run of it has its own
+NOT_IN_THE_ID += ("context_lengths", "batch_sizes", "methods", "ablation_sinks", "ablation_sizes")
 RANDOM_TOKENS = "random-tokens"
+KNOWN_IN_TABLES = ("press", "compression_ratio", "query_aware", "n_sink", "window")
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,15 @@ class Study:
     records: pd.DataFrame
 
     def table(self, name: str) -> pd.DataFrame:
-        """That table of all runs, one below the other, with `press`, `compression_ratio` and `query_aware`."""
+        """That table of all runs, one below the other, with what tells them apart. Not every run has
+        each table."""
         frames = []
         for row in self.records.to_dict("records"):
-            frame = pd.read_csv(records.table_path(self.folder, row["run_id"], name))
-            known = {key: row[key] for key in ("press", "compression_ratio", "query_aware") if key in row}
+            path = records.table_path(self.folder, row["run_id"], name)
+            if not path.exists():
+                continue
+            frame = pd.read_csv(path)
+            known = {key: row[key] for key in KNOWN_IN_TABLES if key in row}
             frames.append(frame.assign(**known))
         return pd.concat(frames, ignore_index=True)
 
@@ -100,11 +106,15 @@ class Runs:
             with self.presses(name, own) as presses:
                 for press in presses:
                     check_press(press, self.loaded.model)
-            missing = [ratio for ratio in own if self._find(name, ratio, more) is None]
-            self.wanted += [self._run_id(name, ratio, more) for ratio in own]
+            missing = [ratio for ratio in own if self.is_missing(name, ratio, **more)]
             if missing:
                 pending.append((name, missing))
         return pending
+
+    def is_missing(self, name: str, ratio: float | None, **more) -> bool:
+        """Ask for this run, whose record may be there."""
+        self.wanted.append(self._run_id(name, ratio, more))
+        return self._find(name, ratio, more) is None
 
     @contextmanager
     def presses(self, name: str, ratios: list) -> Iterator[list]:
@@ -121,8 +131,10 @@ class Runs:
         return needed if free else self.loaded.model.config._attn_implementation
 
     def _all_parameters(self, name: str, ratio: float | None, more: dict) -> dict:
-        with self.presses(name, [ratio]):
-            used = self.loaded.model.config._attn_implementation
+        used = self.loaded.model.config._attn_implementation
+        if name in REGISTRY:
+            with self.presses(name, [ratio]):
+                used = self.loaded.model.config._attn_implementation
         return {**self.parameters, **more, "press": name, "compression_ratio": ratio, "attn_implementation": used}
 
     def _run_id(self, name: str, ratio: float | None, more: dict) -> str:

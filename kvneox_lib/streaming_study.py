@@ -1,0 +1,284 @@
+"""One long text read in four ways, and what each costs: what notebook 04 runs.
+
+`dense` keeps everything, `window` the last tokens, `sinks` the first few and the last, `recompute` computes the keys of
+the last tokens anew for every token. The last three see equally many: n_sink + window tokens and the one being read.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from kvneox_lib import records
+from kvneox_lib.cache import CompactCache
+from kvneox_lib.decoding import Clock
+from kvneox_lib.modeling import KVNeoXForCausalLM
+from kvneox_lib.perplexity import bootstrap_ci95, read_on, teacher_forced_nll
+from kvneox_lib.runs import Runs, Study, as_list
+from kvneox_lib.streaming import StreamingDecoder, recomputed_nll, streaming_nll
+from kvneox_lib.windows import check_int, tokenize
+
+METHODS = ("dense", "window", "sinks", "recompute")
+BLOCK = 256  # tokens, of which the running figures are means
+CHECKPOINTS, STEPS = 12, 16  # where a token's cost is measured, and over how many tokens
+PROMPT, PIECE = 64, 250  # tokens: what a sample of text begins with, and how it is looked at
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way of reading. A query of `window` and `sinks` sees n_sink first tokens, window last ones, and itself."""
+
+    method: str
+    n_sink: int
+    window: int | None  # None: everything
+    timed: bool = False  # and with a sample of text
+
+    @property
+    def size(self) -> int | None:
+        return None if self.window is None else self.n_sink + self.window
+
+    @property
+    def settings(self) -> dict:
+        return {"n_sink": self.n_sink, "window": self.window} | ({"timed": True} if self.timed else {})
+
+
+def measure_streaming(
+    *,
+    model: str = "pythia-70m",
+    weights: str = "auto",
+    dataset: str = "pg19",
+    subset: str = "wikitext-103-v1",
+    split: str = "test",
+    sample_idx: int = 0,
+    data_dir: str | None = None,
+    methods: str | Sequence[str] = METHODS,
+    n_sink: int = 4,
+    window: int = 1020,
+    rerotate: bool = True,
+    max_tokens: int | None = 16384,
+    dense_limit: int = 8192,
+    recompute_samples: int = 256,
+    ablation_sinks: Sequence[int] = (0, 1, 2, 4, 8),
+    ablation_sizes: Sequence[int] = (64, 128, 256, 512, 1024),
+    sample_tokens: int = 2000,
+    attn_implementation: str = "auto",
+    dtype: str = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    output_dir: str = "results/streaming",
+    overwrite: bool = False,
+) -> Study:
+    """nll along the first `max_tokens` of one document (None: all of it), time and bytes of a token, and a sample of
+    generated text with and without sinks.
+
+    dense stops at dense_limit tokens. recompute is scored at `recompute_samples` evenly spread tokens, and so are, for
+    comparison, the others. The ablation reads with every number of sinks in a cache of every size.
+    """
+    asked = locals()
+    readings = _readings(as_list(methods), n_sink, window, as_list(ablation_sinks), as_list(ablation_sizes))
+    for name, least in (("dense_limit", 2), ("recompute_samples", 1), ("sample_tokens", 0)):
+        check_int(name, asked[name], least)
+    runs = Runs(measure_streaming, asked)
+    lm = runs.loaded.model
+    ids = _first_tokens(runs, max_tokens, window + n_sink)
+    runs.parameters |= {name: asked[name] for name in ("rerotate", "dense_limit", "recompute_samples", "sample_tokens")}
+    runs.parameters |= {"max_tokens": ids.shape[1], "device_name": records.provenance(runs.device)["device_name"]}
+    sampled = _spread(n_sink + window, ids.shape[1] - 1, recompute_samples)
+
+    pending = [reading for reading in readings if runs.is_missing(reading.method, None, **reading.settings)]
+    timed = [reading for reading in pending if reading.timed]
+    costs = _costs(lm, ids, timed, rerotate, dense_limit) if timed else None
+    for reading in tqdm(pending, unit="种", desc="流式"):
+        started, clock = records.provenance(runs.device), time.perf_counter()
+        positions, nll = _read_all(lm, ids, reading, rerotate, dense_limit, sampled)
+        figures = _figures(nll, positions, lm, reading)
+        at = np.isin(positions, sampled)
+        tables = {"samples": pd.DataFrame({"position": positions[at], "nll": nll[at]})}
+        if reading.method != "recompute":
+            tables["running"] = _running(nll, positions)
+        if reading.timed:
+            tables["cost"] = cost = costs[costs["method"] == reading.method].drop(columns="method")
+            figures |= cost.iloc[-1][["step_s", "kv_bytes"]].to_dict()
+        if reading.timed and reading.method in ("window", "sinks") and sample_tokens:
+            torch.manual_seed(seed)
+            tables["sample"] = _sample(runs.loaded, ids[:, :PROMPT], reading, rerotate, sample_tokens)
+        figures["run_s"] = time.perf_counter() - clock
+        n_read = int(positions[-1]) + 1
+        runs.write(reading.method, None, n_read, started, figures, tables, **reading.settings)
+    return runs.study()
+
+
+def _readings(methods: list[str], n_sink: int, window: int, sinks: list[int], sizes: list[int]) -> list[Reading]:
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown or not methods:
+        raise ValueError(f"methods={methods!r}: must be of {', '.join(METHODS)}")
+    check_int("n_sink", n_sink, 0)
+    check_int("window", window, 1)
+    size = n_sink + window
+    main = {
+        "dense": Reading("dense", 0, None, timed=True),
+        "window": Reading("window", 0, size, timed=True),
+        "sinks": Reading("sinks", n_sink, window, timed=True),
+        "recompute": Reading("recompute", 0, size, timed=True),
+    }
+    readings = [main[name] for name in dict.fromkeys(methods)]
+    known = {(reading.n_sink, reading.window) for reading in readings if reading.method in ("window", "sinks")}
+    for total in sizes:
+        for first in sinks:
+            check_int("ablation_sinks", first, 0)
+            check_int("ablation_sizes", total, first + 1)
+            if (first, total - first) not in known:
+                readings.append(Reading("sinks" if first else "window", first, total - first))
+    return readings
+
+
+def _first_tokens(runs: Runs, max_tokens: int | None, size: int) -> torch.Tensor:
+    if len(runs.text.documents) != 1:
+        raise ValueError(f"sample_idx={runs.asked['sample_idx']!r}: one document is read; give the number of one")
+    ids = tokenize(runs.text.documents[0], runs.loaded.tokenizer).ids
+    if max_tokens is not None:
+        check_int("max_tokens", max_tokens, size + 2)
+    if len(ids) < (max_tokens or size + 2):
+        raise ValueError(f"max_tokens={max_tokens}: {runs.text.titles[0]} has {len(ids)} tokens; ask for fewer")
+    return torch.from_numpy(ids[:max_tokens].astype(np.int64))[None].to(runs.device)
+
+
+def _spread(first: int, stop: int, n: int) -> np.ndarray:
+    """At most `n` queries from `first` to before `stop`, evenly."""
+    return np.unique(np.linspace(first, stop - 1, min(n, stop - first)).round().astype(int))
+
+
+def _read_all(lm, ids, reading: Reading, rerotate: bool, dense_limit: int, sampled) -> tuple[np.ndarray, np.ndarray]:
+    """The positions of queries, and the nll of the token after each."""
+    if reading.method == "recompute":
+        nll = recomputed_nll(lm, ids, window=reading.window, positions=torch.from_numpy(sampled))
+        return sampled, nll[0].double().cpu().numpy()
+    if reading.method == "dense":
+        nll = read_on(lm, CompactCache(headroom=dense_limit), ids[:, :dense_limit], 0, None)[0]
+    else:
+        nll = streaming_nll(lm, ids, n_sink=reading.n_sink, window=reading.window, rerotate=rerotate)
+    return np.arange(nll.shape[1]), nll[0].double().cpu().numpy()
+
+
+def _running(nll: np.ndarray, positions: np.ndarray) -> pd.DataFrame:
+    """By block of tokens, the last and shorter one left out."""
+    n = len(nll) // BLOCK * BLOCK
+    first = positions[:n:BLOCK]
+    return pd.DataFrame(
+        {"from_token": first + 1, "to_token": first + BLOCK, "nll_mean": nll[:n].reshape(-1, BLOCK).mean(1)}
+    )
+
+
+def _figures(nll: np.ndarray, positions: np.ndarray, lm: KVNeoXForCausalLM, reading: Reading) -> dict:
+    """Of all tokens, and of those within and beyond the trained length; intervals over blocks of 256 tokens."""
+    n_read, figures = int(positions[-1]) + 1, {"n_tokens": len(nll)}
+    inside = positions < lm.config.max_position_embeddings
+    for name, part in (("", nll), ("within_", nll[inside]), ("beyond_", nll[~inside])):
+        blocks = np.array_split(part, max(1, len(part) // BLOCK)) if len(part) else []
+        low, high = bootstrap_ci95(np.array([b.sum() for b in blocks]), np.array([len(b) for b in blocks]))
+        mean = part.mean() if len(part) else np.nan
+        figures[f"{name}nll_mean"] = mean
+        figures |= {f"{name}ppl{end}": np.exp(x) for end, x in (("", mean), ("_ci95_low", low), ("_ci95_high", high))}
+    figures["kept_fraction"] = 1.0 if reading.size is None else min(1.0, (reading.size + 1) / n_read)
+    return {name: float(x) if np.isfinite(x) else None for name, x in figures.items()} | {"n_tokens": len(nll)}
+
+
+# ---- what a token costs ----
+
+
+def _costs(lm: KVNeoXForCausalLM, ids: torch.Tensor, readings: list[Reading], rerotate: bool, dense_limit: int):
+    """Seconds and bytes of a token after more and more tokens, the methods taking turns."""
+    readers = {reading.method: _READERS[reading.method](lm, ids, reading, rerotate) for reading in readings}
+    clock, rows, read = Clock(ids.device), [], 0
+    for stop in np.linspace(0, ids.shape[1] - STEPS - 1, CHECKPOINTS + 1).astype(int)[1:]:
+        taking_part = {name: reader for name, reader in readers.items() if name != "dense" or stop <= dense_limit}
+        for reader in taking_part.values():
+            reader.read(read, stop)
+        spent = {name: [] for name in taking_part}
+        for position in range(stop, stop + STEPS):
+            for name, reader in taking_part.items():
+                clock.lap()
+                reader.step(position)
+                spent[name].append(clock.lap())
+        for name, reader in taking_part.items():
+            low, middle, high = np.percentile(spent[name], [25, 50, 75])
+            row = {"method": name, "tokens_read": stop, "step_s": middle, "step_s_q25": low, "step_s_q75": high}
+            rows.append(row | {"kv_bytes": reader.kv_bytes})
+        read = stop + STEPS
+    return pd.DataFrame(rows)
+
+
+class _Dense:
+    def __init__(self, lm, ids, reading, rerotate):
+        self.lm, self.ids, self.cache = lm, ids, CompactCache()
+
+    def read(self, start: int, stop: int) -> None:
+        read_on(self.lm, self.cache, self.ids[:, start : stop + 1], start, None)
+
+    @torch.no_grad()
+    def step(self, position: int) -> None:
+        positions = torch.tensor([[position]], device=self.ids.device)
+        self.lm(self.ids[:, position : position + 1], past_key_values=self.cache, position_ids=positions)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of the entries held; head-room beside them is a choice."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+
+
+class _Streaming:
+    def __init__(self, lm, ids, reading, rerotate):
+        self.lm, self.ids, self.decoder = lm, ids, StreamingDecoder(reading.n_sink, reading.window, rerotate)
+
+    def read(self, start: int, stop: int) -> None:
+        self.decoder.read(self.lm, self.ids[:, start:stop])
+
+    def step(self, position: int) -> None:
+        self.decoder.read(self.lm, self.ids[:, position : position + 1])
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.decoder.kv_bytes
+
+
+class _Recompute:
+    def __init__(self, lm, ids, reading, rerotate):
+        self.lm, self.ids, self.window = lm, ids, reading.window
+
+    def read(self, start: int, stop: int) -> None:
+        """Nothing is kept."""
+
+    @torch.no_grad()
+    def step(self, position: int) -> None:
+        seen = self.ids[:, max(0, position - self.window) : position + 1]
+        self.lm(seen, use_cache=False, logits_to_keep=1)
+
+    kv_bytes = 0
+
+
+_READERS = {"dense": _Dense, "window": _Streaming, "sinks": _Streaming, "recompute": _Recompute}
+
+
+# ---- a sample of text ----
+
+
+def _sample(loaded, prompt: torch.Tensor, reading: Reading, rerotate: bool, n_tokens: int) -> pd.DataFrame:
+    """Text drawn at temperature 1 after `prompt`, in pieces. A piece is judged by the model reading it afresh after the
+    piece before it, all within the trained length: nll_mean; and by the share of its runs of four tokens that are new.
+    """
+    decoder = StreamingDecoder(reading.n_sink, reading.window, rerotate)
+    tokens = decoder.stream(loaded.model, prompt, max_new_tokens=n_tokens, stop_at_eos=False, temperature=1.0)
+    text = torch.cat([prompt, torch.stack(list(tokens), dim=1)], dim=1)
+    rows = []
+    for start in range(PROMPT, text.shape[1], PIECE):
+        piece = text[0, start : start + PIECE].tolist()
+        before = max(0, start - PIECE)
+        nll = teacher_forced_nll(loaded.model, text[:, before : start + PIECE])[:, start - before - 1 :]
+        runs = [tuple(piece[i : i + 4]) for i in range(len(piece) - 3)]
+        row = {"from_token": start, "text": loaded.tokenizer.decode(piece), "nll_mean": float(nll.mean())}
+        rows.append(row | {"distinct_4grams": len(set(runs)) / max(1, len(runs))})
+    return pd.DataFrame(rows)
