@@ -59,11 +59,11 @@ def measure_streaming(
     n_sink: int = 4,
     window: int = 1020,
     rerotate: bool = True,
-    max_tokens: int | None = 16384,
+    max_tokens: int | None = 12288,
     dense_limit: int = 8192,
     recompute_samples: int = 256,
     ablation_sinks: Sequence[int] = (0, 1, 2, 4, 8),
-    ablation_sizes: Sequence[int] = (64, 128, 256, 512, 1024),
+    ablation_sizes: Sequence[int] = (128, 256, 512, 1024),
     sample_tokens: int = 2000,
     attn_implementation: str = "auto",
     dtype: str = "auto",
@@ -86,7 +86,8 @@ def measure_streaming(
     lm = runs.loaded.model
     ids = _first_tokens(runs, max_tokens, window + n_sink)
     runs.parameters |= {name: asked[name] for name in ("rerotate", "dense_limit", "recompute_samples", "sample_tokens")}
-    runs.parameters |= {"max_tokens": ids.shape[1], "device_name": records.provenance(runs.device)["device_name"]}
+    runs.parameters |= {"max_tokens": ids.shape[1], "n_threads": torch.get_num_threads()}
+    runs.parameters |= {"device_name": records.provenance(runs.device)["device_name"]}  # times are of one machine
     sampled = _spread(n_sink + window, ids.shape[1] - 1, recompute_samples)
 
     pending = [reading for reading in readings if runs.is_missing(reading.method, None, **reading.settings)]
@@ -187,6 +188,22 @@ def _figures(nll: np.ndarray, positions: np.ndarray, lm: KVNeoXForCausalLM, read
     return {name: float(x) if np.isfinite(x) else None for name, x in figures.items()} | {"n_tokens": len(nll)}
 
 
+def compare_at_samples(table: pd.DataFrame, beyond: int) -> pd.DataFrame:
+    """Each reading against recomputation on the same tokens, those after the first `beyond`: `difference` in nat with
+    its 95 % interval, `low` and `high`, over `n` tokens. `table` is the study's table `samples`."""
+    rows, table = [], table[table["position"] >= beyond]
+    exact = table[table["press"] == "recompute"].set_index("position")["nll"]
+    exact = exact[~exact.index.duplicated()]
+    for (press, n_sink, window), part in table.groupby(["press", "n_sink", "window"], sort=False, dropna=False):
+        difference = (part.set_index("position")["nll"] - exact).dropna().to_numpy()
+        if press == "recompute" or not len(difference):
+            continue
+        low, high = bootstrap_ci95(difference, np.ones(len(difference)))
+        row = {"press": press, "n_sink": n_sink, "window": window, "difference": difference.mean()}
+        rows.append(row | {"low": low, "high": high, "n": len(difference)})
+    return pd.DataFrame(rows, columns=["press", "n_sink", "window", "difference", "low", "high", "n"])
+
+
 # ---- what a token costs ----
 
 
@@ -201,6 +218,8 @@ def _costs(lm: KVNeoXForCausalLM, ids: torch.Tensor, readings: list[Reading], re
         spent = {name: [] for name in taking_part}
         for position in range(stop, stop + STEPS):
             for name, reader in taking_part.items():
+                if name == "recompute" and position % 4:  # a whole window each
+                    continue
                 clock.lap()
                 reader.step(position)
                 spent[name].append(clock.lap())

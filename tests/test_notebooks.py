@@ -9,7 +9,7 @@ import papermill
 import pytest
 from conftest import REPOSITORY
 
-from kvneox_lib import benchmark, records, studies
+from kvneox_lib import benchmark, records, streaming_study, studies
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 COMMON = {"model", "attn_implementation", "dtype", "device", "output_dir"}
@@ -65,6 +65,7 @@ def test_adapter_notebook(tmp_path):
         ("01_wikitext_ppl", studies.measure_perplexity, {"output_dir"}),
         ("02_pg19_ppl", studies.measure_perplexity, {"output_dir", "dataset", "sample_idx"}),
         ("03_speed", benchmark.measure_speed, set()),
+        ("04_streaming", streaming_study.measure_streaming, set()),
         ("05_recall", studies.measure_recall, set()),
     ],
 )
@@ -134,3 +135,19 @@ def test_speed_notebook(tmp_path):
     assert "上下文 300、批 2：不压缩，本库的解码速度是 transformers 的" in text
     runs = records.load_records(tmp_path / "out")
     assert len(runs) == 4 * (4 + 1 + 3)
+
+
+@pytest.mark.slow
+def test_streaming_notebook(tmp_path):
+    small = {"n_sink": 4, "window": 60, "max_tokens": 3000, "dense_limit": 2600, "recompute_samples": 12}
+    grid = {"ablation_sinks": [0, 4], "ablation_sizes": [64], "sample_tokens": 300}
+    where = {"model": "demo", "dataset": "python-docs", "output_dir": str(tmp_path / "out")}
+    notebook = run("04_streaming", tmp_path, **where, **small, **grid)
+    text = said(notebook)
+    assert "The Python Language Reference" in text and "读 3000 个 token" in text
+    assert "汇聚点加窗口（4 + 60）：每 token 差" in text and "**只留窗口**，第 314 个 token 起" in text
+    found = records.load_records(tmp_path / "out").set_index("press")
+    assert sorted(found.index) == ["dense", "recompute", "sinks", "window"] and "4 份记录" in text
+    assert found["n_tokens"].to_dict() == {"dense": 2599, "recompute": 12, "sinks": 2999, "window": 2999}
+    only = run("04_streaming", tmp_path, **where, **small, ablation_sinks=[], methods=["sinks"], sample_tokens=0)
+    assert "没有可以比较的" in said(only)
