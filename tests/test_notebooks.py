@@ -9,7 +9,7 @@ import papermill
 import pytest
 from conftest import REPOSITORY
 
-from kvneox_lib import benchmark, records, studies
+from kvneox_lib import benchmark, explore, records, studies
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 COMMON = {"model", "attn_implementation", "dtype", "device", "output_dir"}
@@ -66,6 +66,7 @@ def test_adapter_notebook(tmp_path):
         ("02_pg19_ppl", studies.measure_perplexity, {"output_dir", "dataset", "sample_idx"}),
         ("03_speed", benchmark.measure_speed, set()),
         ("05_recall", studies.measure_recall, set()),
+        ("06_explore", explore.record_exploration, set()),
     ],
 )
 def test_notebooks_have_the_defaults_after_which_runs_are_named(name, measure, own):
@@ -134,3 +135,14 @@ def test_speed_notebook(tmp_path):
     assert "上下文 300、批 2：不压缩，本库的解码速度是 transformers 的" in text
     runs = records.load_records(tmp_path / "out")
     assert len(runs) == 4 * (4 + 1 + 3)
+
+
+@pytest.mark.slow
+def test_explore_notebook(tmp_path):
+    asked = {**TEXT, "continuation_length": 8, "press": "adakv_snapkv"}
+    notebook = run("06_explore", tmp_path, **asked, output_dir=str(tmp_path / "out"))
+    assert "press **adakv_snapkv**" in said(notebook) and "python-docs__demo__adakv_snapkv__0.75" in said(notebook)
+    pages = [output["data"] for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
+    assert sum("个头中" in page.get("text/html", "") for page in pages) == 1
+    assert sum("application/vnd.jupyter.widget-view+json" in page for page in pages) == 1
+    assert records.load_records(tmp_path / "out")["kept_fraction"].tolist() == pytest.approx([0.25], abs=0.01)
