@@ -200,7 +200,7 @@ def record_exploration(
     places = {"position": position, "context_length": context_length, "continuation_length": continuation_length}
     input_ids, n_context = excerpt(runs.text, runs.loaded, **places)
     runs.parameters |= places
-    (ratio,) = own_ratios(press, [compression_ratio])
+    (ratio,) = own_ratios(press, compression_ratio)
     started = records.provenance(runs.device)
     with runs.presses(press, [ratio]) as (made,):
         found = explore(runs.loaded.model, runs.loaded.tokenizer, input_ids, n_context=n_context, press=made)

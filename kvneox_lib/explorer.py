@@ -81,7 +81,7 @@ class Explorer:
                 continuation_length=self.asked["continuation_length"],
             )
             name, model = self.press.value, self.loaded.model
-            (ratio,), asked = own_ratios(name, [self.ratio.value]), self.asked
+            (ratio,), asked = own_ratios(name, self.ratio.value), self.asked
             with made_presses(model, name, [ratio], asked["attn_implementation"], asked["seed"]) as (press,):
                 self.found = explore(model, self.loaded.tokenizer, input_ids, n_context=n_context, press=press)
             self._show()
@@ -98,7 +98,7 @@ class Explorer:
 
     def _show(self) -> None:
         found, row = self.found, press_row(self.press.value)
-        self.ratio.disabled = own_ratios(row.name, [0.5]) != [0.5]
+        self.ratio.disabled = own_ratios(row.name, 0.5) != [0.5]
         layers, heads = self.loaded.model.config.num_hidden_layers, self.loaded.model.config.num_attention_heads
         for control, n in ((self.layer, layers), (self.head, heads)):
             if len(control.options) != n + 1:  # another model

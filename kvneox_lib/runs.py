@@ -93,7 +93,6 @@ class Runs:
     def pending(self, names: list[str], ratios, **more) -> list[tuple[str, list]]:
         """Each press once, with the ratios whose record is not there. Presses that the model's attention cannot serve
         are refused before any of them is run."""
-        ratios = as_list(ratios)
         pending = []
         for name in dict.fromkeys(names):
             own = own_ratios(name, ratios)
@@ -162,10 +161,12 @@ def made_presses(model: KVNeoXForCausalLM, name: str, ratios: list, attn_impleme
         yield presses
 
 
-def own_ratios(name: str, ratios: list) -> list:
-    """What of `ratios` makes a difference to that press: 0 for none at all, None for a strength of its own."""
-    by_ratio = press_row(name).takes_ratio or press_row(name).strength == RATIO_PER_LAYER
-    return [0.0] if name == "no_press" else ratios if by_ratio else [None]
+def own_ratios(press: str, ratios) -> list:
+    """Those of `ratios` at which a press is measured: no_press at 0, one with a strength of its own once (None)."""
+    if press == "no_press":
+        return [0.0]
+    row = press_row(press)
+    return as_list(ratios) if row.takes_ratio or row.strength == RATIO_PER_LAYER else [None]
 
 
 def as_list(values) -> list:
