@@ -16,7 +16,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test smoke lint format constraints clean
+.PHONY: help setup test smoke lint format readme constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ format: $(STAMP) ## put that in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(call for_notebooks,)
+
+readme: $(STAMP) ## put current tables and figures into README_zh.md
+	$(BIN)/python tools/readme.py
 
 constraints: | $(BIN)/pip ## pin the newest versions that fit, for all Pythons and platforms; torch stays
 	$(BIN)/python -m pip install --quiet uv

@@ -10,7 +10,6 @@ import numbers
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import kvpress
 from kvpress import BasePress
@@ -260,11 +259,3 @@ def applied(press: BasePress | None, model: KVNeoXForCausalLM):
             for handle in set(layer.self_attn._forward_hooks) - before if failure else ():
                 del layer.self_attn._forward_hooks[handle]
                 layer.self_attn._forward_hooks_with_kwargs.pop(handle, None)
-
-
-if __name__ == "__main__":
-    # python -m kvneox_lib.presses README_zh.md: put the current table between the marks
-    path = Path(sys.argv[1])
-    before, _, rest = path.read_text(encoding="utf-8").partition("<!-- presses -->\n")
-    _, _, after = rest.partition("<!-- /presses -->")
-    path.write_text(f"{before}<!-- presses -->\n{press_table()}\n<!-- /presses -->{after}", encoding="utf-8")

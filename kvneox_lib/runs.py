@@ -13,6 +13,7 @@ import torch
 
 from kvneox_lib import records
 from kvneox_lib.data import HUB, Text, load_text
+from kvneox_lib.modeling import KVNeoXForCausalLM
 from kvneox_lib.models import LoadedModel, load_model
 from kvneox_lib.presses import attention, attention_needed, check_press, make_press, press_row, ratio_for
 from kvneox_lib.registry import RATIO_PER_LAYER, REGISTRY
@@ -98,11 +99,9 @@ class Runs:
     def pending(self, names: list[str], ratios, **more) -> list[tuple[str, list]]:
         """Each press once, with the ratios whose record is not there. Presses that the model's attention cannot serve
         are refused before any of them is run."""
-        ratios = as_list(ratios)
         pending = []
         for name in dict.fromkeys(names):
-            by_ratio = press_row(name).takes_ratio or press_row(name).strength == RATIO_PER_LAYER
-            own = [0.0] if name == "no_press" else ratios if by_ratio else [None]
+            own = own_ratios(name, ratios)
             with self.presses(name, own) as presses:
                 for press in presses:
                     check_press(press, self.loaded.model)
@@ -119,16 +118,9 @@ class Runs:
     @contextmanager
     def presses(self, name: str, ratios: list) -> Iterator[list]:
         """The press at each ratio, with the model on an attention that serves it if the user left that open."""
-        lm = self.loaded.model
-        presses = [make_press(name, *([] if ratio is None else [ratio_for(name, ratio, lm)])) for ratio in ratios]
-        torch.manual_seed(self.asked["seed"])  # for presses that draw
-        with attention(lm, self._attention(presses[0])):
+        asked = self.asked["attn_implementation"]
+        with made_presses(self.loaded.model, name, ratios, asked, self.asked["seed"]) as presses:
             yield presses
-
-    def _attention(self, press) -> str:
-        needed = attention_needed(press)
-        free = self.asked["attn_implementation"] == "auto" and needed != "any"
-        return needed if free else self.loaded.model.config._attn_implementation
 
     def _all_parameters(self, name: str, ratio: float | None, more: dict) -> dict:
         used = self.loaded.model.config._attn_implementation
@@ -158,16 +150,35 @@ class Runs:
         )
         return None if found and found.get("failure") else found  # what failed may succeed now
 
-    def write(self, name, ratio, n_context, started: dict, figures: dict, tables: dict, **more) -> None:
+    def write(self, name, ratio, n_context, started: dict, figures: dict, tables: dict, **more) -> Path:
         run_id, parameters = self._run_id(name, ratio, more), self._all_parameters(name, ratio, more)
         for table, frame in tables.items():
             records.write_table(self.folder, run_id, table, frame)
         record = {**started, **parameters, **figures, "context_tokens": n_context}
-        records.write_record(self.folder, run_id, record, parameters=parameters)
+        return records.write_record(self.folder, run_id, record, parameters=parameters)
 
     def study(self) -> Study:
         found = records.load_records(self.folder).set_index("run_id", drop=False).loc[self.wanted]
         return Study(self.loaded, self.text, self.folder, found.reset_index(drop=True))
+
+
+@contextmanager
+def made_presses(model: KVNeoXForCausalLM, name: str, ratios: list, attn_implementation: str, seed: int):
+    """The press at each ratio. attn_implementation="auto": meanwhile the model uses one that serves it."""
+    presses = [make_press(name, *([] if ratio is None else [ratio_for(name, ratio, model)])) for ratio in ratios]
+    torch.manual_seed(seed)  # for presses that draw
+    needed = attention_needed(presses[0])
+    free = attn_implementation == "auto" and needed != "any"
+    with attention(model, needed if free else model.config._attn_implementation):
+        yield presses
+
+
+def own_ratios(press: str, ratios) -> list:
+    """Those of `ratios` at which a press is measured: no_press at 0, one with a strength of its own once (None)."""
+    if press == "no_press":
+        return [0.0]
+    row = press_row(press)
+    return as_list(ratios) if row.takes_ratio or row.strength == RATIO_PER_LAYER else [None]
 
 
 def as_list(values) -> list:

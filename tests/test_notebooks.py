@@ -9,7 +9,7 @@ import papermill
 import pytest
 from conftest import REPOSITORY
 
-from kvneox_lib import benchmark, records, streaming_study, studies
+from kvneox_lib import benchmark, explore, records, streaming_study, studies
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 COMMON = {"model", "attn_implementation", "dtype", "device", "output_dir"}
@@ -67,6 +67,7 @@ def test_adapter_notebook(tmp_path):
         ("03_speed", benchmark.measure_speed, set()),
         ("04_streaming", streaming_study.measure_streaming, set()),
         ("05_recall", studies.measure_recall, set()),
+        ("06_explore", explore.record_exploration, set()),
     ],
 )
 def test_notebooks_have_the_defaults_after_which_runs_are_named(name, measure, own):
@@ -151,3 +152,15 @@ def test_streaming_notebook(tmp_path):
     assert found["n_tokens"].to_dict() == {"dense": 2599, "recompute": 12, "sinks": 2999, "window": 2999}
     only = run("04_streaming", tmp_path, **where, **small, ablation_sinks=[], methods=["sinks"], sample_tokens=0)
     assert "没有可以比较的" in said(only)
+
+
+@pytest.mark.slow
+def test_explore_notebook(tmp_path):
+    asked = {**TEXT, "continuation_length": 8, "press": "adakv_snapkv"}
+    notebook = run("06_explore", tmp_path, **asked, output_dir=str(tmp_path / "out"))
+    assert "press **adakv_snapkv**" in said(notebook) and "python-docs__demo__adakv_snapkv__0.75" in said(notebook)
+    pages = [output["data"] for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
+    assert sum("个头中" in page.get("text/html", "") for page in pages) == 1
+    boxes = [page for page in pages if "application/vnd.jupyter.widget-view+json" in page]
+    assert sum(page["text/plain"].startswith("VBox(") for page in boxes) == 1
+    assert records.load_records(tmp_path / "out")["kept_fraction"].tolist() == pytest.approx([0.25], abs=0.01)

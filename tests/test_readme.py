@@ -1,0 +1,272 @@
+"""What the two READMEs say is so: their commands and examples run, their tables and figures are of today's records.
+
+A block of commands that cannot run here has a line `<!-- needs: ... -->` above it, with words of NEEDS. Of such a block
+the syntax is checked, and that the files are there that it names. All others run: examples on the bundled model, make
+and snakemake up to doing what they plan (-n), and papermill's through its own command line up to the notebook, whose
+one call into the library is then made in its place, with smaller numbers.
+"""
+
+import importlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import matplotlib
+import papermill
+import papermill.cli
+import pytest
+from click.testing import CliRunner
+from conftest import REPOSITORY
+from matplotlib import pyplot
+
+import kvneox_lib
+from kvneox_lib import benchmark, explore, figures, records, studies
+
+sys.path.insert(0, str(REPOSITORY / "tools"))
+import readme  # noqa: E402
+
+matplotlib.use("agg")
+
+PAGES = {name: (REPOSITORY / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md")}
+BLOCK = re.compile(r"(?:<!-- needs: (?P<needs>[^>]*?) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)```", re.DOTALL)
+NEEDS = {
+    "browser": "a person in front of it",
+    "conda": "conda",
+    "gpu": "a CUDA GPU",
+    "network": "what is not on this machine",
+    "quant": "optimum-quanto and a C++ compiler",
+    "slurm": "a cluster",
+    "time": "many minutes",
+}
+CHECKED = ("export", "make", "papermill", "snakemake")
+
+
+def blocks(page: str, language: str) -> list[tuple[str, set[str]]]:
+    """Code of that language, with what it needs."""
+    found = [match for match in BLOCK.finditer(page) if match["language"] == language]
+    return [(match["code"], set((match["needs"] or "").replace(" ", "").split(",")) - {""}) for match in found]
+
+
+def commands(page: str) -> list[str]:
+    """Those that need nothing: the lines of blocks, and what stands as code within the text."""
+    lines = [line for code, needs in blocks(page, "bash") if not needs for line in code.splitlines()]
+    within = re.findall(r"`([^`\n]+)`", BLOCK.sub("", page))
+    lines += [code for code in within if len(code.split()) > 1 and code.split()[0] in CHECKED]
+    return [line for line in (re.sub(r"(^|\s+)#.*", "", line).strip() for line in lines) if line]
+
+
+COMMANDS = sorted({line for page in PAGES.values() for line in commands(page)})
+
+
+def starting_with(word: str) -> list[str]:
+    return [line for line in COMMANDS if line.split()[0] == word]
+
+
+# -- the scheme itself ------------------------------------------------------------------------------------------------
+
+
+def test_every_block_is_of_a_kind_that_is_checked():
+    for page in PAGES.values():
+        assert {match["language"] for match in BLOCK.finditer(page)} == {"bash", "python"}
+        assert page.count("```") == 2 * len(BLOCK.findall(page)) and page.count("needs:") == len(marks(page))
+        assert set().union(*marks(page), set()) <= set(NEEDS)
+    assert {line.split()[0] for line in COMMANDS} <= set(CHECKED)
+    assert len(starting_with("papermill")) > 15 and len(starting_with("make")) > 6
+
+
+def marks(page: str) -> list[set[str]]:
+    return [needs for language in ("bash", "python") for _, needs in blocks(page, language) if needs]
+
+
+def test_what_cannot_run_here_is_at_least_well_formed():
+    for page in PAGES.values():
+        for code, needs in blocks(page, "bash"):
+            if needs:
+                assert subprocess.run(["bash", "-n"], input=code, text=True).returncode == 0, code
+                for word in shlex.split(code, comments=True):
+                    if re.fullmatch(r"[\w/.-]+\.(py|ipynb|yml|yaml|txt)", word) and not missing_part(word):
+                        assert (REPOSITORY / word).exists(), word
+        for code, _ in blocks(page, "python"):
+            compile(code, "README", "exec")
+
+
+def missing_part(word: str) -> bool:
+    return word.startswith("params/") and not (REPOSITORY / "Snakefile").exists()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    page = BLOCK.sub("", PAGES[name])
+    slugs = {
+        re.sub(r"[^\w -]", "", title.strip().lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)", page, re.M)
+    }
+    for target in re.findall(r"\]\(([^)]*)\)", page):
+        if target.startswith("#"):
+            assert target[1:] in slugs, target
+        elif not target.startswith("https://"):
+            assert (REPOSITORY / target).exists(), target
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_examples_run(name, tmp_path):
+    """In order, on the bundled model."""
+    parts = [code for code, needs in blocks(PAGES[name], "python") if not needs]
+    if not hasattr(kvneox_lib, "StreamingDecoder"):
+        parts = [code for code in parts if "StreamingDecoder" not in code]
+    script = "\n".join(parts).replace("pythia-410m", "demo")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert parts and done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("line", starting_with("make"))
+def test_make_knows_the_target(line):
+    words = shlex.split(line, comments=True)
+    if set(words) & {"demo", "reference", "report"} and not (REPOSITORY / "Snakefile").exists():
+        pytest.skip("the sweep is not in this checkout")
+    done = subprocess.run([*words, "-n"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("line", starting_with("snakemake"))
+def test_snakemake_plans_it(line):
+    if not (REPOSITORY / "Snakefile").exists():
+        pytest.skip("the sweep is not in this checkout")
+    command = [sys.executable, "-m", "snakemake", *shlex.split(line)[1:], "-n", "--quiet"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("line", starting_with("export"))
+def test_variables_are_set(line):
+    name, _, value = line.removeprefix("export ").partition("=")
+    done = subprocess.run(["bash", "-c", f'{line}; printf %s "${name}"'], capture_output=True, text=True)
+    assert done.stdout == value and value
+
+
+MEASURE = {
+    "01_wikitext_ppl": studies.measure_perplexity,
+    "02_pg19_ppl": studies.measure_perplexity,
+    "03_speed": benchmark.measure_speed,
+    "05_recall": studies.measure_recall,
+    "06_explore": explore.record_exploration,
+}
+SMALLER = {  # whatever the line says
+    "model": "demo",
+    **{"context_length": 320, "continuation_length": 16, "max_windows": 2, "control_windows": 1},
+    **{"context_lengths": [160], "batch_sizes": [1], "max_new_tokens": 4, "repeats": 1},
+    **{"n_keys": 4, "keys_per_context": 4, "depths": [0.1, 0.3, 0.6, 0.9]},
+    **{"window": 60, "max_tokens": 320, "dense_limit": 128, "recompute_samples": 4, "ablation_sinks": [0]},
+    **{"ablation_sizes": [64], "sample_tokens": 8},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", starting_with("papermill"))
+def test_papermill_runs_it(line, tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(papermill.cli, "execute_notebook", lambda **given: asked.update(given))
+    done = CliRunner().invoke(papermill.cli.papermill, shlex.split(line)[1:])
+    assert done.exit_code == 0, done.output
+    path = REPOSITORY / asked["input_path"]
+    if path.stem == "04_streaming" and not path.exists():
+        pytest.skip("the streaming notebook is not in this checkout")
+    known, given = papermill.inspect_notebook(path), asked["parameters"]
+    assert set(given) <= set(known)
+    if path.stem == "00_adapter":
+        return  # no single call of the library; tests/test_notebooks.py runs it
+    smaller = {name: value for name, value in SMALLER.items() if name in known}
+    if "compression_ratio" in known and "compression_ratio" not in given:
+        smaller["compression_ratio"] = 0.5
+    monkeypatch.chdir(tmp_path)
+    measure = MEASURE.get(path.stem) or importlib.import_module("kvneox_lib.streaming_study").measure_streaming
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the texts of the hub are not here
+        measure(**{**given, **smaller, "output_dir": str(tmp_path / "out")})
+    kept = records.load_records(tmp_path / "out")
+    assert len(kept) and ("failure" not in kept or kept["failure"].isna().all())
+
+
+# -- tables and figures -----------------------------------------------------------------------------------------------
+
+
+def test_the_tables_are_current():
+    assert readme.filled(PAGES["README_zh.md"]) == PAGES["README_zh.md"], "run: make readme"
+    with pytest.raises(ValueError, match="must have <!-- presses -->"):
+        readme.filled("no marks")
+
+
+def test_the_table_of_quality_is_of_the_records():
+    row = next(line for line in readme.quality_table().splitlines() if line.startswith("| `lagkv`"))
+    wikitext, book, recall = (readme.REFERENCE / study for study in ("wikitext_ppl", "pg19_ppl", "recall"))
+    expected = []
+    for name, column in [
+        (wikitext / "wikitext-2-v1__demo__lagkv__{}__max_windows=200.json", "ppl_ratio"),
+        (book / "gutenberg-pre1919__demo__lagkv__{}__max_windows=200.json", "ppl_ratio"),
+        (recall / "gutenberg-pre1919__demo__lagkv__{}__context_length=1536__n_keys=200.json", "accuracy"),
+    ]:
+        expected += [json.loads(Path(str(name).format(ratio)).read_text())[column] for ratio in ("0.50", "0.90")]
+    assert row.strip("| ").split(" | ")[1:] == [f"{value:.3f}" for value in expected]
+
+
+def write(folder: Path, name: str, **row) -> None:
+    folder.mkdir(exist_ok=True)
+    where = {"model": "demo", "weights": "bundled", "device_name": "A", "dtype": "float32", "dataset": "book"}
+    (folder / f"{name}.json").write_text(json.dumps({"run_id": name, **where, **row}))
+
+
+def test_speeds_of_two_machines_are_two_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "REFERENCE", tmp_path)
+    assert "还没有记录" in readme.speed_table() and "还没有记录" in readme.streaming_table()
+    for i, (engine, press, ratio, device, speed) in enumerate(
+        [("stock", "no_press", 0.0, "A", 10), ("ours", "snapkv", 0.5, "A", 31), ("ours", "snapkv", 0.5, "B", 99)]
+    ):
+        cell = {"context_tokens": 512, "batch_size": 4, "engine": engine, "press": press, "device_name": device}
+        write(tmp_path / "speed", f"run{i}", **cell, compression_ratio=ratio, decode_tok_per_s=speed, failure=None)
+    failed = {**cell, "press": "tova", "compression_ratio": 0.5, "decode_tok_per_s": None, "failure": "out of memory"}
+    write(tmp_path / "speed", "bad", **failed)
+    first, second = readme.speed_table().split("B，float32")
+    assert "| 512 | 4 | 10 | 31 |" in first.replace("| 31 | 10 |", "| 10 | 31 |") and "| 512 | 4 | 99 |" in second
+    assert (
+        "transformers，不压缩" in first and "本库，snapkv 0.50" in second and "99" not in first and "tova" not in first
+    )
+
+
+def test_the_table_of_streaming(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "REFERENCE", tmp_path)
+    interval = {"ppl": 20.5, "ppl_ci95_low": 19, "ppl_ci95_high": 22.25, "n_tokens": 1000}
+    write(tmp_path / "streaming", "a", press="sinks", n_sink=4, window=60, kv_bytes=2.5e6, step_s=0.0031, **interval)
+    write(tmp_path / "streaming", "b", press="dense", n_sink=None, window=None, kv_bytes=9e6, step_s=None, **interval)
+    table = readme.streaming_table()
+    assert "| 汇聚点加窗口 | 4 | 60 | 1000 | 20.50 [19.00, 22.25] | 2.50 | 3.1 |" in table
+    assert "| 不压缩 | — | — | 1000 | 20.50 [19.00, 22.25] | 9.00 | — |" in table
+
+
+@pytest.mark.parametrize("name", readme.FIGURES)
+def test_the_figures_are_current_and_whole(name, tmp_path):
+    path = REPOSITORY / "docs" / name
+    assert readme.digest_in(path) == readme.digest(name), "run: make readme"
+    assert path.stat().st_size < 200_000 and f"(docs/{name})" in PAGES["README_zh.md"]
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        figures.use_style()
+        warnings.filterwarnings("error", message="Glyph")
+        figure = readme.draw(name)
+        figure.savefig(tmp_path / name)
+    data, column, _ = readme.FIGURES[name]
+    drawn = {line.get_label(): line.lines[0].get_ydata().tolist() for line in figure.axes[0].containers}
+    pyplot.close(figure)
+    shown = data().sort_values("compression_ratio")
+    assert drawn == {press: rows[column].tolist() for press, rows in shown.groupby("press")} and len(drawn) == 12
+
+
+def test_a_figure_of_other_data_is_noticed(monkeypatch):
+    name = "recall.svg"
+    before, (data, *labels) = readme.digest(name), readme.FIGURES[name]
+    monkeypatch.setitem(readme.FIGURES, name, (lambda: data().assign(accuracy=data()["accuracy"] + 0.001), *labels))
+    assert readme.digest(name) != before

@@ -1,0 +1,258 @@
+"""What README_zh.md does not say by hand: tables of presses, parameters and results, and its two figures.
+
+    make readme
+
+puts each block between its marks, `<!-- name -->` and `<!-- /name -->`, and draws docs/*.svg. Tables of results and
+figures are of the records in results/reference alone. A figure carries a digest of what is drawn in it, by which a test
+knows whether it is current: the drawing itself differs between versions of matplotlib and between fonts.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+import papermill
+from matplotlib.figure import Figure
+
+from kvneox_lib import expand_presses
+from kvneox_lib.figures import press_lines, use_style
+from kvneox_lib.presses import press_table
+from kvneox_lib.records import load_records
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = ROOT / "results" / "reference"
+TEXTS = {"wikitext_ppl": "WikiText", "pg19_ppl": "长书"}
+SHOWN_RATIOS = (0.5, 0.9)
+ENGINES = {"stock": "transformers", "kvpress": "kvpress 循环", "ours": "本库"}
+METHODS = {"dense": "不压缩", "window": "只有滑动窗口", "sinks": "汇聚点加窗口", "recompute": "每步重算窗口"}
+SAID_IN_NO_NOTEBOOK = {
+    "batch_size": "每批几个窗口",
+    "batch_sizes": "批的大小；与 `context_lengths` 的每个组合都测",
+    "context_length": "被压缩的上下文有多少个词元",
+    "context_lengths": "上下文的长度",
+    "device": "`auto`：有 CUDA 就用，否则 CPU",
+    "dtype": "`auto`：GPU 上 bfloat16（不支持时 float16），CPU 上 float32",
+    "output_dir": "记录放在哪里，从 `params/` 所在的文件夹算起",
+    "seed": "随机权重与随机 press 的种子",
+    "split": "数据集的哪一部分",
+}
+
+
+def markdown(rows: list[list[str]], *, head: list[str]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def missing(study: str) -> str:
+    return f"（`results/reference/{study}` 里还没有记录。）"
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+def parameter_table() -> str:
+    """Every parameter of every notebook, with its defaults, from the notebooks themselves."""
+    found: dict[str, dict[str, dict]] = {}
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        for name, parameter in papermill.inspect_notebook(str(path)).items():
+            found.setdefault(name, {})[path.stem[:2]] = parameter
+    rows = [[f"`{name}`", *_defaults(by_notebook), _meaning(name, by_notebook)] for name, by_notebook in found.items()]
+    return markdown(rows, head=["参数", "笔记本", "默认", "含义"])
+
+
+def _defaults(by_notebook: dict[str, dict]) -> tuple[str, str]:
+    values: dict[str, list[str]] = {}
+    for notebook, parameter in by_notebook.items():
+        values.setdefault(parameter["default"].replace('"', ""), []).append(notebook)
+    shown = [f"`{value}`" if len(values) == 1 else f"{'、'.join(of)}：`{value}`" for value, of in values.items()]
+    return "、".join(by_notebook), "；".join(shown)
+
+
+def _meaning(name: str, by_notebook: dict[str, dict]) -> str:
+    if name in SAID_IN_NO_NOTEBOOK:
+        return SAID_IN_NO_NOTEBOOK[name]
+    meanings: dict[str, list[str]] = {}
+    for notebook, parameter in by_notebook.items():
+        if parameter["help"]:
+            meanings.setdefault(parameter["help"], []).append(notebook)
+    if not meanings:
+        raise ValueError(f"{name}: no notebook says what it means, nor does SAID_IN_NO_NOTEBOOK")
+    return "；".join(text if len(meanings) == 1 else f"{'、'.join(of)}：{text}" for text, of in meanings.items())
+
+
+def core_runs(study: str) -> pd.DataFrame:
+    """The core presses and no_press on the largest number of windows or keys."""
+    frame = load_records(REFERENCE / study)
+    frame = frame[frame["press"].isin(expand_presses("all"))]
+    return frame[frame["n_keys"] == frame["n_keys"].max()] if study == "recall" else _most_windows(frame)
+
+
+def _most_windows(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame[frame["max_windows"] == frame["max_windows"].max()]
+
+
+def quality_table() -> str:
+    """What the core presses cost on the bundled model: perplexity as a multiple of no compression's, and recall."""
+    columns, notes = {}, []
+    for study, text in TEXTS.items():
+        runs = core_runs(study)
+        plain = runs[runs["press"] == "no_press"].iloc[0]
+        notes.append(
+            f"{text}（{plain['dataset']}）取 {plain['n_windows']:.0f} 个窗口，每个窗口上下文 {plain['context_tokens']} "
+            f"个词元，共计分 {plain['n_tokens']} 个词元，不压缩时困惑度 {plain['ppl']:.1f}"
+        )
+        for ratio in SHOWN_RATIOS:
+            columns[f"{text} {ratio:.2f}"] = _by_press(runs, ratio, "ppl_ratio")
+    recall = core_runs("recall")
+    recall = recall[~recall["query_aware"].astype(bool)]
+    plain = recall[recall["press"] == "no_press"].iloc[0]
+    notes.append(
+        f"口令 {plain['n_keys']:.0f} 个，上下文 {plain['context_tokens']} 个词元，先压缩再提问，不压缩时准确率 "
+        f"{plain['accuracy']:.2f}"
+    )
+    for ratio in SHOWN_RATIOS:
+        columns[f"口令 {ratio:.2f}"] = _by_press(recall, ratio, "accuracy")
+    table = pd.DataFrame(columns).sort_values(f"{TEXTS['wikitext_ppl']} {SHOWN_RATIOS[-1]:.2f}")
+    rows = [[f"`{name}`", *(f"{value:.3f}" for value in row)] for name, row in zip(table.index, table.to_numpy())]
+    weights = "、".join(sorted({f"{row.model}（权重：{row.weights}）" for row in recall.itertuples()}))
+    note = f"模型 {weights}，{plain['device_name']}，{plain['dtype']}。" + "；".join(notes) + "。"
+    return markdown(rows, head=["press", *table.columns]) + f"\n\n{note}"
+
+
+def _by_press(runs: pd.DataFrame, ratio: float, column: str) -> pd.Series:
+    return runs[runs["compression_ratio"] == ratio].set_index("press")[column]
+
+
+def control_line() -> str:
+    """How little the teacher-forced control moved, beside how much the truth did."""
+    runs = pd.concat([core_runs(study) for study in TEXTS], ignore_index=True)
+    pressed = runs[runs["press"] != "no_press"]
+    worst = pressed.loc[pressed["delta_nll"].idxmax()]
+    return (
+        f"{len(pressed)} 次运行里，教师强制的对照最多只动了 {runs['control_delta_nll'].abs().max():.1g} nat，而压缩之后"
+        f"续读的 nll 最多增加 {worst['delta_nll']:.2f} nat（`{worst['press']}`，压缩率 "
+        f"{worst['compression_ratio']:.2f}）。"
+    )
+
+
+def speed_table() -> str:
+    """Decoding throughput by context and batch, a table for each model and machine: they are never mixed."""
+    runs = load_records(REFERENCE / "speed")
+    if not len(runs):
+        return missing("speed")
+    if "failure" in runs:
+        runs = runs[runs["failure"].isna()]
+    strength = runs["compression_ratio"].map(lambda ratio: f" {ratio:.2f}" if ratio and ratio == ratio else "")
+    runs["variant"] = runs["engine"].map(ENGINES) + "，" + runs["press"].replace("no_press", "不压缩") + strength
+    parts = []
+    for (model, weights, device, dtype), group in runs.groupby(["model", "weights", "device_name", "dtype"]):
+        table = group.pivot_table(index=["context_tokens", "batch_size"], columns="variant", values="decode_tok_per_s")
+        rows = [
+            [str(context), str(batch), *("—" if value != value else f"{value:.0f}" for value in row)]
+            for (context, batch), row in zip(table.index, table.to_numpy())
+        ]
+        caption = f"{model}（权重：{weights}），{device}，{dtype}；解码吞吐，词元/秒。"
+        parts.append(f"{caption}\n\n{markdown(rows, head=['上下文', '批', *table.columns])}")
+    return "\n\n".join(parts)
+
+
+def streaming_table() -> str:
+    runs = load_records(REFERENCE / "streaming")
+    if not len(runs):
+        return missing("streaming")
+    parts = []
+    for (model, weights, dataset, device), group in runs.groupby(["model", "weights", "dataset", "device_name"]):
+        rows = [
+            [
+                METHODS[row.press],
+                *(_whole(value) for value in (row.n_sink, row.window, row.n_tokens)),
+                f"{row.ppl:.2f} [{row.ppl_ci95_low:.2f}, {row.ppl_ci95_high:.2f}]",
+                f"{row.kv_bytes / 1e6:.2f}" if row.kv_bytes == row.kv_bytes else "—",
+                f"{1e3 * row.step_s:.1f}" if row.step_s == row.step_s else "—",
+            ]
+            for row in group.sort_values(["n_tokens", "press", "n_sink"]).itertuples()
+        ]
+        head = ["做法", "汇聚点", "窗口", "计分词元", "困惑度 [95 % 区间]", "KV 缓存（MB）", "每步（毫秒）"]
+        parts.append(f"{model}（权重：{weights}），{dataset}，{device}。\n\n{markdown(rows, head=head)}")
+    return "\n\n".join(parts)
+
+
+def _whole(value) -> str:
+    return "—" if value is None or value != value else f"{value:.0f}"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "presses": press_table,
+    "parameters": parameter_table,
+    "quality": quality_table,
+    "control": control_line,
+    "speed": speed_table,
+    "streaming": streaming_table,
+}
+
+
+def filled(text: str) -> str:
+    """`text` with what is between its marks made anew."""
+    for name, make in BLOCKS.items():
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if text.count(start) != 1 or text.count(end) != 1:
+            raise ValueError(f"README_zh.md: must have {start} and {end} once each")
+        before, rest = text.split(start)
+        text = f"{before}{start}\n{make()}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+
+def perplexity_data() -> pd.DataFrame:
+    runs = core_runs("wikitext_ppl")
+    columns = ["press", "compression_ratio", "delta_nll", "delta_nll_ci95_low", "delta_nll_ci95_high"]
+    return runs[runs["press"] != "no_press"][columns]
+
+
+def recall_data() -> pd.DataFrame:
+    runs = core_runs("recall")
+    runs = runs[~runs["query_aware"].astype(bool) & (runs["press"] != "no_press")]
+    return runs[["press", "compression_ratio", "accuracy", "accuracy_ci95_low", "accuracy_ci95_high"]]
+
+
+FIGURES = {  # file: its data, the column drawn, its axis
+    "perplexity.svg": (perplexity_data, "delta_nll", "每个词元的 nll 与不压缩之差（nat）"),
+    "recall.svg": (recall_data, "accuracy", "口令准确率（先压缩，再提问）"),
+}
+
+
+def draw(name: str) -> Figure:
+    data, column, label = FIGURES[name]
+    return press_lines(data(), "compression_ratio", column, xlabel="压缩率", ylabel=label)
+
+
+def digest(name: str) -> str:
+    data, *labels = FIGURES[name]
+    rounded = data().sort_values(["press", "compression_ratio"]).round(6)
+    return hashlib.sha256(json.dumps([rounded.to_csv(index=False), *labels]).encode()).hexdigest()
+
+
+def digest_in(path: Path) -> str | None:
+    found = re.search(r"<dc:description>data ([0-9a-f]{64})</dc:description>", path.read_text(encoding="utf-8"))
+    return found and found[1]
+
+
+def save(name: str) -> None:
+    with matplotlib.rc_context():
+        use_style()
+        matplotlib.rcParams.update({"svg.hashsalt": "kvneox", "path.simplify": True})
+        draw(name).savefig(ROOT / "docs" / name, metadata={"Date": None, "Description": f"data {digest(name)}"})
+
+
+if __name__ == "__main__":
+    matplotlib.use("agg")
+    readme = ROOT / "README_zh.md"
+    readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for name in FIGURES:
+        save(name)
