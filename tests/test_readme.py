@@ -6,7 +6,6 @@ and snakemake up to doing what they plan (-n), and papermill's through its own c
 one call into the library is then made in its place, with smaller numbers.
 """
 
-import importlib
 import json
 import re
 import shlex
@@ -23,8 +22,7 @@ from click.testing import CliRunner
 from conftest import REPOSITORY
 from matplotlib import pyplot
 
-import kvneox_lib
-from kvneox_lib import benchmark, explore, figures, records, studies
+from kvneox_lib import benchmark, explore, figures, records, streaming_study, studies
 
 sys.path.insert(0, str(REPOSITORY / "tools"))
 import readme  # noqa: E402
@@ -42,6 +40,7 @@ NEEDS = {
     "slurm": "a cluster",
     "time": "many minutes",
 }
+ENDS = ("_ci95_low", "_ci95_high")
 CHECKED = ("export", "make", "papermill", "snakemake")
 
 
@@ -118,8 +117,6 @@ def test_links_lead_somewhere(name):
 def test_the_examples_run(name, tmp_path):
     """In order, on the bundled model."""
     parts = [code for code, needs in blocks(PAGES[name], "python") if not needs]
-    if not hasattr(kvneox_lib, "StreamingDecoder"):
-        parts = [code for code in parts if "StreamingDecoder" not in code]
     script = "\n".join(parts).replace("pythia-410m", "demo")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert parts and done.returncode == 0, done.stderr
@@ -154,6 +151,7 @@ MEASURE = {
     "01_wikitext_ppl": studies.measure_perplexity,
     "02_pg19_ppl": studies.measure_perplexity,
     "03_speed": benchmark.measure_speed,
+    "04_streaming": streaming_study.measure_streaming,
     "05_recall": studies.measure_recall,
     "06_explore": explore.record_exploration,
 }
@@ -175,8 +173,6 @@ def test_papermill_runs_it(line, tmp_path, monkeypatch):
     done = CliRunner().invoke(papermill.cli.papermill, shlex.split(line)[1:])
     assert done.exit_code == 0, done.output
     path = REPOSITORY / asked["input_path"]
-    if path.stem == "04_streaming" and not path.exists():
-        pytest.skip("the streaming notebook is not in this checkout")
     known, given = papermill.inspect_notebook(path), asked["parameters"]
     assert set(given) <= set(known)
     if path.stem == "00_adapter":
@@ -185,10 +181,9 @@ def test_papermill_runs_it(line, tmp_path, monkeypatch):
     if "compression_ratio" in known and "compression_ratio" not in given:
         smaller["compression_ratio"] = 0.5
     monkeypatch.chdir(tmp_path)
-    measure = MEASURE.get(path.stem) or importlib.import_module("kvneox_lib.streaming_study").measure_streaming
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the texts of the hub are not here
-        measure(**{**given, **smaller, "output_dir": str(tmp_path / "out")})
+        MEASURE[path.stem](**{**given, **smaller, "output_dir": str(tmp_path / "out")})
     kept = records.load_records(tmp_path / "out")
     assert len(kept) and ("failure" not in kept or kept["failure"].isna().all())
 
@@ -240,12 +235,15 @@ def test_speeds_of_two_machines_are_two_tables(tmp_path, monkeypatch):
 
 def test_the_table_of_streaming(tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "REFERENCE", tmp_path)
-    interval = {"ppl": 20.5, "ppl_ci95_low": 19, "ppl_ci95_high": 22.25, "n_tokens": 1000}
-    write(tmp_path / "streaming", "a", press="sinks", n_sink=4, window=60, kv_bytes=2.5e6, step_s=0.0031, **interval)
-    write(tmp_path / "streaming", "b", press="dense", n_sink=None, window=None, kv_bytes=9e6, step_s=None, **interval)
+    ppl = {f"{part}_ppl{end}": 20.5 + i for part in ("within", "beyond") for i, end in enumerate(("", *ENDS))}
+    held = {"n_tokens": 1000, "param_timed": True}
+    write(tmp_path / "streaming", "a", press="sinks", n_sink=4, window=60, kv_bytes=2.5e6, step_s=0.0031, **held, **ppl)
+    ppl |= {f"beyond_ppl{end}": None for end in ENDS}
+    write(tmp_path / "streaming", "b", press="dense", n_sink=0, window=None, kv_bytes=9e6, step_s=None, **held, **ppl)
+    write(tmp_path / "streaming", "c", press="sinks", n_sink=8, window=56, kv_bytes=None, step_s=None, n_tokens=1000)
     table = readme.streaming_table()
-    assert "| 汇聚点加窗口 | 4 | 60 | 1000 | 20.50 [19.00, 22.25] | 2.50 | 3.1 |" in table
-    assert "| 不压缩 | — | — | 1000 | 20.50 [19.00, 22.25] | 9.00 | — |" in table
+    assert "| 汇聚点加窗口 | 4 | 60 | 1000 | 20.5 [21.5, 22.5] | 20.5 [21.5, 22.5] | 2.50 | 3.1 |" in table
+    assert "| 全部保留 | 0 | — | 1000 | 20.5 [21.5, 22.5] | 20.5 | 9.00 | — |" in table and "| 56 |" not in table
 
 
 @pytest.mark.parametrize("name", readme.FIGURES)
