@@ -7,6 +7,7 @@ from conftest import REPOSITORY
 from kvneox_lib.perplexity import against
 from kvneox_lib.presses import expand_presses, press_names
 from kvneox_lib.records import load_records, table_path
+from kvneox_lib.streaming_study import compare_at_samples
 
 REFERENCE = REPOSITORY / "results" / "reference"
 CORE = [name for name in expand_presses("all") if name != "no_press"]
@@ -68,3 +69,27 @@ def test_recall_ranks_presses_otherwise():
     outside = frame[~frame["query_aware"] & (frame["press"] != "no_press")]
     ranks = outside[["accuracy", "digits_kept", "digits_kept_where_read"]].rank().corr()["accuracy"]
     assert ranks["digits_kept_where_read"] > 0.9 > ranks["digits_kept"]
+
+
+def test_a_hundred_thousand_tokens_in_constant_memory():
+    """Against recomputation on the same tokens beyond the trained length: keeping everything is worse; sinks and window
+    hold the level; and this small model needs no sinks for that."""
+    frame = runs("streaming")
+    assert set(frame["dataset"]) == {TEXTS["pg19_ppl"]} and not frame["git_dirty"].any()
+    main = frame[frame["param_timed"].eq(True)].set_index("press")
+    assert main.loc["sinks", ["n_sink", "window", "n_tokens"]].tolist() == [4, 1020, 99_999]
+    tables = [
+        pd.read_csv(table_path(REFERENCE / "streaming", row.run_id, "samples")).assign(
+            press=press, n_sink=row.n_sink, window=row.window
+        )
+        for press, row in main.iterrows()
+    ]
+    compared = compare_at_samples(pd.concat(tables), beyond=2048).set_index("press")
+    assert compared.loc["dense", "low"] > 0
+    assert compared.loc[["sinks", "window"], ["low", "high"]].abs().to_numpy().max() < 0.02
+    for press in ("sinks", "window"):
+        cost = pd.read_csv(table_path(REFERENCE / "streaming", main.loc[press, "run_id"], "cost"))
+        assert cost["kv_bytes"].nunique() == 1 and len(cost) == 12
+    ablation = frame[frame["press"].isin(["window", "sinks"])]
+    sizes = ablation["n_sink"] + ablation["window"]
+    assert set(zip(ablation["n_sink"], sizes)) == {(k, n) for k in (0, 1, 2, 4, 8) for n in (128, 256, 512, 1024)}
