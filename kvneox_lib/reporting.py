@@ -27,7 +27,11 @@ NOTEBOOKS = {
 # Records that differ in one of these never meet in a figure.
 MACHINE = ("device", "device_name", "dtype")
 SETTING = (*MACHINE, "model", "weights", "dataset")
-PROTOCOL = ("context_length", "continuation_length", "max_windows", "n_keys", "max_tokens", "rerotate")
+PROTOCOL = {
+    **dict.fromkeys(("wikitext_ppl", "pg19_ppl"), ("context_length", "continuation_length", "max_windows")),
+    "recall": ("context_length", "n_keys"),
+    "streaming": ("max_tokens", "rerotate"),
+}
 WEIGHTS = {"pretrained": "预训练的权重", "bundled": "随包附带的权重", "random": "随机权重"}
 
 
@@ -130,7 +134,7 @@ def settings(study: str, root: Path | None = None) -> list[Records]:
             break
     else:
         return []
-    keys = [name for name in (*SETTING, *PROTOCOL) if name in frame]
+    keys = [name for name in (*SETTING, *PROTOCOL.get(study, ())) if name in frame]
     groups = [part for _, part in frame.groupby(keys, dropna=False, sort=False)]
     groups.sort(key=len, reverse=True)
     words = [_difference(part, frame, keys) for part in groups]

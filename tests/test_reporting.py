@@ -50,6 +50,13 @@ def test_machines_models_and_texts_stay_apart(tmp_path):
     assert "H200（cpu" in next(one for one in others if one.frame["device_name"].iloc[0] == "H200").source
 
 
+def test_the_contexts_of_a_speed_study_are_one_setting(tmp_path):
+    for length in (512, 2048):
+        put(tmp_path, "results", "speed", "snapkv", "0.50", context_length=length)
+        put(tmp_path, "results", "pg19_ppl", "snapkv", "0.50", context_length=length)
+    assert [len(reporting.settings(study, tmp_path)) for study in ("speed", "pg19_ppl")] == [1, 2]
+
+
 def test_what_is_asked_for_is_found_or_named(tmp_path):
     record = put(tmp_path, "results", "pg19_ppl", "snapkv", "0.50", table="distance")
     records = reporting.read("pg19_ppl", tmp_path)
