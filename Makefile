@@ -16,7 +16,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test smoke lint format readme constraints clean
+.PHONY: help setup test smoke report readme lint format constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,12 @@ test: $(STAMP) ## run all tests, the slow ones too
 
 smoke: $(STAMP) ## check the adapter against the stock model, and generate a few tokens
 	$(BIN)/python -m kvneox_lib.verify --smoke
+
+report: $(STAMP) ## render report/ from the records: HTML, PDF and docx with Quarto, without it a preview
+	@export PATH="$(CURDIR)/$(BIN):$$PATH" QUARTO_PYTHON="$(CURDIR)/$(BIN)/python"; \
+	if command -v quarto >/dev/null; then quarto render report; else \
+		echo "Quarto (1.7 or newer) is not installed: conda env create -f environment.yml brings it, or https://quarto.org/docs/download"; \
+		echo "What can be had without it, a preview in one HTML file:"; python report/preview.py; fi
 
 lint: $(STAMP) ## check style, and that no notebook carries outputs
 	$(BIN)/ruff check .

@@ -125,8 +125,18 @@ def press_lines(
     """`y` against `x`, one line a press, with bars from <y>_ci95_low to <y>_ci95_high where the frame has them."""
     figure, axes = pyplot.subplots(figsize=(7.2, 4.2))
     names = list(dict.fromkeys(frame["press"]))
+    _press_lines_on(axes, frame, x, y, names, log_x)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
+    return figure
+
+
+def _press_lines_on(axes, frame: pd.DataFrame, x: str, y: str, names: list[str], log_x: bool = False) -> None:
+    """A line for each of `names` that the frame has; a press looks the same wherever it is drawn among these."""
     for i, name in enumerate(names):
         rows = frame[frame["press"] == name].sort_values(x)
+        if rows.empty:
+            continue
         style = {**_line_style(name, names), "markersize": 5, "linewidth": 1.4, "label": name}
         if f"{y}_ci95_low" in frame:
             bars = rows[y] - rows[f"{y}_ci95_low"], rows[f"{y}_ci95_high"] - rows[y]
@@ -139,9 +149,6 @@ def press_lines(
     if log_x:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
-    return figure
 
 
 def heat_maps(
@@ -187,4 +194,73 @@ def bars(names: Sequence[str], values: Sequence[float], *, xlabel: str, marks: S
     axes.set_yticks(places, list(names), fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(xlabel)
+    return figure
+
+
+# -- of the report ----------------------------------------------------------------------------------------------------
+
+
+def note(text: str) -> Figure:
+    """What stands where a figure would be."""
+    figure, axes = pyplot.subplots(figsize=(7.2, 0.7))
+    axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=10, color="0.25")
+    axes.set_axis_off()
+    return figure
+
+
+def press_line_panels(
+    panels: dict[str, pd.DataFrame], x: str, y: str, *, xlabel: str, ylabel: str, log_x: bool = False
+) -> Figure:
+    """`press_lines` side by side, with one legend and one scale."""
+    names = list(dict.fromkeys(name for frame in panels.values() for name in frame["press"]))
+    figure, grid = pyplot.subplots(1, len(panels), figsize=(3.4 * len(panels) + 1.6, 3.6), sharey=True, squeeze=False)
+    for axes, (title, frame) in zip(grid.flat, panels.items()):
+        _press_lines_on(axes, frame, x, y, names, log_x)
+        axes.set_title(title, fontsize=10)
+    figure.supxlabel(xlabel, fontsize=10)
+    grid[0, 0].set_ylabel(ylabel)
+    handles = [pyplot.Line2D([], [], label=name, markersize=5, **_line_style(name, names)) for name in names]
+    figure.legend(handles=handles, loc="outside right center", fontsize=8, frameon=False)
+    return figure
+
+
+def scatter_panels(frame: pd.DataFrame, panels: dict[str, str], y: str, *, ylabel: str) -> Figure:
+    """`y` against one column after the other, a mark a press; the keys of `panels` are the labels of the columns."""
+    names = list(dict.fromkeys(frame["press"]))
+    figure, grid = pyplot.subplots(1, len(panels), figsize=(3.4 * len(panels) + 1.6, 3.4), sharey=True, squeeze=False)
+    for axes, (label, x) in zip(grid.flat, panels.items()):
+        for name in names:
+            rows = frame[frame["press"] == name]
+            axes.plot(rows[x], rows[y], **{**_line_style(name, names), "linestyle": "none"}, markersize=6, label=name)
+        axes.set_xlabel(label)
+    grid[0, 0].set_ylabel(ylabel)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
+    return figure
+
+
+def hook_timeline(n_layers: int = 2) -> Figure:
+    """When a press acts in the prefill: after the attention of its layer, before the next layer begins."""
+    full, kept, moved = (seaborn.color_palette("colorblind")[i] for i in (0, 2, 7))
+    steps = [
+        ("注意力\n读全部键值", "1"),
+        ("缓存：全部键值", full),
+        ("钩子：打分、取舍", "1"),
+        ("缓存：留下的键值", kept),
+    ]
+    figure, axes = pyplot.subplots(figsize=(8.2, 1.5 * n_layers + 0.7))
+    for layer in range(n_layers):
+        y = -1.5 * layer
+        for step, (label, colour) in enumerate(steps):
+            x = 2.1 * step
+            axes.add_patch(pyplot.Rectangle((x, y), 1.7, 0.7, facecolor=colour, edgecolor="0.2", alpha=0.55))
+            axes.text(x + 0.85, y + 0.35, label, ha="center", va="center", fontsize=9)
+            if step:
+                axes.annotate("", (x, y + 0.35), (x - 0.4, y + 0.35), arrowprops={"arrowstyle": "->", "color": "0.2"})
+        axes.text(-0.15, y + 0.35, f"第 {layer} 层", ha="right", va="center", fontsize=10)
+        axes.annotate("", (0.85, y - 0.8), (0.85, y), arrowprops={"arrowstyle": "->", "color": "0.2", "linewidth": 2})
+        axes.text(1.0, y - 0.42, "隐状态：全部词元，从不压缩", va="center", fontsize=9)
+        axes.annotate("", (8.7, y + 0.35), (8.0, y + 0.35), arrowprops={"arrowstyle": "->", "color": moved})
+        axes.text(8.75, y + 0.35, "留给解码", va="center", fontsize=9)
+    axes.set(xlim=(-1.1, 9.9), ylim=(-1.5 * n_layers + 0.55, 0.8))
+    axes.set_axis_off()
     return figure

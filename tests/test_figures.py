@@ -102,3 +102,37 @@ def test_bars(tmp_path):
     (axes,) = figure.axes
     assert [patch.get_width() for patch in axes.patches] == [20.0, 5.0]
     assert [segment[0, 0] for segment in axes.collections[0].get_segments()] == [12.0, 3.0]
+
+
+def test_a_note_stands_for_a_figure(tmp_path):
+    figure = figures.note("（缺少记录：速度）")
+    draw(figure, tmp_path)
+    assert figure.axes[0].texts[0].get_text() == "（缺少记录：速度）"
+
+
+def test_panels_share_legend_and_looks(tmp_path):
+    frame = measured().drop_duplicates(["press", "compression_ratio"])
+    panels = {"外": frame, "内": frame[frame["press"] != "press 0"]}
+    figure = figures.press_line_panels(panels, "compression_ratio", "delta_nll", xlabel="压缩率", ylabel="差")
+    draw(figure, tmp_path)
+    left, right = ({c.get_label(): c.lines[0] for c in axes.containers} for axes in figure.axes)
+    assert list(right["press 3"].get_ydata()) == [1.0, 2.0] and "press 0" not in right
+    assert [line.get_label() for line in figure.legends[0].get_lines()] == list(left)
+    for name in right:  # the same press looks the same in both
+        assert (left[name].get_color(), left[name].get_marker()) == (right[name].get_color(), right[name].get_marker())
+
+
+def test_scatter_panels(tmp_path):
+    frame = measured().assign(share=lambda rows: rows["depth"] / 2)
+    figure = figures.scatter_panels(frame, {"深度": "depth", "份额": "share"}, "delta_nll", ylabel="差")
+    draw(figure, tmp_path)
+    one, other = ({line.get_label(): line for line in axes.get_lines()} for axes in figure.axes)
+    assert list(other["press 3"].get_xdata()) == [x / 2 for x in one["press 3"].get_xdata()]
+    assert list(one["press 3"].get_ydata()) == [1.0, 1.0, 2.0, 2.0] and len(one) == 14
+
+
+def test_hook_timeline(tmp_path):
+    figure = figures.hook_timeline(3)
+    draw(figure, tmp_path)
+    heights = {text.get_text(): text.get_position()[1] for text in figure.axes[0].texts}
+    assert heights["第 0 层"] > heights["第 1 层"] > heights["第 2 层"]

@@ -1,0 +1,216 @@
+"""What the report reads: the records of a study, one machine, model and text at a time, and what stands in their place
+where there are none.
+
+Of a study the records in results/ count, else the committed ones in results/reference/. A figure or sentence asks for
+what it needs; what is not there raises `Missing`, whose text `say`, `draw` and `tabulate` put in the place of it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from IPython.display import Markdown
+from matplotlib.figure import Figure
+
+from kvneox_lib import figures
+from kvneox_lib.records import load_records, table_path
+
+NOTEBOOKS = {
+    "adapter": "00_adapter",
+    "wikitext_ppl": "01_wikitext_ppl",
+    "pg19_ppl": "02_pg19_ppl",
+    "speed": "03_speed",
+    "streaming": "04_streaming",
+    "recall": "05_recall",
+}
+# Records that differ in one of these never meet in a figure.
+MACHINE = ("device", "device_name", "dtype")
+SETTING = (*MACHINE, "model", "weights", "dataset")
+PROTOCOL = {
+    **dict.fromkeys(("wikitext_ppl", "pg19_ppl"), ("context_length", "continuation_length", "max_windows")),
+    "recall": ("context_length", "n_keys"),
+    "streaming": ("max_tokens", "rerotate"),
+}
+WEIGHTS = {"pretrained": "预训练的权重", "bundled": "随包附带的权重", "random": "随机权重"}
+
+
+class Missing(LookupError):
+    """A record that the report wants and nobody has measured; the text is for the reader."""
+
+    def __init__(self, study: str, what: str = ""):
+        super().__init__(f"（缺少记录：{study}{what and f' 的 {what}'}，运行 notebooks/{NOTEBOOKS[study]}.ipynb 可得）")
+
+
+@dataclass(frozen=True)
+class Records:
+    """Runs of one study on one machine, with one model, text and protocol."""
+
+    study: str
+    folder: Path  # relative to the repository
+    root: Path
+    frame: pd.DataFrame
+    left_out: tuple[str, ...] = ()  # other settings that the study has too
+
+    def runs(self, **wanted) -> pd.DataFrame:
+        """The runs with these values, such as press="snapkv", compression_ratio=0.75."""
+        found = self.frame
+        for name, value in wanted.items():
+            found = found[found[name] == value] if name in found else found.iloc[:0]
+        if found.empty:
+            raise Missing(self.study, "，".join(_wanted(name, value) for name, value in wanted.items()))
+        return found
+
+    def run(self, **wanted) -> pd.Series:
+        return self.runs(**wanted).iloc[0]
+
+    def table(self, name: str, **wanted) -> pd.DataFrame:
+        """That table of those runs, one below the other, with the columns that tell the runs apart."""
+        frames = []
+        for row in self.runs(**wanted).to_dict("records"):
+            path = table_path(self.root / self.folder, row["run_id"], name)
+            if path.exists():
+                known = {key: row[key] for key in ("press", "compression_ratio", "query_aware") if key in row}
+                frames.append(pd.read_csv(path).assign(**known))
+        if not frames:
+            raise Missing(self.study, f"表 {name}")
+        return pd.concat(frames, ignore_index=True)
+
+    def show(self, column: str, spec: str, **wanted) -> str:
+        """One figure as text."""
+        return say(lambda: _shown(self, column, spec, wanted))
+
+    @property
+    def source(self) -> str:
+        """Where the figures come from, for the line under each picture."""
+        return say(lambda: _source(self))
+
+
+def _wanted(name: str, value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value) if isinstance(value, str) else f"{name}={value}"
+
+
+def _shown(records: Records, column: str, spec: str, wanted: dict) -> str:
+    value = records.run(**wanted).get(column)
+    if pd.isna(value):
+        raise Missing(records.study, column)
+    return format(value, spec)
+
+
+def _source(records: Records) -> str:
+    first = records.runs().iloc[0]
+    commits = sorted({str(commit)[:7] for commit in records.frame["git_commit"].dropna()})
+    dirty = "，含未提交的改动" if records.frame["git_dirty"].fillna(False).any() else ""
+    text = (
+        f"来源：{records.folder.as_posix()}，{len(records.frame)} 份记录；{setting(first)}；提交 "
+        f"{'、'.join(commits) or '不详'}{dirty}。"
+    )
+    return text + (f"未用于此处：{'；'.join(records.left_out)}。" if records.left_out else "")
+
+
+def setting(row: pd.Series) -> str:
+    """Model, weights, text and machine in words."""
+    weights = WEIGHTS.get(row["weights"], row["weights"])
+    text = "随机词元" if row["dataset"] == "random-tokens" else row["dataset"]
+    return (
+        f"模型 {row['model']}（{weights}）；文本 {text}；设备 {row['device_name']}（{row['device']}，{row['dtype']}）"
+    )
+
+
+def repository() -> Path:
+    """The folder that holds report/, found upward from the working folder: cells run in report/."""
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if (folder / "report" / "_quarto.yml").is_file()), here)
+
+
+def settings(study: str, root: Path | None = None) -> list[Records]:
+    """The study's records, those of each setting apart, the largest set first."""
+    if study not in NOTEBOOKS:
+        raise ValueError(f"study={study!r}: must be one of {', '.join(NOTEBOOKS)}")
+    root = root or repository()
+    for folder in (Path("results") / study, Path("results") / "reference" / study):
+        frame = load_records(root / folder)
+        if len(frame):
+            break
+    else:
+        return []
+    keys = [name for name in (*SETTING, *PROTOCOL.get(study, ())) if name in frame]
+    groups = [part for _, part in frame.groupby(keys, dropna=False, sort=False)]
+    groups.sort(key=len, reverse=True)
+    words = [_difference(part, frame, keys) for part in groups]
+    return [
+        Records(study, folder, root, part.reset_index(drop=True), tuple(words[:i] + words[i + 1 :]))
+        for i, part in enumerate(groups)
+    ]
+
+
+def _difference(part: pd.DataFrame, frame: pd.DataFrame, keys: list[str]) -> str:
+    differing = [name for name in keys if frame[name].nunique(dropna=False) > 1]
+    return "，".join(f"{name} {part[name].iloc[0]}" for name in differing) + f"（{len(part)} 份）"
+
+
+def read(study: str, root: Path | None = None) -> Records:
+    """The records of the setting that has most."""
+    found = settings(study, root)
+    folder = Path("results") / "reference" / study
+    return found[0] if found else Records(study, folder, root or repository(), pd.DataFrame())
+
+
+# ---- what survives a missing record ---------------------------------------------------------------------------------
+
+
+def say(sentence: Callable[[], str]) -> str:
+    try:
+        return sentence()
+    except Missing as missing:
+        return str(missing)
+
+
+def draw(picture: Callable[[], Figure]) -> Figure:
+    try:
+        return picture()
+    except Missing as missing:
+        return figures.note(str(missing))
+
+
+def tabulate(rows: Callable[[], pd.DataFrame]) -> Markdown:
+    try:
+        frame = rows()
+    except Missing as missing:
+        frame = pd.DataFrame({"缺少": [str(missing)]})
+    text = frame.map(lambda cell: str(cell).replace("|", "\\|"))
+    return Markdown(text.to_markdown(index=False, disable_numparse=True))
+
+
+def sentences(*parts: Callable[[], str]) -> Markdown:
+    """A paragraph of several sentences, each of which may miss its record."""
+    return Markdown("".join(dict.fromkeys(say(part) for part in parts)))  # a note once
+
+
+def with_interval(row: pd.Series, column: str, digits: int = 3) -> str:
+    """`0.117 [0.102, 0.134]`; without the brackets where too few windows give no interval."""
+    value, low, high = (row.get(name) for name in (column, f"{column}_ci95_low", f"{column}_ci95_high"))
+    if pd.isna(value):
+        return "—"
+    return f"{value:.{digits}f}" + ("" if pd.isna(low) else f" [{low:.{digits}f}, {high:.{digits}f}]")
+
+
+def tiny(difference: float) -> str:
+    """A difference that should be rounding, in nat."""
+    return "零" if difference == 0 else f"{difference:.0e} nat"
+
+
+def listed(names, none: str = "没有") -> str:
+    return "、".join(names) or none
+
+
+# ---- arithmetic of the shapes ---------------------------------------------------------------------------------------
+
+
+def bytes_read(shape: tuple[int, int, int, int], tokens: int, batch: int = 1, itemsize: int = 2) -> tuple[int, int]:
+    """What a decoding step reads of a Pythia of this shape (layers, hidden size, heads, vocabulary): bytes of weights,
+    but for the input embedding, of which it looks up a row, and bytes of a cache of so many tokens."""
+    layers, hidden, _, vocabulary = shape
+    of_a_layer = 12 * hidden * hidden + 13 * hidden  # attention 4, MLP 8; biases 3 + 1 + 4 + 1, two norms 4
+    weights = layers * of_a_layer + 2 * hidden + vocabulary * hidden
+    return weights * itemsize, 2 * layers * hidden * tokens * batch * itemsize

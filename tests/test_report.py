@@ -1,0 +1,270 @@
+"""The report builds from whatever records there are; every label, reference, citation and glyph is in its place."""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import time
+from html import unescape
+
+import pytest
+import yaml
+from conftest import REPOSITORY
+from matplotlib import font_manager
+from matplotlib.ft2font import FT2Font
+from nbclient.exceptions import CellExecutionError
+
+from kvneox_lib import reporting
+from kvneox_lib.figures import chinese_font
+
+REPORT = REPOSITORY / "report"
+REFERENCE = REPOSITORY / "results" / "reference"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"report_{name}", REPORT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+preview, fonts = load("preview"), load("fonts")
+TEXT = preview.resolve_includes((REPORT / "index.qmd").read_text(encoding="utf-8"), REPORT)
+CELLS = preview.CELL.findall(TEXT)
+WITHOUT_CELLS = preview.CELL.sub("", TEXT)
+PROSE = re.sub(r"^```.*?^```$|^\$\$.*?^\$\$|^---.*?^---$", "", WITHOUT_CELLS, flags=re.M | re.S)
+
+
+def labels() -> dict[str, str]:
+    """Every label with its caption (of an equation or section: the line that has it)."""
+    of_cells = {
+        asked["label"]: asked.get(f"{asked['label'][:3]}-cap", "")
+        for asked in map(preview.options, CELLS)
+        if "label" in asked
+    }
+    written = re.findall(r"^(.*?)\s*\{#((?:tbl|eq|sec|fig)-[\w-]+)\}$", WITHOUT_CELLS, re.M)
+    return of_cells | {label: line for line, label in written}
+
+
+# ---- what is written ------------------------------------------------------------------------------------------------
+
+
+def test_every_figure_and_table_has_a_caption_and_is_spoken_of():
+    found = labels()
+    cells = [preview.options(cell).get("label") for cell in CELLS]
+    assert len(found) > 40 and len(set(filter(None, cells))) == len(list(filter(None, cells)))
+    assert [label for label, caption in found.items() if not caption.strip()] == []
+    referenced = set(preview.REFERENCE.findall(TEXT))
+    assert referenced <= set(found)
+    assert [label for label in found if label.startswith(("fig", "tbl")) and label not in referenced] == []
+
+
+def test_a_source_follows_every_figure_of_measurements():
+    for found in preview.CELL.finditer(TEXT):
+        asked = preview.options(found[1])
+        if asked.get("label", "").startswith("fig-") and asked["label"] not in (
+            "fig-share",
+            "fig-hook",
+            "fig-permutation",
+        ):
+            after = TEXT[found.end() : found.end() + 80]
+            assert re.match(r"\n\n\S{0,4}`\{python\} (\w+\.source|say\()", after), asked["label"]
+
+
+def bibliography() -> dict[str, dict]:
+    text = (REPORT / "references.bib").read_text(encoding="utf-8")
+    entries = re.findall(r"^@\w+\{([\w-]+),\n(.*?)^\}$", text, re.M | re.S)
+    return {key: dict(re.findall(r"^  (\w+) = \{(.*)\},$", body, re.M)) for key, body in entries}
+
+
+def test_citations_and_bibliography_are_the_same_set():
+    entries = bibliography()
+    cited = set(re.findall(r"@([a-z0-9_]+)(?=[;\]])", PROSE))
+    assert cited == set(entries)
+    for key, entry in entries.items():
+        assert entry.get("title") and entry.get("author") and re.fullmatch(r"(19|20)\d\d", entry["year"]), key
+        arxiv = re.search(r"arXiv:(\d\d)\d\d\.\d+", entry.get("journal", ""))
+        assert arxiv is None or entry["year"] == f"20{arxiv[1]}", key
+
+
+def test_the_papers_of_the_core_presses_are_cited():
+    from kvneox_lib.registry import REGISTRY
+
+    journals = {entry.get("journal") for entry in bibliography().values()}
+    assert [row.name for row in REGISTRY.values() if row.core and row.paper and row.paper not in journals] == []
+
+
+MEASURED = re.compile(r"(?<![\w.-])(?:\d+\.\d+|\d+\s*(?:%|倍|nat|[MG]B|毫秒|ms|tok))")
+
+
+def test_prose_has_no_number_typed_by_hand():
+    assert MEASURED.search("困惑度是 35.7") and MEASURED.search("快 3 倍")
+    plain = re.sub(r"`[^`]*`|\$[^$]*\$", "", PROSE)
+    assert set(MEASURED.findall(plain)) <= {"95 %"}  # of an interval
+
+
+def test_cells_type_no_measured_number_into_a_sentence():
+    """A number in a string that a cell shows comes from a record: none stands in the literal part of it."""
+    for cell in CELLS:
+        strings = re.findall(r'"((?:[^"\\]|\\.)*[\u4e00-\u9fff](?:[^"\\]|\\.)*)"', cell)
+        literal = [re.sub(r"\{[^{}]*\}", "", text) for text in strings]
+        found = [number for text in literal for number in MEASURED.findall(text)]
+        assert set(found) <= {"95 %", "0.5"}, (found, cell[:200])  # of an interval; of a caption
+
+
+def test_no_glyph_is_missing_from_the_font():
+    chinese_font()
+    font = FT2Font(font_manager.findfont(fonts.MAIN_FONT, fallback_to_default=False))
+    strings = "".join(re.findall(r'"[^"]*"', "".join(CELLS)))
+    unknown = {c for c in PROSE + strings if ord(c) > 126 and not font.get_char_index(ord(c))}
+    assert unknown == set()
+    assert not font.get_char_index(0x1F600)  # a face is not in it: the check can fail
+
+
+def test_the_font_is_put_where_the_pdf_looks_for_it(tmp_path):
+    target = fonts.copy_font(tmp_path / "_fonts")
+    assert FT2Font(target).family_name == fonts.MAIN_FONT
+    settings = yaml.safe_load((REPORT / "_quarto.yml").read_text())
+    typst = settings["format"]["typst"]
+    assert typst["mainfont"] == fonts.MAIN_FONT and typst["font-paths"] == [fonts.FOLDER.name]
+    assert settings["project"]["pre-render"] == "fonts.py" and settings["format"]["docx"]["fig-format"] == "png"
+
+
+def test_what_rendering_writes_is_ignored_by_git():
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("not a git checkout")
+    for name in ("_output/index.html", "_fonts/a.otf", ".quarto/x", "index_files/a.svg"):
+        assert subprocess.run(["git", "-C", REPOSITORY, "check-ignore", "-q", f"report/{name}"]).returncode == 0, name
+
+
+# ---- the preview ----------------------------------------------------------------------------------------------------
+
+GOOD = """# One {#sec-one}
+
+See @fig-a, @tbl-a, @tbl-b, @eq-a and @sec-one; @known says so. A value: `{python} value`.
+
+```{python}
+#| include: false
+value = "1_2*3"
+```
+
+```{python}
+#| label: fig-a
+#| fig-cap: "A line"
+from matplotlib import pyplot
+figure = pyplot.plot([1, 2])
+```
+
+```{python}
+#| label: tbl-a
+#| tbl-cap: "A table"
+from IPython.display import Markdown
+Markdown("|a|b|\\n|-|-|\\n|1|2|")
+```
+
+|c|
+|-|
+|3|
+
+: Another {#tbl-b}
+
+$$
+x
+$$ {#eq-a}
+"""
+# the value is asked for after the cell that makes it
+GOOD = GOOD.replace(" A value: `{python} value`.", "") + "\nA value: `{python} value`.\n"
+
+
+def build(tmp_path, text):
+    (tmp_path / "index.qmd").write_text(text, encoding="utf-8")
+    (tmp_path / "references.bib").write_text("@book{known, title={T}, author={A, B}, year={2000}}")
+    return plain(preview.build(tmp_path, tmp_path / "out.html"))
+
+
+def plain(path) -> str:
+    body = re.sub(r"^.*<body>", "", path.read_text(encoding="utf-8"), flags=re.S)
+    return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]*>", "", body)))
+
+
+def test_the_preview_numbers_links_and_shows(tmp_path):
+    text = build(tmp_path, GOOD)
+    assert "See 图 1, 表 1, 表 2, 式 1 and 小节 1" in text and "A value: 1_2*3." in text
+    assert "图 1：A line" in text and "表 1：A table" in text and "表 2：Another" in text
+    page = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert "<math" in page and not re.search(r'(src|href)="(?!#|data:)', page)
+    linked = set(re.findall(r'href="#((?:fig|tbl|eq|sec)-\w+)"', page))
+    assert linked == {"fig-a", "tbl-a", "tbl-b", "eq-a", "sec-one"}
+    assert all(f'id="{label}"' in page for label in linked)
+
+
+@pytest.mark.parametrize(
+    "old, new, error, message",
+    [
+        ("@eq-a", "@eq-b", ValueError, "@eq-b: nothing has this label"),
+        ("@known", "@unknown", ValueError, "unknown"),
+        ('#| fig-cap: "A line"\n', "", ValueError, "fig-a: has 1 outputs and caption None"),
+        ("figure = pyplot.plot([1, 2])", "", ValueError, "fig-a: has 0 outputs"),
+        ("{python} value`", "{python} print(value)`", ValueError, "has no value"),
+        ('value = "1_2*3"', "raise RuntimeError('on purpose')", CellExecutionError, "on purpose"),
+    ],
+)
+def test_the_preview_fails_loudly(tmp_path, old, new, error, message):
+    assert old in GOOD
+    with pytest.raises(error, match=message):
+        build(tmp_path, GOOD.replace(old, new))
+    assert not (tmp_path / "out.html").exists()
+
+
+# ---- the whole report -----------------------------------------------------------------------------------------------
+
+
+def copied(tmp_path, results=()):
+    """The report in a repository of its own, with these reference results."""
+    shutil.copytree(REPORT, tmp_path / "report", ignore=shutil.ignore_patterns("_*put", "_fonts", ".quarto"))
+    for study in results:
+        shutil.copytree(REFERENCE / study, tmp_path / "results" / "reference" / study)
+    return tmp_path / "report"
+
+
+@pytest.mark.slow
+def test_the_report_builds_from_the_reference_records(tmp_path):
+    folder, start = copied(tmp_path, sorted(path.name for path in REFERENCE.iterdir())), time.perf_counter()
+    text = plain(preview.build(folder, tmp_path / "report.html"))
+    assert time.perf_counter() - start < 60
+    assert "{python}" not in text and not re.search(r"@(fig|tbl|eq|sec)-|\bnan\b|Figure\(", text)
+    for study in ("wikitext_ppl", "pg19_ppl"):
+        name = next((REFERENCE / study).glob("*no_press*max_windows=200.json"))
+        base = json.loads(name.read_text())
+        assert f"{base['dataset']} {base['ppl']:.1f} [{base['ppl_ci95_low']:.1f}, {base['ppl_ci95_high']:.1f}]" in text
+    keydiff = json.loads(next((REFERENCE / "recall").glob("*keydiff__0.75*n_keys=200.json")).read_text())
+    assert f"keydiff（{keydiff['accuracy']:.2f}）" in text
+    for study, notebook in reporting.NOTEBOOKS.items():
+        there = (REFERENCE / study).is_dir()
+        assert (f"（缺少记录：{study}，运行 notebooks/{notebook}.ipynb 可得）" in text) != there, study
+
+
+@pytest.mark.slow
+def test_the_report_builds_without_any_record(tmp_path):
+    text = plain(preview.build(copied(tmp_path), tmp_path / "report.html"))
+    for study, notebook in reporting.NOTEBOOKS.items():
+        assert f"（缺少记录：{study}，运行 notebooks/{notebook}.ipynb 可得）" in text
+
+
+@pytest.mark.slow
+def test_the_report_builds_from_a_few_records(tmp_path):
+    """One press at one ratio, on four windows without intervals: what a first try leaves."""
+    folder = copied(tmp_path)
+    for study in ("wikitext_ppl", "pg19_ppl"):
+        target = tmp_path / "results" / study
+        target.mkdir(parents=True)
+        for name in ("no_press__0.00", "snapkv__0.50"):
+            for path in (REFERENCE / study).glob(f"*__demo__{name}__max_windows=200.*"):
+                shutil.copyfile(path, target / path.name)
+        for path in target.glob("*.json"):
+            record = json.loads(path.read_text())
+            path.write_text(json.dumps({key: None if "ci95" in key else value for key, value in record.items()}))
+    text = plain(preview.build(folder, tmp_path / "report.html"))
+    assert "来源：results/wikitext_ppl，2 份记录" in text and not re.search(r"\bnan\b", text)
+    assert "（缺少记录：wikitext_ppl 的 random，运行 notebooks/01_wikitext_ppl.ipynb 可得）" in text
