@@ -128,14 +128,14 @@ def test_recall_notebook(tmp_path):
 @pytest.mark.slow
 def test_speed_notebook(tmp_path):
     cells = {"context_lengths": [200, 300], "batch_sizes": [1, 2], "max_new_tokens": 12}
-    presses = {"press": ["snapkv", "adakv_snapkv", "chunkkv_snapkv"]}
+    presses = {"press": ["snapkv", "chunkkv_snapkv"], "compression_ratio": [0.5, 0.75]}
     notebook = run("03_speed", tmp_path, model="demo", **cells, **presses, output_dir=str(tmp_path / "out"))
     text = said(notebook)
     assert "模型 **demo**（权重：bundled），随机 token" in text and "没有找到 demo 在同样压缩率下的困惑度记录" in text
     assert "kvpress：chunkkv_snapkv 0.75（上下文 200，批 2）没有计时：不能整批运行" in text
     assert "上下文 300、批 2：不压缩，本库的解码速度是 transformers 的" in text
     runs = records.load_records(tmp_path / "out")
-    assert len(runs) == 4 * (4 + 1 + 3)
+    assert len(runs) == 4 * (5 + 1 + 4)
 
 
 @pytest.mark.slow
