@@ -14,15 +14,25 @@ endif
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+# All cores of the machine; CORES=2 leaves others free. More options of Snakemake's: make demo SNAKEMAKE="-n"
+CORES ?= all
+SWEEP = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --cores $(CORES) $(SNAKEMAKE) --configfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test smoke report readme lint format constraints clean
+.PHONY: help setup demo reference report test smoke readme lint format constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with everything in it (needs Python 3.11-3.13, pip, make)
 	@echo "Ready. To use it by hand: source .venv/bin/activate"
+
+demo: $(STAMP) ## run every notebook on what is in the box (params/demo.yaml), then make the report
+	$(SWEEP) params/demo.yaml
+	$(MAKE) report
+
+reference: $(STAMP) ## run the study at full size into results/reference (hours, resumable; KVNEOX_TEXTS=<folder>)
+	$(SWEEP) params/reference.yaml
 
 test: $(STAMP) ## run all tests, the slow ones too
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest

@@ -168,7 +168,7 @@ def measure_speed(
         pending = [
             (engine, name, ratio)
             for engine in ENGINES
-            for name, ratios in runs.pending(_for_engine(engine, names), compression_ratio, **cell, engine=engine)
+            for name, ratios in runs.pending(for_engine(engine, names), compression_ratio, **cell, engine=engine)
             for ratio in ratios
         ]
         cells.append((cell, pending))
@@ -190,7 +190,7 @@ def measure_speed(
     return runs.study()
 
 
-def _for_engine(engine: str, names: list[str]) -> list[str]:
+def for_engine(engine: str, names: list[str]) -> list[str]:
     if engine == "ours":
         return names
     return ["no_press"] if engine == "stock" else [name for name in names if name != "no_press"]

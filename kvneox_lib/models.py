@@ -98,13 +98,13 @@ def load_model(
         dtype=_dtype(dtype, device),
         device=device,
     )
-    target = _target(name, revision)
+    target = find_target(name, revision)
     if weights == "random":
         return _load_random(target, revision, seed, **options)
     try:
         folder = target.folder or fetch(target.repo, revision)
     except ConnectionError as error:
-        if weights == "pretrained":
+        if weights == "pretrained" or not hub.may_fall_back():
             raise
         if fallback == "random":
             loaded = _load_random(target, revision, seed, **options)
@@ -155,7 +155,7 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _target(name: str | os.PathLike, revision: str | None) -> Target:
+def find_target(name: str | os.PathLike, revision: str | None) -> Target:
     """Aliases come first: a folder that is called like one is written ./demo."""
     name = os.fspath(name) if isinstance(name, os.PathLike) else name
     allowed = f"{', '.join(PYTHIA)} (also with -deduped), demo, a hub id (owner/model) or a local folder"

@@ -11,15 +11,16 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from kvneox_lib import records
+from kvneox_lib import hub, records
 from kvneox_lib.data import HUB, Text, load_text
 from kvneox_lib.modeling import KVNeoXForCausalLM
 from kvneox_lib.models import LoadedModel, load_model
 from kvneox_lib.presses import attention, attention_needed, check_press, make_press, press_row, ratio_for
 from kvneox_lib.registry import RATIO_PER_LAYER, REGISTRY
 
-# The first four are at the head of every run's name; where a text or a record lies does not change a figure.
-NOT_IN_THE_ID = ("model", "dataset", "press", "compression_ratio", "data_dir", "output_dir", "overwrite")
+# The first four are at the head of every run's name; where a text or a record lies does not change a figure; what the
+# weights turned out to be is said for random ones, whatever was asked for.
+NOT_IN_THE_ID = ("model", "dataset", "press", "compression_ratio", "weights", "data_dir", "output_dir", "overwrite")
 # of a whole grid; each run of it has its own
 NOT_IN_THE_ID += ("context_lengths", "batch_sizes", "methods", "ablation_sinks", "ablation_sizes")
 RANDOM_TOKENS = "random-tokens"
@@ -49,11 +50,27 @@ class Study:
         return pd.concat(frames, ignore_index=True)
 
 
+def name_run(asked: dict, defaults: dict, *, dataset: str, model: str, weights: str, press: str, ratio) -> str:
+    """The run_id of one press at one ratio (None: its strength is its own), before or after the run. `asked`: all
+    parameters of the call, and those that only this run of it has."""
+    differing = {
+        key: value
+        for key, value in asked.items()
+        if key not in NOT_IN_THE_ID and (key not in defaults or _plain(value) != _plain(defaults[key]))
+    }
+    differing |= {"weights": weights} if weights == "random" else {}
+    return records.run_id(dataset, model, press, "own" if ratio is None else ratio, **differing)
+
+
+def defaults_of(measure) -> dict:
+    return {name: parameter.default for name, parameter in inspect.signature(measure).parameters.items()}
+
+
 class Runs:
     """Of one call of a `measure_...` function, whose parameters and their defaults name them."""
 
     def __init__(self, measure, asked: dict):
-        self.defaults = {name: parameter.default for name, parameter in inspect.signature(measure).parameters.items()}
+        self.defaults = defaults_of(measure)
         self.asked = asked
         reads_text = "dataset" in asked  # time and memory do not depend on the text
         names = ("weights", "attn_implementation", "dtype", "device", "seed")
@@ -74,7 +91,7 @@ class Runs:
 
     def _load_text(self) -> Text:
         names, dataset = ("subset", "split", "sample_idx", "data_dir"), self.asked["dataset"]
-        fallback = "python-docs" if dataset in HUB else None
+        fallback = "python-docs" if dataset in HUB and hub.may_fall_back() else None
         text = load_text(dataset, **{name: self.asked[name] for name in names}, fallback=fallback)
         digest = hashlib.sha256("\0".join(text.documents).encode()).hexdigest()
         self.parameters |= {"dataset": text.name, "sample_idx": self.asked["sample_idx"], "text_sha256": digest[:16]}
@@ -135,12 +152,8 @@ class Runs:
         else:
             stands_in = self.text.name.startswith("python-docs")
             dataset = "python-docs" if stands_in else Path(self.asked["dataset"]).resolve().name
-        differing = {
-            key: value
-            for key, value in {**self.asked, **more}.items()
-            if key not in NOT_IN_THE_ID and (key not in self.defaults or _plain(value) != _plain(self.defaults[key]))
-        }
-        return records.run_id(dataset, self.loaded.name, name, "own" if ratio is None else ratio, **differing)
+        found = {"dataset": dataset, "model": self.loaded.name, "weights": self.loaded.weights}
+        return name_run({**self.asked, **more}, self.defaults, **found, press=name, ratio=ratio)
 
     def _find(self, name: str, ratio: float | None, more: dict) -> dict | None:
         if self.asked["overwrite"]:

@@ -1,0 +1,79 @@
+"""A params file becomes runs of notebooks: snakemake -c 4 --configfile params/demo.yaml
+
+A run is one notebook under papermill; its outputs are the records that it writes, declared by kvneox_lib.sweep. It is
+skipped when they are there. It is done again when its parameters change, as then most often its records are called
+otherwise; and when code changes that makes its figures, which the digest among `params` tells. Snakemake removes the
+outputs before it does a run again. So the notebook, which keeps records whose parameters are equal, measures anew, and
+nothing has to say `overwrite`. It removes them after a failure, too: what was half done is done again with the run.
+Records that came with the checkout have no history here, so they are taken as they are.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+from kvneox_lib.sweep import read_sweep, summary
+
+NOTEBOOKS = Path(os.path.relpath(workflow.basedir)) / "notebooks"
+EXECUTE = [sys.executable, os.path.join(workflow.basedir, "workflow", "execute.py")]
+if not workflow.configfiles:
+    raise WorkflowError("Which sweep? Give a params file: --configfile params/demo.yaml")
+try:
+    RUNS = read_sweep(map(os.path.relpath, workflow.configfiles), NOTEBOOKS)
+except ValueError as mistakes:
+    raise WorkflowError(f"Nothing was run.\n{mistakes}") from None
+STUDIES = {run.study: [path for other in RUNS if other.study == run.study for path in other.outputs] for run in RUNS}
+
+
+localrules:
+    all,
+
+
+rule all:
+    input:
+        [path for run in RUNS for path in run.outputs],
+
+
+for study, outputs in STUDIES.items():
+
+    rule:
+        name:
+            study,
+        localrule:
+            True
+        input:
+            outputs,
+
+
+for number, run in enumerate(RUNS):
+
+    rule:
+        name:
+            f"{run.study}_run{number}",
+        input:
+            notebook=ancient(str(run.notebook)),  # its date says nothing: what it does is in the digest
+            baseline=ancient(list(run.needs)),  # measured again, it does not change what was compared with it
+        output:
+            list(run.outputs),
+        log:
+            run.executed,
+        params:
+            values=json.dumps(run.parameters),
+            code=run.code,
+        threads: run.cores or workflow.resource_settings.cores or 1
+        resources:
+            gpu=run.gpus,
+            **({} if run.mem_mb is None else {"mem_mb": run.mem_mb}),
+        shell:
+            "{EXECUTE:q} {input.notebook:q} {log:q} {params.values:q} {resources.gpu} {output:q}"
+
+
+onsuccess:
+    print(summary(RUNS), file=sys.stderr)
+
+
+onerror:
+    print(summary(RUNS), file=sys.stderr)

@@ -1,0 +1,153 @@
+"""What a notebook is going to write, before it runs: how its records are called, and a digest of the code behind them.
+
+No model is loaded and no text is read for it; that is why a sweep has to name both.
+"""
+
+import ast
+import hashlib
+import itertools
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from kvneox_lib import benchmark, records, runs, studies
+from kvneox_lib.models import PYTHIA_NAMES, Target, demo_folder, find_target
+from kvneox_lib.presses import acts, expand_presses, make_press, press_row
+from kvneox_lib.registry import RATIO_PER_LAYER
+
+PYTHIA_LENGTH = 2048  # the trained length of all of them
+LIBRARY = Path(__file__).parent
+
+
+@cache
+def notebook_defaults(notebook: Path) -> dict:
+    """The parameters of a notebook, from its cell that is tagged so."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    (cell,) = (cell for cell in cells if "parameters" in cell["metadata"].get("tags", []))
+    assignments = (node for node in ast.parse("".join(cell["source"])).body if isinstance(node, ast.Assign))
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in assignments}
+
+
+def declared_records(notebook: str, asked: dict) -> list[str]:
+    """The records, from the folder of results on, that a notebook writes for these parameters (all of them)."""
+    ids = RECORDS[notebook](asked) if notebook in RECORDS else []
+    return [f"{asked['output_dir']}/{run_id}.json" for run_id in dict.fromkeys(ids)]
+
+
+# ---- the names, notebook by notebook --------------------------------------------------------------------------------
+
+
+def _adapter(asked: dict) -> list[str]:
+    target = find_target(asked["model"], None)
+    if asked["device"] == "auto":
+        raise ValueError("device: 'auto'; 00_adapter names its record after the device: allowed is cpu, cuda:0, ...")
+    others = {name: asked[name] for name in ("attn_implementation", "dtype", "device", "context_length")}
+    others["weights"] = "bundled" if target.folder == demo_folder() else "pretrained"
+    return [records.run_id("stdlib-docstrings", target.name, asked["presses"], 0.5, **others)]
+
+
+def _perplexity(asked: dict) -> list[str]:
+    presses = ["no_press", *expand_presses(asked["press"])]
+    return _of_text(studies.measure_perplexity, asked, asked["continuation_length"], presses, [{}])
+
+
+def _recall(asked: dict) -> list[str]:
+    presses = ["no_press", *expand_presses(asked["press"])]
+    asleep = [name for name in presses if acts(_sample(name)) == "decoding"]
+    if asleep:
+        raise ValueError(
+            f"press: {', '.join(asleep)}; 05_recall takes none that acts while decoding: a question is short"
+        )
+    modes = [{"query_aware": mode} for mode in runs.as_list(asked["query_aware"])]
+    return _of_text(studies.measure_recall, asked, studies.QUESTION_TOKENS, presses, modes)
+
+
+def _sample(name: str):
+    return make_press(name, [0.5] if press_row(name).strength == RATIO_PER_LAYER else 0.5)
+
+
+def _of_text(measure: Callable, asked: dict, others: int, presses: list[str], modes: list[dict]) -> list[str]:
+    target, defaults = find_target(asked["model"], None), runs.defaults_of(measure)
+    limits = [length for length in (asked["context_limit"], _trained_length(target)) if length is not None]
+    asked = asked | {"context_length": min([asked["context_length"], *(limit - others for limit in limits)])}
+    found = {"dataset": Path(asked["dataset"]).resolve().name, "model": target.name, "weights": asked["weights"]}
+    return [
+        runs.name_run(asked | mode, defaults, **found, press=press, ratio=ratio)
+        for mode in modes
+        for press in presses
+        for ratio in runs.own_ratios(press, asked["compression_ratio"])
+    ]
+
+
+def _trained_length(target: Target) -> int | None:
+    """None for a model of the hub whose config is not at hand."""
+    if target.folder is not None:
+        config = json.loads((target.folder / "config.json").read_text(encoding="utf-8"))
+        return config.get("max_position_embeddings", PYTHIA_LENGTH)
+    return PYTHIA_LENGTH if target.name in PYTHIA_NAMES else None
+
+
+def _speed(asked: dict) -> list[str]:
+    target, defaults = find_target(asked["model"], None), runs.defaults_of(benchmark.measure_speed)
+    found = {"dataset": runs.RANDOM_TOKENS, "model": target.name, "weights": asked["weights"]}
+    presses = ["no_press", *expand_presses(asked["press"])]
+    cells = itertools.product(*(runs.as_list(asked[name]) for name in ("context_lengths", "batch_sizes")))
+    return [
+        runs.name_run(
+            asked | {"context_length": length, "batch_size": batch, "engine": engine},
+            defaults,
+            **found,
+            press=press,
+            ratio=ratio,
+        )
+        for length, batch in cells
+        for engine in benchmark.ENGINES
+        for press in benchmark.for_engine(engine, presses)
+        for ratio in runs.own_ratios(press, asked["compression_ratio"])
+    ]
+
+
+RECORDS: dict[str, Callable[[dict], list[str]]] = {
+    "00_adapter": _adapter,
+    "01_wikitext_ppl": _perplexity,
+    "02_pg19_ppl": _perplexity,
+    "03_speed": _speed,
+    "05_recall": _recall,
+}
+WITH_BASELINE = ("01_wikitext_ppl", "02_pg19_ppl", "05_recall")  # which measure no_press along with any press
+
+
+# ---- the code -------------------------------------------------------------------------------------------------------
+
+
+@cache
+def code_digest(notebook: Path, bundled_weights: bool) -> str:
+    """Of the notebook's code cells and of the modules of this library that they lead to, as Python understands them:
+    comments and layout do not count. Nor does `figures`: how a picture looks changes no record."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    texts, waiting = {"": ast.parse(source)}, [""]
+    while waiting:
+        for module in _imported(texts[waiting.pop()]) - set(texts) - {"figures"}:
+            path = LIBRARY / f"{module}.py"
+            if path.is_file():
+                texts[module] = ast.parse(path.read_text(encoding="utf-8"))
+                waiting.append(module)
+    digest = hashlib.sha256("\0".join(name + ast.dump(texts[name]) for name in sorted(texts)).encode())
+    if bundled_weights:
+        digest.update((demo_folder() / "model.safetensors").read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _imported(tree: ast.AST) -> set[str]:
+    """The modules of this library that are imported, `__init__` for the package itself."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "kvneox_lib":
+            found |= {alias.name for alias in node.names} | {"__init__"}
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        found |= {name.partition(".")[2] for name in names if name.startswith("kvneox_lib.")}
+        found |= {"__init__"} if "kvneox_lib" in names else set()
+    return found

@@ -1,0 +1,207 @@
+"""From params files to runs: each is one notebook under papermill, with the records that it will write.
+
+What is to be run, again or at all, Snakemake decides from those names; so this module knows, without loading a model,
+what a notebook is going to call its records. The workflow that uses it is in Snakefile.
+"""
+
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvneox_lib.declared import WITH_BASELINE, code_digest, declared_records, notebook_defaults
+from kvneox_lib.models import demo_folder, find_target
+from kvneox_lib.params import Lines, Mistakes, check_value, expand_variables, read_yaml, unknown
+from kvneox_lib.presses import expand_presses
+
+STUDY_KEYS = ("notebook", "fixed", "grid", "resources")
+RESOURCES = {"gpus": 0, "cores": 1, "mem_mb": 1}  # what a run may ask for, and the least of it
+NAMED = ("model", "weights", "dataset")  # no default of a notebook decides on these
+TIMED = ("03_speed", "04_streaming")  # a clock wants the machine for itself
+EXECUTED = "results/notebooks"  # where the executed notebooks go
+
+
+@dataclass(frozen=True)
+class Run:
+    """One execution of a notebook."""
+
+    study: str  # rules are named after it
+    notebook: Path
+    parameters: dict  # as written: `$NAME` gets its value where the notebook is executed
+    outputs: tuple[str, ...]  # the records that it makes
+    needs: tuple[str, ...]  # records among its own that an earlier run makes: its baseline
+    executed: str
+    code: str  # changes with the code that makes its figures
+    gpus: int
+    mem_mb: int | None
+    cores: int | None  # None: all that the sweep has
+
+
+def read_sweep(paths: Iterable[str | Path], notebooks: Path) -> list[Run]:
+    """The runs of these params files, in their order. ValueError tells all mistakes, with file and line."""
+    found, makers, seen, messages = [], {}, Counter(), []
+    for path in map(Path, paths):
+        mistakes = Mistakes(path)
+        for study in _studies(read_yaml(path, mistakes), mistakes):
+            if _check_study(study, notebooks, mistakes):
+                name = study["notebook"]
+                seen[name] += 1
+                place = f"{name}_{seen[name]}" if seen[name] > 1 else name, notebooks / f"{name}.ipynb", path.stem
+                found += _expand(study, *place, makers, mistakes)
+        messages += [str(mistakes)] if mistakes.found else []
+    if messages:
+        raise ValueError("\n".join(messages))
+    return found
+
+
+# ---- checking -------------------------------------------------------------------------------------------------------
+
+
+def _studies(content, mistakes: Mistakes) -> list[Lines]:
+    if mistakes.found and content is None:  # not YAML
+        return []
+    keys = content if isinstance(content, Lines) else Lines({}, {})
+    for key in set(keys) - {"studies"}:
+        mistakes.add(keys.lines[key], unknown("key", key, ["studies"]))
+    listed = keys.get("studies")
+    if not isinstance(listed, list) or not listed or not all(isinstance(study, Lines) for study in listed):
+        mistakes.add(keys.lines.get("studies", 1), "`studies:` must be a list of studies, each with `- notebook: ...`")
+        return []
+    return listed
+
+
+def _check_study(study: Lines, notebooks: Path, mistakes: Mistakes) -> bool:
+    """Whether the study can be expanded; what is wrong with it is added to `mistakes`."""
+    before, start = len(mistakes.found), min(study.lines.values())
+    for key in set(study) - set(STUDY_KEYS):
+        mistakes.add(study.lines[key], unknown("key", key, STUDY_KEYS))
+    names = sorted(path.stem for path in notebooks.glob("*.ipynb"))
+    if study.get("notebook") not in names:
+        mistakes.add(study.lines.get("notebook", start), unknown("notebook", study.get("notebook"), names))
+        return False
+    defaults = notebook_defaults(notebooks / f"{study['notebook']}.ipynb")
+    for part in ("fixed", "grid", "resources"):
+        if not isinstance(study.get(part, Lines({}, {})), Lines):
+            mistakes.add(study.lines[part], f"{part}: must be a mapping, `name: value` on each line")
+            return False
+    fixed, grid = study.get("fixed", Lines({}, {})), study.get("grid", Lines({}, {}))
+    for name, value in fixed.items():
+        _check(name, [value], fixed.lines[name], defaults, mistakes)
+    for name, values in grid.items():
+        if name in fixed:
+            mistakes.add(grid.lines[name], f"{name} is in fixed (line {fixed.lines[name]}) and in grid; keep one")
+        if name == "press" and study["notebook"] in TIMED:
+            mistakes.add(grid.lines[name], "press: what is timed takes turns in one run; list all of them in fixed")
+        listed = values if isinstance(values, list) else [values]
+        if not listed or (not isinstance(values, list) and name not in ("press", "method")):
+            mistakes.add(grid.lines[name], f"{name}: {values!r}; in grid stands a list of values, [a, b, c]")
+        _check(name, listed, grid.lines[name], defaults, mistakes)
+    missing = [name for name in NAMED if name in defaults and name not in fixed and name not in grid]
+    if missing:
+        mistakes.add(
+            start, f"{study['notebook']} wants {', '.join(missing)}: what is measured is never left to a default"
+        )
+    for name, value in study.get("resources", {}).items():
+        line = study["resources"].lines[name]
+        if name not in RESOURCES:
+            mistakes.add(line, unknown("resource", name, RESOURCES))
+        elif isinstance(value, bool) or not isinstance(value, int) or value < RESOURCES[name]:
+            mistakes.add(line, f"{name}: {value!r}; allowed is a whole number, {RESOURCES[name]} or above")
+    return len(mistakes.found) == before
+
+
+def _check(name: str, values: list, line: int, defaults: dict, mistakes: Mistakes) -> None:
+    if name not in defaults:
+        mistakes.add(line, unknown("parameter", name, defaults))
+        return
+    for value in values:
+        try:
+            check_value(name, value, defaults[name])
+        except ValueError as error:
+            mistakes.add(line, " ".join(str(error).split()))
+
+
+# ---- expanding ------------------------------------------------------------------------------------------------------
+
+
+def _expand(study: Lines, name: str, notebook: Path, sweep: str, makers: dict, mistakes: Mistakes) -> list[Run]:
+    """The study's runs. `makers`: which run makes each record declared so far; no two make the same one."""
+    start, defaults, found = min(study.lines.values()), notebook_defaults(notebook), []
+    for point, is_baseline in _points(study):
+        parameters = {**study.get("fixed", {}), **point}
+        try:
+            asked = {key: expand_variables(key, value) for key, value in {**defaults, **parameters}.items()}
+            declared = declared_records(notebook.stem, asked)
+        except ValueError as error:
+            mistakes.add(start, str(error))
+            return []
+        label = re.sub(r"[^\w.=-]", "~", "__".join(f"{key}={value}" for key, value in point.items())) or notebook.stem
+        declared = declared or [f"{asked['output_dir']}/{label}.ipynb"]  # one without records: the notebook itself
+        own = [record for record in declared if record not in makers]
+        if not own and is_baseline:  # the same for another ratio
+            continue
+        if not own:
+            mistakes.add(start, f"{name} {point or ''}: {declared[0]} is already made by {makers[declared[0]]}")
+            return []
+        label = own[0].rpartition("/")[2].rpartition(".")[0]
+        wanted = study.get("resources", {})
+        run = Run(
+            study=name,
+            notebook=notebook,
+            parameters=parameters,
+            outputs=tuple(own),
+            needs=tuple(record for record in declared if record not in own),
+            executed=f"{EXECUTED}/{sweep}/{name}/{label}.ipynb",
+            code=code_digest(notebook, find_target(asked["model"], None).folder == demo_folder()),
+            gpus=wanted.get("gpus", 0),
+            mem_mb=wanted.get("mem_mb"),
+            cores=wanted.get("cores", None if notebook.stem in TIMED else 1),
+        )
+        makers |= dict.fromkeys(own, f"{sweep}: {name}")
+        found.append(run)
+    return found
+
+
+def _points(study: Lines) -> list[tuple[dict, bool]]:
+    """The grid's combinations. A notebook that compares with no_press measures it itself; where each press is a run of
+    its own, that baseline is one too, made before them: else each of them would make it, all at the same time."""
+    grid = {name: values for name, values in study.get("grid", {}).items()}
+    with_baseline = "press" in grid and study["notebook"] in WITH_BASELINE
+    if "press" in grid:
+        listed = grid["press"] if isinstance(grid["press"], list) else [grid["press"]]
+        names = dict.fromkeys(name for press in listed for name in expand_presses(press))
+        grid["press"] = [name for name in names if name != "no_press" or not with_baseline]
+    points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+    baselines = [{**point, "press": "no_press"} for point in points] if with_baseline else []
+    return [(point, True) for point in baselines] + [(point, False) for point in points]
+
+
+# ---- when the sweep has ended ---------------------------------------------------------------------------------------
+
+
+def summary(found: Iterable[Run]) -> str:
+    """What is done, and why the rest is not."""
+    found, lines = list(found), []
+    missing = [run for run in found if not all(Path(record).exists() for record in run.outputs)]
+    for run in missing:
+        lines.append(f"  {run.study} {run.executed.rpartition('/')[2]}: {_what_happened(run)}")
+    lines.insert(
+        0, f"{len(found) - len(missing)} of {len(found)} runs are done" + (", these are not:" if missing else ".")
+    )
+    return "\n".join(lines)
+
+
+def _what_happened(run: Run) -> str:
+    if not Path(run.executed).exists():
+        lacking = [record for record in run.needs if not Path(record).exists()]
+        return f"waits for {lacking[0]}" if lacking else "not run"
+    executed = json.loads(Path(run.executed).read_text(encoding="utf-8"))
+    errors = [
+        output for cell in executed["cells"] for output in cell.get("outputs", []) if output["output_type"] == "error"
+    ]
+    if not errors:
+        return f"interrupted, or it wrote other records than it should have; see {run.executed}"
+    return f"FAILED with {errors[0]['ename']}: {errors[0]['evalue']}\n    traceback in {run.executed}"

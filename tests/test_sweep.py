@@ -1,0 +1,429 @@
+"""Params files: what they expand to, what is refused and where, and a sweep of which one run fails."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import REPOSITORY
+
+from kvneox_lib import declared, records
+from kvneox_lib.benchmark import measure_speed
+from kvneox_lib.models import load_model
+from kvneox_lib.presses import expand_presses, press_names
+from kvneox_lib.studies import measure_perplexity
+from kvneox_lib.sweep import read_sweep
+
+NOTEBOOKS = REPOSITORY / "notebooks"
+PARAMS = sorted((REPOSITORY / "params").glob("*.yaml"))
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    def read(text: str):
+        path = tmp_path / "sweep.yaml"
+        path.write_text(text, encoding="utf-8")
+        return read_sweep([path], NOTEBOOKS)
+
+    return read
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+    for name in ("wikitext-2-v1", "gutenberg-pre1919"):
+        (tmp_path / "texts" / name).mkdir(parents=True)
+    monkeypatch.setenv("KVNEOX_TEXTS", str(tmp_path / "texts"))
+
+
+# ---- what a file expands to -----------------------------------------------------------------------------------------
+
+SMALL = """\
+studies:
+  - notebook: 01_wikitext_ppl
+    fixed: {model: demo, weights: pretrained, dataset: python-docs, compression_ratio: [0.5, 0.9], output_dir: out/ppl}
+    grid:
+      press: [snapkv, think]
+      seed: [0, 1]
+    resources: {gpus: 1, mem_mb: 4000}
+  - notebook: 03_speed
+    fixed: {model: pythia-70m, weights: random, context_lengths: [64], batch_sizes: [1, 4], output_dir: out/speed}
+"""
+
+
+def test_a_file_expands_to_these_runs(sweep):
+    found = sweep(SMALL)
+    at = "out/ppl/python-docs__demo__"
+    assert [(run.study, run.outputs, run.needs) for run in found[:6]] == [
+        ("01_wikitext_ppl", (f"{at}no_press__0.00.json",), ()),
+        ("01_wikitext_ppl", (f"{at}no_press__0.00__seed=1.json",), ()),
+        ("01_wikitext_ppl", (f"{at}snapkv__0.50.json", f"{at}snapkv__0.90.json"), (f"{at}no_press__0.00.json",)),
+        (
+            "01_wikitext_ppl",
+            (f"{at}snapkv__0.50__seed=1.json", f"{at}snapkv__0.90__seed=1.json"),
+            (f"{at}no_press__0.00__seed=1.json",),
+        ),
+        ("01_wikitext_ppl", (f"{at}think__own.json",), (f"{at}no_press__0.00.json",)),
+        ("01_wikitext_ppl", (f"{at}think__own__seed=1.json",), (f"{at}no_press__0.00__seed=1.json",)),
+    ]
+    assert [(run.parameters["press"], run.parameters["seed"]) for run in found[:3]] == [
+        ("no_press", 0),
+        ("no_press", 1),
+        ("snapkv", 0),
+    ]
+    assert {(run.gpus, run.mem_mb, run.cores) for run in found[:6]} == {(1, 4000, 1)}
+    at, end = "out/speed/random-tokens__pythia-70m__", "weights=random.json"
+    assert found[6].outputs == tuple(
+        f"{at}{variant}__batch_size={batch}__context_length=64__engine={engine}__{end}"
+        for batch in (1, 4)
+        for variant, engine in (
+            ("no_press__0.00", "ours"),
+            ("snapkv__0.75", "ours"),
+            ("no_press__0.00", "stock"),
+            ("snapkv__0.75", "kvpress"),
+        )
+    )
+    assert (
+        len(found) == 7 and found[6].cores is None and found[6].executed.startswith("results/notebooks/sweep/03_speed/")
+    )
+
+
+def test_a_mapping_is_merged_and_a_context_cut_as_the_notebooks_do_it(sweep):
+    found = sweep(
+        """\
+studies:
+  - notebook: 05_recall
+    fixed: &all {model: demo, weights: pretrained, dataset: python-docs, press: knorm, compression_ratio: 0.5}
+  - notebook: 05_recall
+    fixed: {<<: *all, context_length: 4000, query_aware: [false, true]}
+"""
+    )
+    assert [run.study for run in found] == ["05_recall", "05_recall_2"]
+    assert found[1].parameters["press"] == "knorm" and found[1].parameters["context_length"] == 4000
+    at, length = "results/recall/python-docs__demo__", "__context_length=1984"  # 2048 less the room for an answer
+    assert found[1].outputs == tuple(
+        f"{at}{press}{length}{mode}.json"
+        for mode in ("", "__query_aware=True")
+        for press in ("no_press__0.00", "knorm__0.50")
+    )
+
+
+@pytest.mark.slow
+def test_notebooks_write_what_was_declared(sweep, tmp_path):
+    """Of every kind of run: presses with a ratio, with one of their own, random weights, contexts that are cut."""
+    found = sweep(SMALL.replace("out/", f"{tmp_path}/"))
+    small = {"context_length": 64, "continuation_length": 8, "max_windows": 1, "control_windows": 1}
+    asked = found[2].parameters | small | {"press": ["snapkv", "think", "per_layer_knorm"], "context_limit": 70}
+    asked = {**declared.notebook_defaults(NOTEBOOKS / "01_wikitext_ppl.ipynb"), **asked}
+    study = measure_perplexity(**asked)
+    assert {f"{tmp_path}/ppl/{name}.json" for name in study.records["run_id"]} == set(
+        declared.declared_records("01_wikitext_ppl", asked)
+    )
+    asked = {**declared.notebook_defaults(NOTEBOOKS / "03_speed.ipynb"), **found[6].parameters}
+    asked |= {"model": "pythia-14m", "context_lengths": [40], "batch_sizes": [2], "max_new_tokens": 2, "repeats": 1}
+    study = measure_speed(**asked)
+    assert {f"{tmp_path}/speed/{name}.json" for name in study.records["run_id"]} == set(
+        declared.declared_records("03_speed", asked)
+    )
+
+
+def test_a_record_is_called_the_same_for_weights_that_turn_out_the_same(tmp_path):
+    small = {"context_length": 64, "continuation_length": 8, "max_windows": 1, "control_windows": 1}
+    asked = {"model": "demo", "dataset": "python-docs", "press": "no_press", **small, "output_dir": str(tmp_path)}
+    names = [
+        measure_perplexity(**asked, weights=weights).records["run_id"].tolist() for weights in ("auto", "pretrained")
+    ]
+    assert names[0] == names[1] and len(list(tmp_path.glob("*.json"))) == 1
+
+
+def test_reference_declares_the_committed_records(texts):
+    found = read_sweep([REPOSITORY / "params" / "reference.yaml"], NOTEBOOKS)
+    wanted = {path for run in found for path in run.outputs}
+    committed = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "results/reference").rglob("*.json")}
+    assert committed <= wanted
+    for study in ("wikitext_ppl", "pg19_ppl", "recall"):
+        assert {path for path in wanted - committed if f"/{study}/" in path} == set(), study
+    others = {run.parameters["press"] for run in found if run.study == "02_pg19_ppl_2"} - {"no_press"}
+    assert others == set(press_names()) - set(expand_presses("all"))
+
+
+def test_demo_runs_every_notebook():
+    found = read_sweep([REPOSITORY / "params" / "demo.yaml"], NOTEBOOKS)
+    assert {run.notebook for run in found} == set(NOTEBOOKS.glob("*.ipynb"))
+    for run in found:
+        assert run.parameters["model"] == "demo" and run.parameters.get("dataset", "python-docs") == "python-docs"
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+STUDY = """\
+studies:
+  - notebook: 01_wikitext_ppl
+    fixed:
+      model: demo
+      weights: pretrained
+      dataset: python-docs
+      {fixed}
+    grid:
+      {grid}
+"""
+
+
+@pytest.mark.parametrize(
+    ("fixed", "line", "message"),
+    [
+        ("contxt_length: 64", 7, "parameter 'contxt_length' is unknown; did you mean context_length"),
+        ("press: snapk", 7, "press 'snapk' is unknown; nearest: snapkv"),
+        ("press: kvzap", 7, "press 'kvzap' needs trained surrogate weights"),
+        ("press: []", 7, "press: []; a list must not be empty"),
+        ("compression_ratio: 1.0", 7, "compression_ratio: 1.0; allowed is a number from 0 to below 1"),
+        ("compression_ratio: [0.5, -0.1]", 7, "compression_ratio: -0.1; allowed"),
+        ("compression_ratio: '0.5'", 7, "compression_ratio: '0.5'; allowed"),
+        ("max_windows: 2.5", 7, "max_windows: 2.5; allowed is a whole number, 1 or above"),
+        ("context_length: 0", 7, "context_length: 0; allowed is a whole number, 1 or above"),
+        ("context_length: null", 7, "context_length: None; allowed is a whole number"),
+        ("batch_size: true", 7, "batch_size: True; allowed is a whole number"),
+        ("split: tset", 7, "split 'tset' is unknown; did you mean test?"),
+        ("dtype: float8", 7, "dtype 'float8' is unknown; did you mean"),
+        ("device: gpu", 7, "device: 'gpu'; allowed is auto, cpu, cuda"),
+        ("attn_implementation: flash", 7, "attn_implementation 'flash' is unknown"),
+        ("overwrite: true", 7, "overwrite: is not for params files"),
+        ("output_dir: 3", 7, "output_dir: 3; allowed is a text"),
+        ("data_dir: /no/such/folder", 7, "data_dir: '/no/such/folder'; allowed is a folder that exists"),
+        ("data_dir: $NO_SUCH_VARIABLE", 7, "data_dir: the environment variable NO_SUCH_VARIABLE is not set"),
+        ("model: demo", 7, "'model' is given twice, here and in line 4"),
+        ("seed: 1", 9, "seed is in fixed (line 7) and in grid"),
+    ],
+)
+def test_mistakes_are_told_with_file_line_and_what_is_allowed(fixed, line, message, sweep, tmp_path):
+    with pytest.raises(ValueError) as refusal:
+        sweep(STUDY.format(fixed=fixed, grid="seed: [0, 1]"))
+    (told,) = str(refusal.value).splitlines()
+    assert told.startswith(f"{tmp_path / 'sweep.yaml'}:{line}: ") and message in told
+
+
+PLAIN = STUDY.format(fixed="max_windows: 2", grid="seed: [0, 1]")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        (PLAIN.replace("01_wikitext_ppl", "01_wikitext"), 2, "notebook '01_wikitext' is unknown; did you mean 01_wiki"),
+        (PLAIN.replace("model: demo", "model: pythia-71m"), 4, "did you mean 'pythia-70m'"),
+        (PLAIN.replace("pretrained", "auto"), 5, "weights: 'auto'; allowed is pretrained or random"),
+        (PLAIN.replace("weights: pretrained", "split: test"), 2, "wants weights: what is measured"),
+        (PLAIN.replace("dataset: python-docs", "split: test"), 2, "wants dataset: what is measured"),
+        (
+            PLAIN.replace("python-docs", "/no/such/text"),
+            6,
+            "dataset: '/no/such/text'; allowed is wikitext, pg19, python",
+        ),
+        (PLAIN.replace("    grid", "    grids"), 8, "key 'grids' is unknown; did you mean grid"),
+        (PLAIN.replace("seed: [0, 1]", "seed: 1"), 9, "seed: 1; in grid stands a list of values"),
+        (PLAIN.replace("seed: [0, 1]", "press: [snapkv, tofa]"), 9, "press 'tofa' is unknown; nearest: tova"),
+        (PLAIN + "    resources: {gpu: 1}\n", 10, "resource 'gpu' is unknown; did you mean gpus"),
+        (PLAIN + "    resources: {cores: 0}\n", 10, "cores: 0; allowed is a whole number, 1 or above"),
+        (PLAIN + "name: x\n", 10, "key 'name' is unknown; Allowed: studies"),
+        (PLAIN.replace("seed: [0, 1]", "seed: [0, 0]"), 2, "is already made by sweep: 01_wikitext_ppl"),
+        (PLAIN.replace("seed: [0, 1]", "seed: [0, 1"), 10, "not YAML: "),
+        ("", 1, "`studies:` must be a list"),
+        ("studies: {}", 1, "`studies:` must be a list"),
+        ("- a", 1, "`studies:` must be a list"),
+        (
+            PLAIN.replace("01_wikitext_ppl", "05_recall").replace("max_windows: 2", "press: decoding_knorm"),
+            2,
+            "decoding",
+        ),
+        ("studies:\n  - notebook: 00_adapter\n    fixed: {model: demo}", 2, "device: 'auto'; 00_adapter names its"),
+        (
+            "studies:\n  - notebook: 03_speed\n    fixed: {model: demo, weights: random}\n    grid: {press: [knorm]}",
+            4,
+            "press: what is timed takes turns in one run",
+        ),
+    ],
+)
+def test_so_are_mistakes_elsewhere(text, line, message, sweep, tmp_path):
+    with pytest.raises(ValueError) as refusal:
+        sweep(text)
+    (told,) = str(refusal.value).splitlines()
+    assert told.startswith(f"{tmp_path / 'sweep.yaml'}:{line}: ") and message in told
+
+
+def test_all_mistakes_are_told_at_once(sweep):
+    with pytest.raises(ValueError) as refusal:
+        sweep(STUDY.format(fixed="split: tset", grid="press: [snapk]").replace("pretrained", "auto"))
+    assert [told.split(":")[1] for told in str(refusal.value).splitlines()] == ["5", "7", "9"]
+
+
+def test_reference_says_which_folder_it_wants(monkeypatch):
+    monkeypatch.delenv("KVNEOX_TEXTS", raising=False)
+    with pytest.raises(ValueError, match=r"reference\.yaml:\d+: .*KVNEOX_TEXTS is not set"):
+        read_sweep([REPOSITORY / "params" / "reference.yaml"], NOTEBOOKS)
+
+
+def test_nothing_stands_in_for_what_a_sweep_has_declared(monkeypatch, cache, tmp_path):
+    monkeypatch.setenv("KVNEOX_NO_FALLBACK", "1")
+    with pytest.raises(ConnectionError):
+        load_model("pythia-70m")
+    with pytest.raises(ConnectionError):
+        measure_perplexity(model="demo", dataset="wikitext", press="knorm", output_dir=str(tmp_path))
+    assert not list(tmp_path.rglob("*.json"))
+
+
+# ---- what counts as another program ---------------------------------------------------------------------------------
+
+
+def test_the_digest_follows_code_and_nothing_else(tmp_path, monkeypatch):
+    library, notebook = tmp_path / "kvneox_lib", tmp_path / "01_wikitext_ppl.ipynb"
+    shutil.copytree(declared.LIBRARY, library, ignore=shutil.ignore_patterns("demo", "__pycache__"))
+    shutil.copy(NOTEBOOKS / notebook.name, notebook)
+    monkeypatch.setattr(declared, "LIBRARY", library)
+
+    def digest_after(path: Path, old: str, new: str) -> str:
+        text = path.read_text(encoding="utf-8")
+        assert old in text
+        path.write_text(text.replace(old, new), encoding="utf-8")
+        declared.code_digest.cache_clear()
+        return declared.code_digest(notebook, False)
+
+    before = digest_after(notebook, "study = measure_perplexity(", "study = measure_perplexity(")
+    windows, definition = library / "windows.py", "def windows("
+    assert digest_after(windows, definition, f"# a remark\n{definition}") == before
+    assert digest_after(notebook, "# 01 困惑度", "# 01 Perplexity") == before
+    assert digest_after(library / "figures.py", "import ", "import os\nimport ") == before
+    assert digest_after(library / "sweep.py", "import ", "import os\nimport ") == before
+    changed = digest_after(windows, definition, f"SOMETHING = 1\n\n\n{definition}")
+    assert changed != before  # two imports away from the notebook
+    assert digest_after(notebook, "study = measure_perplexity(", "other = measure_perplexity(") not in (before, changed)
+    assert declared.code_digest(notebook, True) != declared.code_digest(notebook, False)
+
+
+# ---- GPUs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def execute(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("execute", REPOSITORY / "workflow" / "execute.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    return module
+
+
+def test_every_run_gets_gpus_of_its_own(execute, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
+    with execute.own_gpus(1):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "4"
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")  # another process, started with the machine's
+        with execute.own_gpus(2):
+            assert os.environ["CUDA_VISIBLE_DEVICES"] == "6,7"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
+    with execute.own_gpus(3):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,6,7"
+    with pytest.raises(SystemExit, match="gpus: 4, but this machine shows 3: 4, 6, 7"), execute.own_gpus(4):
+        pass
+
+
+def test_runs_wait_for_a_gpu_that_is_taken(execute, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    taken, waits = execute.own_gpus(1), []
+    taken.__enter__()
+    monkeypatch.setattr(
+        execute.time, "sleep", lambda seconds: (waits.append(seconds), taken.__exit__(None, None, None))
+    )
+    with execute.own_gpus(1):
+        assert len(waits) == 1
+
+
+def test_slurm_has_chosen_the_gpus(execute, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    with execute.own_gpus(8):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "2"
+
+
+# ---- Snakemake ------------------------------------------------------------------------------------------------------
+
+
+def snakemake(*arguments, folder=REPOSITORY) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "snakemake", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PARAMS, ids=lambda path: path.stem)
+def test_every_params_file_passes_a_dry_run_and_has_a_rule_graph(path, texts, tmp_path):
+    """In another folder: what was done here before must not matter, and nothing is left in the checkout."""
+    here = ("--snakefile", str(REPOSITORY / "Snakefile"), "--directory", str(tmp_path), "--configfile", str(path))
+    dry = snakemake("-n", *here)
+    assert dry.returncode == 0, dry.stderr
+    found = read_sweep([path], NOTEBOOKS)
+    assert f"total{len(found) + 1:>26}"[-3:] in dry.stdout + dry.stderr
+    graph = snakemake("--rulegraph", *here)
+    assert graph.returncode == 0 and graph.stdout.count("label = ") == len(found) + 1, graph.stderr
+
+
+TINY = """\
+studies:
+  - notebook: 01_wikitext_ppl
+    fixed:
+      model: demo
+      weights: pretrained
+      dataset: python-docs
+      press: knorm
+      compression_ratio: 0.5
+      context_length: 64
+      continuation_length: 16
+      max_windows: 2
+      control_windows: 1
+      output_dir: results/ppl
+    grid:
+      sample_idx: [1, 0] # there is one document
+"""
+
+
+@pytest.mark.slow
+def test_a_run_fails_the_others_go_on_and_only_what_is_new_is_done_again(tmp_path):
+    for name in ("workflow", "notebooks"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name)
+    shutil.copy(REPOSITORY / "Snakefile", tmp_path)
+    (tmp_path / "profiles").symlink_to("workflow/profiles")
+    path = tmp_path / "params" / "tiny.yaml"
+    path.parent.mkdir()
+    path.write_text(TINY, encoding="utf-8")
+    sweep = ("-c", "1", "--configfile", "params/tiny.yaml")
+
+    first = snakemake(*sweep, folder=tmp_path)
+    assert first.returncode != 0
+    assert "1 of 2 runs are done, these are not:" in first.stderr
+    assert "FAILED with ValueError: sample_idx=1: pydoc_data.topics has 1 document(s)" in first.stderr
+    (failed,) = (tmp_path / "results/notebooks/tiny").rglob("*sample_idx=1.ipynb")
+    outputs = [output for cell in nbformat.read(failed, 4).cells for output in cell.get("outputs", [])]
+    (traceback,) = (output.traceback for output in outputs if output.output_type == "error")
+    assert "measure_perplexity" in "\n".join(traceback)
+    done = records.load_records(tmp_path / "results/ppl")
+    assert set(done["press"]) == {"no_press", "knorm"} and set(done["sample_idx"]) == {0}
+
+    path.write_text(TINY.replace("[1, 0]", "[0]"), encoding="utf-8")
+    assert "Nothing to be done" in snakemake("-n", *sweep, folder=tmp_path).stderr
+    path.write_text(TINY.replace("[1, 0]", "[0]").replace("max_windows: 2", "max_windows: 3"), encoding="utf-8")
+    assert "max_windows=3" in snakemake("-n", *sweep, folder=tmp_path).stdout
+
+    path.write_text(TINY.replace("[1, 0]", "[0]"), encoding="utf-8")
+    notebook = tmp_path / "notebooks" / "01_wikitext_ppl.ipynb"
+    cells = json.loads(notebook.read_text(encoding="utf-8"))
+    cells["cells"][2]["source"].append("\nanother = 1\n")
+    notebook.write_text(json.dumps(cells), encoding="utf-8")
+    time.sleep(1)  # started_at counts seconds
+    again = snakemake(*sweep, folder=tmp_path)
+    assert again.returncode == 0 and "1 of 1 runs are done." in again.stderr, again.stderr
+    anew = records.load_records(tmp_path / "results/ppl")
+    assert (anew["started_at"] > done["started_at"].max()).all()
+    assert anew["nll_mean"].tolist() == done["nll_mean"].tolist()
