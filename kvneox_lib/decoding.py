@@ -72,7 +72,7 @@ def generate(
     clock = Clock(input_ids.device)
     headroom = n_question + max_new_tokens
     if decoding is not None:  # then it shrinks again, however long the text becomes
-        headroom = min(headroom, getattr(decoding, "decoding_press", decoding).compression_interval)
+        headroom = min(headroom, _interval(decoding, headroom))
     cache, hidden = _prefill_batch(model, input_ids, press, headroom)
     ends = Ends(model, len(input_ids), min_new_tokens, stop_at_eos)
     position = first_position(cache, input_ids.shape[1], press)
@@ -89,6 +89,11 @@ def generate(
             tokens.append(ends.apply(choose(model, hidden, ends, temperature)))
             position += 1
     return Generation(torch.stack(tokens, 1), prefill_s, clock.lap(), cache.kv_bytes, kv_lengths, peak.read())
+
+
+def _interval(press, otherwise: int) -> int:
+    """After how many tokens a press that acts while decoding compresses."""
+    return getattr(getattr(press, "decoding_press", press), "compression_interval", otherwise)
 
 
 def checked_prompt(model, input_ids, question_ids, attention_mask):

@@ -155,8 +155,11 @@ class KVNeoXAttention(GPTNeoXAttention):
         query, key, value = self._project(hidden_states, *position_embeddings)
         held = past_key_values.layers[self.layer_idx : self.layer_idx + 1] if past_key_values is not None else []
         if held and hasattr(held[0], "attend"):  # its heads hold different entries; see RaggedLayer
-            if getattr(attention_mask, "padding", None) is not None:
-                raise ValueError("attention_mask marks padding, but after compression nobody knows which entries were")
+            if (
+                getattr(attention_mask, "padding", None) is not None
+                or getattr(attention_mask, "given", None) is not None
+            ):
+                raise ValueError("attention_mask marks padding or what is seen, but not of the entries held here")
             output, weights = held[0].attend(query, key, value, self.scaling).transpose(1, 2), None
         else:
             if past_key_values is not None:

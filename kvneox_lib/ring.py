@@ -57,10 +57,10 @@ class StreamingLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, n_sink: int, window: int, rerotate: bool, rotation: Rotation, sink_rotation: Rotation):
+    def __init__(self, n_sink: int, window: int, rerotate: bool, inv_freq: torch.Tensor):
         super().__init__()
         self.n_sink, self.window, self.capacity = n_sink, window, n_sink + window
-        self.rerotate, self.rotation, self.sink_rotation = rerotate, rotation, sink_rotation
+        self.rerotate, self.rotation, self.sink_rotation = rerotate, Rotation(inv_freq), Rotation(inv_freq)
         self.seen = self.n_compressions = 0
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -69,7 +69,8 @@ class StreamingLayer(CacheLayerMixin):
             self.lazy_initialization(key, value)
         start, stop = self.seen, self.seen + query.shape[2]
         own = self.rotation.at(start, stop, query)
-        rows, keys, values = query.flatten(0, 1) * scaling, rotate(key.flatten(0, 1), *own), value.flatten(0, 1)
+        rows, keys = query.flatten(0, 1) * scaling, rotate(key.detach().flatten(0, 1), *own)
+        values = value.detach().flatten(0, 1)  # what is kept takes no graph along
         for_window = for_sinks = rotate(rows, *own)
         if self.rerotate and self.n_sink and stop > self.capacity + 1:
             for_sinks = rotate(rows, *self._at_slots(start, stop, query))
@@ -147,8 +148,8 @@ class StreamingLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         batch, heads, _, dim = key_states.shape
-        self.keys = key_states.new_zeros(batch * heads, self.capacity + 1, dim)
-        self.values = torch.zeros_like(self.keys)
+        with torch.inference_mode(False):  # such tensors could not be written to outside of it
+            self.keys, self.values = (key_states.new_zeros(batch * heads, self.capacity + 1, dim) for _ in range(2))
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         self.batch = batch
 
@@ -167,6 +168,7 @@ class StreamingLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.seen = self.n_compressions = 0
+        self.is_initialized = False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         for states in (self.keys, self.values):
@@ -195,24 +197,33 @@ class StreamingCache(Cache):
                 f"the model was trained on {self.trained}; allowed is n_sink + window of up to {self.trained - 1}"
             )
         native = model.model.rotary_emb.native
-        if native.attention_scaling != 1:
-            raise ValueError(f"rope_type={native.rope_type!r}: allowed are those that do not scale attention")
-        own, of_sinks = Rotation(native.inv_freq), Rotation(native.inv_freq)
+        if native.attention_scaling != 1 or native.rope_type in ("dynamic", "longrope"):
+            raise ValueError(
+                f"rope_type={native.rope_type!r}: allowed are those that neither scale attention nor change with length"
+            )
+        # Without sinks only distances within the window count.
+        self.may_pass_trained = not rerotate and (n_sink > 0 or window + 1 > self.trained)
         n_layers = model.config.num_hidden_layers
-        super().__init__(layers=[StreamingLayer(n_sink, window, rerotate, own, of_sinks) for _ in range(n_layers)])
+        super().__init__(layers=[StreamingLayer(n_sink, window, rerotate, native.inv_freq) for _ in range(n_layers)])
 
-    def arguments(self, batch: int, n: int, device: torch.device) -> dict:
-        """With what the model reads the next `n` tokens: at position 0, where nothing is rotated."""
+    def check(self, batch: int) -> None:
+        """Whether the stream can go on with so many rows."""
         first = self.layers[0]
+        if len({layer.seen for layer in self.layers}) > 1:
+            raise ValueError("the stream was interrupted in the middle of the model; reset() begins a new one")
         if first.is_initialized and first.batch != batch:
             raise ValueError(
                 f"input_ids has {batch} row(s), this stream began with {first.batch}; go on with as many, or reset()"
             )
-        if not self.rerotate and first.seen <= self.trained < first.seen + n:
+
+    def arguments(self, n: int, device: torch.device) -> dict:
+        """With what the model reads the next `n` tokens: at position 0, where nothing is rotated."""
+        if self.may_pass_trained and self.get_seq_length() + n > self.trained:
+            self.may_pass_trained = False  # said once
             warnings.warn(
                 f"rerotate=False: from here on positions pass {self.trained}, on which the model was trained; expect "
                 "poor text, or take rerotate=True",
-                stacklevel=4,
+                stacklevel=2,
             )
         return {"past_key_values": self, "position_ids": torch.zeros(1, n, dtype=torch.long, device=device)}
 

@@ -47,7 +47,7 @@ class Study:
             frame = pd.read_csv(path)
             known = {key: row[key] for key in KNOWN_IN_TABLES if key in row}
             frames.append(frame.assign(**known))
-        return pd.concat(frames, ignore_index=True)
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(KNOWN_IN_TABLES))
 
 
 def name_run(asked: dict, defaults: dict, *, dataset: str, model: str, weights: str, press: str, ratio) -> str:

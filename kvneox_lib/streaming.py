@@ -48,7 +48,7 @@ def recomputed_nll(model, input_ids: torch.Tensor, *, window: int, positions: to
     last = input_ids.shape[1] - 2
     if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) <= last:
         raise ValueError(f"positions={positions.tolist()}: must be from 0 to {last}, so that a token follows")
-    nll = []
+    nll = [input_ids.new_empty(len(input_ids), 0, dtype=torch.float32)]
     for position in positions.tolist():
         seen = input_ids[:, max(0, position - window) : position + 1]
         hidden = model.model(input_ids=seen, use_cache=False).last_hidden_state[:, -1:]
@@ -58,7 +58,7 @@ def recomputed_nll(model, input_ids: torch.Tensor, *, window: int, positions: to
 
 def _read(model: KVNeoXForCausalLM, input_ids: torch.Tensor, cache: "StreamingCache") -> torch.Tensor:
     """The last hidden states (batch, n, d)."""
-    return model.model(input_ids=input_ids, **cache.arguments(*input_ids.shape, input_ids.device)).last_hidden_state
+    return model.model(input_ids=input_ids, **cache.arguments(input_ids.shape[1], input_ids.device)).last_hidden_state
 
 
 class StreamingDecoder:
@@ -80,6 +80,7 @@ class StreamingDecoder:
         self.n_sink, self.window, self.rerotate = n_sink, window, rerotate
         self.cache: StreamingCache | None = None
         self._model = self._hook = self._unread = None
+        self._turn, self._interrupted = 0, False
 
     @property
     def max_capacity(self) -> int:
@@ -88,7 +89,7 @@ class StreamingDecoder:
 
     @property
     def compression_count(self) -> int:
-        """How many times a layer has let go of tokens in this stream: once a layer and call of the model."""
+        """In this stream: how often a layer, called with more than max_capacity read, held on to those alone."""
         return sum(layer.n_compressions for layer in self.cache.layers) if self.cache else 0
 
     @property
@@ -103,6 +104,7 @@ class StreamingDecoder:
     def reset(self) -> None:
         """Forget the stream; the next one begins anew."""
         self.cache = self._unread = None
+        self._turn, self._interrupted = self._turn + 1, False
 
     # ---- the iterator ----
 
@@ -130,34 +132,43 @@ class StreamingDecoder:
             raise ValueError(f"temperature={temperature!r}: must be 0 (greedy) or above")
         if tokenizer is not None and len(input_ids) > 1:
             raise ValueError(f"tokenizer: text is streamed for one row, input_ids has {len(input_ids)}")
-        self._continue(model).arguments(len(input_ids), 0, input_ids.device)
+        self._continue(model).check(len(input_ids))
+        self._turn += 1
         ends = Ends(model, len(input_ids), 0, stop_at_eos)
-        tokens = self._tokens(model, input_ids, ends, max_new_tokens, temperature)
+        tokens = self._tokens(model, input_ids, ends, max_new_tokens, temperature, self._turn)
         return tokens if tokenizer is None else _pieces(tokens, tokenizer)
 
-    def _tokens(self, model, input_ids, ends: Ends, max_new_tokens: int | None, temperature: float):
-        if self._unread is not None:
-            input_ids = torch.cat([self._unread[:, None], input_ids], dim=1)
+    def _tokens(self, model, input_ids, ends: Ends, max_new_tokens: int | None, temperature: float, turn: int):
         n = 0
         while n != max_new_tokens and not ends.all_ended:
+            if turn != self._turn:
+                raise ValueError("this turn is over: another one, or another stream, has begun on its decoder")
             hidden = self._read_in_chunks(model, input_ids)
-            token = self._unread = ends.apply(choose(model, hidden, ends, temperature))
-            yield token
-            input_ids, n = token[:, None], n + 1
+            self._unread = ends.apply(choose(model, hidden, ends, temperature))  # with what is read next
+            yield self._unread
+            input_ids, n = input_ids[:, :0], n + 1
 
     @torch.no_grad()
     def read(self, model, input_ids: torch.Tensor) -> torch.Tensor:
         """Read (batch, n) on from where the stream is; logits (batch, vocabulary) of what follows."""
         model = adapt(model)
         input_ids, _ = checked_prompt(model, input_ids, None, None)
+        self._turn += 1
         return linear_of_few_rows(model.embed_out, self._read_in_chunks(model, input_ids))
 
     @torch.no_grad()
     def _read_in_chunks(self, model: KVNeoXForCausalLM, input_ids: torch.Tensor) -> torch.Tensor:
+        """The last hidden states (batch, d), once what was said last is read too."""
         cache = self._continue(model)
+        cache.check(len(input_ids))
+        if self._interrupted:
+            raise ValueError("this stream was interrupted while it read; reset() begins a new one")
+        if self._unread is not None:
+            input_ids = torch.cat([self._unread[:, None], input_ids], dim=1)
+        self._interrupted = True
         for part in input_ids.split(TOKENS_AT_ONCE, dim=1):
             hidden = _read(model, part, cache)[:, -1]
-        self._unread = None
+        self._unread, self._interrupted = None, False
         return hidden
 
     def _continue(self, model: KVNeoXForCausalLM) -> StreamingCache:
@@ -172,9 +183,12 @@ class StreamingDecoder:
     def register(self, model) -> "StreamingDecoder":
         """Let the model keep its cache here from now on. Each call of `generate` is a new stream, unless it is given
         this one with past_key_values=decoder.cache."""
-        if self._hook is not None:
-            raise ValueError("this decoder is registered already; remove() it first")
         model = adapt(model)
+        hooks = model.model._forward_pre_hooks.values()
+        if self._hook is not None or any(
+            hasattr(hook, "__self__") and isinstance(hook.__self__, StreamingDecoder) for hook in hooks
+        ):
+            raise ValueError("this decoder, or another one on this model, is registered already; remove() it first")
         self.reset()
         self._continue(model)
         self._hook = model.model.register_forward_pre_hook(self._take_over, with_kwargs=True)
@@ -200,10 +214,10 @@ class StreamingDecoder:
                 raise ValueError("past_key_values was filled elsewhere; give decoder.cache, or none")
             self.reset()
             self._continue(self._model)
-        embeds = kwargs.get("inputs_embeds")
-        batch, n = (kwargs["input_ids"] if embeds is None else embeds).shape[:2]
-        device = module.embed_tokens.weight.device
-        return args, {**kwargs, **self.cache.arguments(batch, n, device)}
+        read = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+        (read,) = (states for states in read if states is not None)
+        self.cache.check(len(read))
+        return args, {**kwargs, **self.cache.arguments(read.shape[1], read.device)}
 
 
 def _pieces(tokens: Iterator[torch.Tensor], tokenizer) -> Iterator[str]:

@@ -24,8 +24,10 @@ from kvneox_lib.windows import check_int, tokenize
 
 METHODS = ("dense", "window", "sinks", "recompute")
 BLOCK = 256  # tokens, of which the running figures are means
+SAMPLES_A_BLOCK = 8  # of those on which recomputation is scored
 CHECKPOINTS, STEPS = 12, 16  # where a token's cost is measured, and over how many tokens
-PROMPT, PIECE = 64, 250  # tokens: what a sample of text begins with, and how it is looked at
+PROMPT, PIECE = 250, 250  # tokens: what a sample of text begins with, and how it is looked at
+SHORTEST = 512  # text that shows anything
 
 
 @dataclass(frozen=True)
@@ -79,16 +81,17 @@ def measure_streaming(
     comparison, the others. The ablation reads with every number of sinks in a cache of every size.
     """
     asked = locals()
-    readings = _readings(as_list(methods), n_sink, window, as_list(ablation_sinks), as_list(ablation_sizes))
-    for name, least in (("dense_limit", 2), ("recompute_samples", 1), ("sample_tokens", 0)):
+    readings = readings_of(asked)
+    for name, least in (("dense_limit", SHORTEST), ("recompute_samples", 1), ("sample_tokens", 0)):
         check_int(name, asked[name], least)
     runs = Runs(measure_streaming, asked)
     lm = runs.loaded.model
-    ids = _first_tokens(runs, max_tokens, window + n_sink)
+    _check_sizes(readings, rerotate, lm.config.max_position_embeddings)
+    ids = _first_tokens(runs, max_tokens)
     runs.parameters |= {name: asked[name] for name in ("rerotate", "dense_limit", "recompute_samples", "sample_tokens")}
     runs.parameters |= {"max_tokens": ids.shape[1], "n_threads": torch.get_num_threads()}
     runs.parameters |= {"device_name": records.provenance(runs.device)["device_name"]}  # times are of one machine
-    sampled = _spread(n_sink + window, ids.shape[1] - 1, recompute_samples)
+    sampled = _spread(ids.shape[1] - 1, recompute_samples)
 
     pending = [reading for reading in readings if runs.is_missing(reading.method, None, **reading.settings)]
     timed = [reading for reading in pending if reading.timed]
@@ -99,8 +102,7 @@ def measure_streaming(
         figures = _figures(nll, positions, lm, reading)
         at = np.isin(positions, sampled)
         tables = {"samples": pd.DataFrame({"position": positions[at], "nll": nll[at]})}
-        if reading.method != "recompute":
-            tables["running"] = _running(nll, positions)
+        tables["running"] = _running(nll, positions, BLOCK if reading.method != "recompute" else SAMPLES_A_BLOCK)
         if reading.timed:
             tables["cost"] = cost = costs[costs["method"] == reading.method].drop(columns="method")
             figures |= cost.iloc[-1][["step_s", "kv_bytes"]].to_dict()
@@ -113,7 +115,10 @@ def measure_streaming(
     return runs.study()
 
 
-def _readings(methods: list[str], n_sink: int, window: int, sinks: list[int], sizes: list[int]) -> list[Reading]:
+def readings_of(asked: dict) -> list[Reading]:
+    """What a call with these parameters reads, and how; each reading is a record."""
+    methods, n_sink, window = as_list(asked["methods"]), asked["n_sink"], asked["window"]
+    sinks, sizes = as_list(asked["ablation_sinks"]), as_list(asked["ablation_sizes"])
     unknown = [name for name in methods if name not in METHODS]
     if unknown or not methods:
         raise ValueError(f"methods={methods!r}: must be of {', '.join(METHODS)}")
@@ -126,7 +131,9 @@ def _readings(methods: list[str], n_sink: int, window: int, sinks: list[int], si
         "sinks": Reading("sinks", n_sink, window, timed=True),
         "recompute": Reading("recompute", 0, size, timed=True),
     }
-    readings = [main[name] for name in dict.fromkeys(methods)]
+    if n_sink == 0 and "window" in methods:
+        main["sinks"] = main["window"]  # the same
+    readings = list(dict.fromkeys(main[name] for name in methods))
     known = {(reading.n_sink, reading.window) for reading in readings if reading.method in ("window", "sinks")}
     for total in sizes:
         for first in sinks:
@@ -134,23 +141,33 @@ def _readings(methods: list[str], n_sink: int, window: int, sinks: list[int], si
             check_int("ablation_sizes", total, first + 1)
             if (first, total - first) not in known:
                 readings.append(Reading("sinks" if first else "window", first, total - first))
+                known.add((first, total - first))
     return readings
 
 
-def _first_tokens(runs: Runs, max_tokens: int | None, size: int) -> torch.Tensor:
+def _check_sizes(readings: list[Reading], rerotate: bool, trained: int) -> None:
+    for reading in readings:
+        if reading.size and reading.size >= trained and (rerotate or reading.method == "recompute"):
+            raise ValueError(
+                f"n_sink + window, or ablation_sizes: {reading.size}; allowed is below {trained}, on which the model "
+                "was trained"
+            )
+
+
+def _first_tokens(runs: Runs, max_tokens: int | None) -> torch.Tensor:
     if len(runs.text.documents) != 1:
         raise ValueError(f"sample_idx={runs.asked['sample_idx']!r}: one document is read; give the number of one")
     ids = tokenize(runs.text.documents[0], runs.loaded.tokenizer).ids
     if max_tokens is not None:
-        check_int("max_tokens", max_tokens, size + 2)
-    if len(ids) < (max_tokens or size + 2):
+        check_int("max_tokens", max_tokens, SHORTEST)
+    if len(ids) < (max_tokens or SHORTEST):
         raise ValueError(f"max_tokens={max_tokens}: {runs.text.titles[0]} has {len(ids)} tokens; ask for fewer")
     return torch.from_numpy(ids[:max_tokens].astype(np.int64))[None].to(runs.device)
 
 
-def _spread(first: int, stop: int, n: int) -> np.ndarray:
-    """At most `n` queries from `first` to before `stop`, evenly."""
-    return np.unique(np.linspace(first, stop - 1, min(n, stop - first)).round().astype(int))
+def _spread(n_queries: int, n: int) -> np.ndarray:
+    """At most `n` of the queries, evenly: the same for all readings of a text."""
+    return np.unique(np.linspace(0, n_queries - 1, n).round().astype(int))
 
 
 def _read_all(lm, ids, reading: Reading, rerotate: bool, dense_limit: int, sampled) -> tuple[np.ndarray, np.ndarray]:
@@ -165,21 +182,22 @@ def _read_all(lm, ids, reading: Reading, rerotate: bool, dense_limit: int, sampl
     return np.arange(nll.shape[1]), nll[0].double().cpu().numpy()
 
 
-def _running(nll: np.ndarray, positions: np.ndarray) -> pd.DataFrame:
-    """By block of tokens, the last and shorter one left out."""
-    n = len(nll) // BLOCK * BLOCK
-    first = positions[:n:BLOCK]
-    return pd.DataFrame(
-        {"from_token": first + 1, "to_token": first + BLOCK, "nll_mean": nll[:n].reshape(-1, BLOCK).mean(1)}
-    )
+def _running(nll: np.ndarray, positions: np.ndarray, size: int) -> pd.DataFrame:
+    """By block of `size` scored tokens, the last and shorter one left out: its mean, and `ppl_so_far`."""
+    n = len(nll) // size * size
+    blocks, ends = nll[:n].reshape(-1, size), positions[:n].reshape(-1, size)
+    table = pd.DataFrame({"from_token": ends[:, 0] + 1, "to_token": ends[:, -1] + 1, "nll_mean": blocks.mean(1)})
+    return table.assign(ppl_so_far=np.exp(table["nll_mean"].expanding().mean()))
 
 
 def _figures(nll: np.ndarray, positions: np.ndarray, lm: KVNeoXForCausalLM, reading: Reading) -> dict:
-    """Of all tokens, and of those within and beyond the trained length; intervals over blocks of 256 tokens."""
+    """Of all tokens, and of those within and beyond the trained length; intervals over blocks of 256 tokens, or over
+    tokens where they lie apart."""
     n_read, figures = int(positions[-1]) + 1, {"n_tokens": len(nll)}
+    size = 1 if reading.method == "recompute" else BLOCK
     inside = positions < lm.config.max_position_embeddings
     for name, part in (("", nll), ("within_", nll[inside]), ("beyond_", nll[~inside])):
-        blocks = np.array_split(part, max(1, len(part) // BLOCK)) if len(part) else []
+        blocks = np.array_split(part, max(1, len(part) // size)) if len(part) else []
         low, high = bootstrap_ci95(np.array([b.sum() for b in blocks]), np.array([len(b) for b in blocks]))
         mean = part.mean() if len(part) else np.nan
         figures[f"{name}nll_mean"] = mean
@@ -210,8 +228,11 @@ def compare_at_samples(table: pd.DataFrame, beyond: int) -> pd.DataFrame:
 def _costs(lm: KVNeoXForCausalLM, ids: torch.Tensor, readings: list[Reading], rerotate: bool, dense_limit: int):
     """Seconds and bytes of a token after more and more tokens, the methods taking turns."""
     readers = {reading.method: _READERS[reading.method](lm, ids, reading, rerotate) for reading in readings}
-    clock, rows, read = Clock(ids.device), [], 0
-    for stop in np.linspace(0, ids.shape[1] - STEPS - 1, CHECKPOINTS + 1).astype(int)[1:]:
+    clock, rows, read, last = Clock(ids.device), [], 0, ids.shape[1] - STEPS - 1
+    stops = [np.linspace(0, end, CHECKPOINTS + 1)[1:] for end in (last, min(last, dense_limit - STEPS))]
+    for stop in sorted({int(stop) for part in stops for stop in part}):
+        if stop <= read:
+            continue
         taking_part = {name: reader for name, reader in readers.items() if name != "dense" or stop <= dense_limit}
         for reader in taking_part.values():
             reader.read(read, stop)
@@ -295,9 +316,8 @@ def _sample(loaded, prompt: torch.Tensor, reading: Reading, rerotate: bool, n_to
     rows = []
     for start in range(PROMPT, text.shape[1], PIECE):
         piece = text[0, start : start + PIECE].tolist()
-        before = max(0, start - PIECE)
-        nll = teacher_forced_nll(loaded.model, text[:, before : start + PIECE])[:, start - before - 1 :]
+        nll = teacher_forced_nll(loaded.model, text[:, start - PIECE : start + PIECE])[:, PIECE - 1 :]
         runs = [tuple(piece[i : i + 4]) for i in range(len(piece) - 3)]
-        row = {"from_token": start, "text": loaded.tokenizer.decode(piece), "nll_mean": float(nll.mean())}
+        row = {"from_token": start + 1, "text": loaded.tokenizer.decode(piece), "nll_mean": float(nll.mean())}
         rows.append(row | {"distinct_4grams": len(set(runs)) / max(1, len(runs))})
     return pd.DataFrame(rows)
