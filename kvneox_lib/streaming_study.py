@@ -79,7 +79,7 @@ def measure_streaming(
     comparison, the others. The ablation reads with every number of sinks in a cache of every size.
     """
     asked = locals()
-    readings = _readings(as_list(methods), n_sink, window, as_list(ablation_sinks), as_list(ablation_sizes))
+    readings = readings_of(asked)
     for name, least in (("dense_limit", 2), ("recompute_samples", 1), ("sample_tokens", 0)):
         check_int(name, asked[name], least)
     runs = Runs(measure_streaming, asked)
@@ -113,7 +113,10 @@ def measure_streaming(
     return runs.study()
 
 
-def _readings(methods: list[str], n_sink: int, window: int, sinks: list[int], sizes: list[int]) -> list[Reading]:
+def readings_of(asked: dict) -> list[Reading]:
+    """What a call with these parameters reads, and how; each reading is a record."""
+    methods, n_sink, window = as_list(asked["methods"]), asked["n_sink"], asked["window"]
+    sinks, sizes = as_list(asked["ablation_sinks"]), as_list(asked["ablation_sizes"])
     unknown = [name for name in methods if name not in METHODS]
     if unknown or not methods:
         raise ValueError(f"methods={methods!r}: must be of {', '.join(METHODS)}")
