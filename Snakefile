@@ -68,7 +68,7 @@ for number, run in enumerate(RUNS):
             gpu=run.gpus,
             **({} if run.mem_mb is None else {"mem_mb": run.mem_mb}),
         shell:
-            "{EXECUTE:q} {input.notebook:q} {log:q} {params.values:q} {resources.gpu} {output:q}"
+            "{EXECUTE:q} {input.notebook:q} {log:q} {params.values:q} {resources.gpu}"
 
 
 onsuccess:

@@ -7,14 +7,14 @@ import ast
 import hashlib
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
-from kvneox_lib import benchmark, records, runs, studies
-from kvneox_lib.models import PYTHIA_NAMES, Target, demo_folder, find_target
+from kvneox_lib import benchmark, explore, records, runs, streaming_study, studies
+from kvneox_lib.models import PYTHIA_NAMES, demo_folder, find_target
 from kvneox_lib.presses import acts, expand_presses, make_press, press_row
-from kvneox_lib.registry import RATIO_PER_LAYER
+from kvneox_lib.registry import RATIO_PER_LAYER, REGISTRY
 
 PYTHIA_LENGTH = 2048  # the trained length of all of them
 LIBRARY = Path(__file__).parent
@@ -31,8 +31,7 @@ def notebook_defaults(notebook: Path) -> dict:
 
 def declared_records(notebook: str, asked: dict) -> list[str]:
     """The records, from the folder of results on, that a notebook writes for these parameters (all of them)."""
-    ids = RECORDS[notebook](asked) if notebook in RECORDS else []
-    return [f"{asked['output_dir']}/{run_id}.json" for run_id in dict.fromkeys(ids)]
+    return [f"{asked['output_dir']}/{run_id}.json" for run_id in dict.fromkeys(RECORDS[notebook](asked))]
 
 
 # ---- the names, notebook by notebook --------------------------------------------------------------------------------
@@ -68,20 +67,25 @@ def _sample(name: str):
 
 
 def _of_text(measure: Callable, asked: dict, others: int, presses: list[str], modes: list[dict]) -> list[str]:
-    target, defaults = find_target(asked["model"], None), runs.defaults_of(measure)
-    limits = [length for length in (asked["context_limit"], _trained_length(target)) if length is not None]
+    limits = [length for length in (asked["context_limit"], _trained_length(asked["model"])) if length is not None]
     asked = asked | {"context_length": min([asked["context_length"], *(limit - others for limit in limits)])}
-    found = {"dataset": Path(asked["dataset"]).resolve().name, "model": target.name, "weights": asked["weights"]}
+    return _names(measure, asked, ((mode, press) for mode in modes for press in presses))
+
+
+def _names(measure: Callable, asked: dict, variants: Iterable[tuple[dict, str]]) -> list[str]:
+    """Of each press, at each of its ratios, with what only that run of it has."""
+    dataset = Path(asked["dataset"]).resolve().name if "dataset" in asked else runs.RANDOM_TOKENS
+    known = {"dataset": dataset, "model": find_target(asked["model"], None).name, "weights": asked["weights"]}
     return [
-        runs.name_run(asked | mode, defaults, **found, press=press, ratio=ratio)
-        for mode in modes
-        for press in presses
-        for ratio in runs.own_ratios(press, asked["compression_ratio"])
+        runs.name_run(asked | more, runs.defaults_of(measure), **known, press=press, ratio=ratio)
+        for more, press in variants
+        for ratio in (runs.own_ratios(press, asked["compression_ratio"]) if press in REGISTRY else [None])
     ]
 
 
-def _trained_length(target: Target) -> int | None:
+def _trained_length(model: str) -> int | None:
     """None for a model of the hub whose config is not at hand."""
+    target = find_target(model, None)
     if target.folder is not None:
         config = json.loads((target.folder / "config.json").read_text(encoding="utf-8"))
         return config.get("max_position_embeddings", PYTHIA_LENGTH)
@@ -89,23 +93,26 @@ def _trained_length(target: Target) -> int | None:
 
 
 def _speed(asked: dict) -> list[str]:
-    target, defaults = find_target(asked["model"], None), runs.defaults_of(benchmark.measure_speed)
-    found = {"dataset": runs.RANDOM_TOKENS, "model": target.name, "weights": asked["weights"]}
     presses = ["no_press", *expand_presses(asked["press"])]
     cells = itertools.product(*(runs.as_list(asked[name]) for name in ("context_lengths", "batch_sizes")))
-    return [
-        runs.name_run(
-            asked | {"context_length": length, "batch_size": batch, "engine": engine},
-            defaults,
-            **found,
-            press=press,
-            ratio=ratio,
-        )
+    variants = (
+        ({"context_length": length, "batch_size": batch, "engine": engine}, press)
         for length, batch in cells
         for engine in benchmark.ENGINES
         for press in benchmark.for_engine(engine, presses)
-        for ratio in runs.own_ratios(press, asked["compression_ratio"])
-    ]
+    )
+    return _names(benchmark.measure_speed, asked, variants)
+
+
+def _streaming(asked: dict) -> list[str]:
+    readings = streaming_study.readings_of(asked)
+    return _names(
+        streaming_study.measure_streaming, asked, ((reading.settings, reading.method) for reading in readings)
+    )
+
+
+def _explore(asked: dict) -> list[str]:
+    return _names(explore.record_exploration, asked, [({}, asked["press"])])
 
 
 RECORDS: dict[str, Callable[[dict], list[str]]] = {
@@ -113,7 +120,9 @@ RECORDS: dict[str, Callable[[dict], list[str]]] = {
     "01_wikitext_ppl": _perplexity,
     "02_pg19_ppl": _perplexity,
     "03_speed": _speed,
+    "04_streaming": _streaming,
     "05_recall": _recall,
+    "06_explore": _explore,
 }
 WITH_BASELINE = ("01_wikitext_ppl", "02_pg19_ppl", "05_recall")  # which measure no_press along with any press
 

@@ -193,15 +193,17 @@ def _overwrite(name, value):
 
 OPTIONAL = ("max_windows", "context_limit", "min_new_tokens", "sample_idx", "data_dir", "depths", "max_tokens")
 SEVERAL = ("press", "presses", "compression_ratio", "query_aware", "context_lengths", "batch_sizes", "depths")
+SEVERAL += ("methods", "ablation_sinks", "ablation_sizes")
 _COUNTS = ("context_length", "continuation_length", "context_limit", "max_windows", "control_windows", "batch_size")
 _COUNTS += ("n_keys", "keys_per_context", "context_lengths", "batch_sizes", "max_new_tokens", "min_new_tokens")
-_COUNTS += ("repeats", "max_tokens", "window")
+_COUNTS += ("repeats", "max_tokens", "window", "dense_limit", "recompute_samples", "ablation_sizes")
 CHECKS: dict[str, Callable] = {
     **dict.fromkeys(_COUNTS, _whole(1)),
-    **dict.fromkeys(("sample_idx", "seed", "n_sink"), _whole(0)),
+    **dict.fromkeys(("sample_idx", "seed", "n_sink", "ablation_sinks", "sample_tokens"), _whole(0)),
     **dict.fromkeys(("press", "presses"), _press),
     "compression_ratio": _share(below_one=True),
-    "depths": _share(below_one=False),
+    **dict.fromkeys(("depths", "position"), _share(below_one=False)),
+    "methods": _one_of("dense", "window", "sinks", "recompute"),
     "query_aware": _of_type(bool, "true or false"),
     "model": _model,
     "weights": _weights,

@@ -6,13 +6,12 @@ what a notebook is going to call its records. The workflow that uses it is in Sn
 
 import itertools
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvneox_lib.declared import WITH_BASELINE, code_digest, declared_records, notebook_defaults
+from kvneox_lib.declared import RECORDS, WITH_BASELINE, code_digest, declared_records, notebook_defaults
 from kvneox_lib.models import demo_folder, find_target
 from kvneox_lib.params import Lines, Mistakes, check_value, expand_variables, read_yaml, unknown
 from kvneox_lib.presses import expand_presses
@@ -78,7 +77,7 @@ def _check_study(study: Lines, notebooks: Path, mistakes: Mistakes) -> bool:
     before, start = len(mistakes.found), min(study.lines.values())
     for key in set(study) - set(STUDY_KEYS):
         mistakes.add(study.lines[key], unknown("key", key, STUDY_KEYS))
-    names = sorted(path.stem for path in notebooks.glob("*.ipynb"))
+    names = sorted(RECORDS)
     if study.get("notebook") not in names:
         mistakes.add(study.lines.get("notebook", start), unknown("notebook", study.get("notebook"), names))
         return False
@@ -138,8 +137,6 @@ def _expand(study: Lines, name: str, notebook: Path, sweep: str, makers: dict, m
         except ValueError as error:
             mistakes.add(start, str(error))
             return []
-        label = re.sub(r"[^\w.=-]", "~", "__".join(f"{key}={value}" for key, value in point.items())) or notebook.stem
-        declared = declared or [f"{asked['output_dir']}/{label}.ipynb"]  # one without records: the notebook itself
         own = [record for record in declared if record not in makers]
         if not own and is_baseline:  # the same for another ratio
             continue

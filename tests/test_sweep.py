@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,9 +16,11 @@ from conftest import REPOSITORY
 
 from kvneox_lib import declared, records
 from kvneox_lib.benchmark import measure_speed
+from kvneox_lib.explore import record_exploration
 from kvneox_lib.models import load_model
 from kvneox_lib.presses import expand_presses, press_names
-from kvneox_lib.studies import measure_perplexity
+from kvneox_lib.streaming_study import measure_streaming
+from kvneox_lib.studies import measure_perplexity, measure_recall
 from kvneox_lib.sweep import read_sweep
 
 NOTEBOOKS = REPOSITORY / "notebooks"
@@ -113,23 +116,32 @@ studies:
     )
 
 
+WINDOWS = {"continuation_length": 8, "max_windows": 1, "control_windows": 1}
+KEYS = {"n_keys": 2, "keys_per_context": 2, "depths": None}
+TURNS = {"max_new_tokens": 2, "repeats": 1}
+STREAM = {"recompute_samples": 2, "ablation_sinks": [0, 2], "ablation_sizes": [16], "sample_tokens": 0}
+
+
 @pytest.mark.slow
-def test_notebooks_write_what_was_declared(sweep, tmp_path):
-    """Of every kind of run: presses with a ratio, with one of their own, random weights, contexts that are cut."""
-    found = sweep(SMALL.replace("out/", f"{tmp_path}/"))
-    small = {"context_length": 64, "continuation_length": 8, "max_windows": 1, "control_windows": 1}
-    asked = found[2].parameters | small | {"press": ["snapkv", "think", "per_layer_knorm"], "context_limit": 70}
-    asked = {**declared.notebook_defaults(NOTEBOOKS / "01_wikitext_ppl.ipynb"), **asked}
-    study = measure_perplexity(**asked)
-    assert {f"{tmp_path}/ppl/{name}.json" for name in study.records["run_id"]} == set(
-        declared.declared_records("01_wikitext_ppl", asked)
-    )
-    asked = {**declared.notebook_defaults(NOTEBOOKS / "03_speed.ipynb"), **found[6].parameters}
-    asked |= {"model": "pythia-14m", "context_lengths": [40], "batch_sizes": [2], "max_new_tokens": 2, "repeats": 1}
-    study = measure_speed(**asked)
-    assert {f"{tmp_path}/speed/{name}.json" for name in study.records["run_id"]} == set(
-        declared.declared_records("03_speed", asked)
-    )
+@pytest.mark.parametrize(
+    ("notebook", "measure", "asked"),
+    [
+        # presses with ratios and with a strength of their own; a context that is cut
+        ("01_wikitext_ppl", measure_perplexity, {"press": ["snapkv", "think", "per_layer_knorm"], **WINDOWS}),
+        ("02_pg19_ppl", measure_perplexity, {"context_length": 100, "context_limit": 90, "sample_idx": 0, **WINDOWS}),
+        ("03_speed", measure_speed, {"model": "pythia-14m", "weights": "random", "context_lengths": [40], **TURNS}),
+        ("04_streaming", measure_streaming, {"window": 30, "max_tokens": 400, **STREAM}),
+        ("05_recall", measure_recall, {"press": "knorm", "query_aware": [True, False], "context_length": 200, **KEYS}),
+        ("06_explore", record_exploration, {"press": "think", "context_length": 100, "continuation_length": 4}),
+    ],
+)
+def test_records_are_called_as_declared(notebook, measure, asked, tmp_path):
+    defaults = declared.notebook_defaults(NOTEBOOKS / f"{notebook}.ipynb")
+    found = {"model": "demo", "weights": "pretrained", "dataset": "python-docs", "output_dir": str(tmp_path)}
+    asked = {**defaults, **{name: value for name, value in found.items() if name in defaults}, **asked}
+    measure(**asked)
+    written = sorted(str(path) for path in tmp_path.glob("*.json"))
+    assert written == sorted(declared.declared_records(notebook, asked))
 
 
 def test_a_record_is_called_the_same_for_weights_that_turn_out_the_same(tmp_path):
@@ -358,16 +370,16 @@ def snakemake(*arguments, folder=REPOSITORY) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", PARAMS, ids=lambda path: path.stem)
-def test_every_params_file_passes_a_dry_run_and_has_a_rule_graph(path, texts, tmp_path):
-    """In another folder: what was done here before must not matter, and nothing is left in the checkout."""
-    here = ("--snakefile", str(REPOSITORY / "Snakefile"), "--directory", str(tmp_path), "--configfile", str(path))
-    dry = snakemake("-n", *here)
+def test_the_params_files_pass_a_dry_run_and_have_a_rule_graph(texts, tmp_path):
+    """All at once, in another folder: what was done here before must not matter, and nothing is left here."""
+    here = ("--snakefile", str(REPOSITORY / "Snakefile"), "--directory", str(tmp_path))
+    here += ("--configfile", *map(str, PARAMS))
+    jobs = len(read_sweep(PARAMS, NOTEBOOKS)) + 1  # and `all`
+    dry = snakemake("-n", "--quiet", "rules", *here)
     assert dry.returncode == 0, dry.stderr
-    found = read_sweep([path], NOTEBOOKS)
-    assert f"total{len(found) + 1:>26}"[-3:] in dry.stdout + dry.stderr
+    assert re.search(rf"^total +{jobs}$", dry.stdout, re.M), dry.stdout
     graph = snakemake("--rulegraph", *here)
-    assert graph.returncode == 0 and graph.stdout.count("label = ") == len(found) + 1, graph.stderr
+    assert graph.returncode == 0 and graph.stdout.count("label = ") == jobs, graph.stderr
 
 
 TINY = """\
@@ -412,7 +424,7 @@ def test_a_run_fails_the_others_go_on_and_only_what_is_new_is_done_again(tmp_pat
     assert set(done["press"]) == {"no_press", "knorm"} and set(done["sample_idx"]) == {0}
 
     path.write_text(TINY.replace("[1, 0]", "[0]"), encoding="utf-8")
-    assert "Nothing to be done" in snakemake("-n", *sweep, folder=tmp_path).stderr
+    assert "Nothing to be done" in snakemake("-n", *sweep, folder=tmp_path).stdout
     path.write_text(TINY.replace("[1, 0]", "[0]").replace("max_windows: 2", "max_windows: 3"), encoding="utf-8")
     assert "max_windows=3" in snakemake("-n", *sweep, folder=tmp_path).stdout
 

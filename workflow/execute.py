@@ -1,4 +1,4 @@
-"""Execute a notebook for the sweep: execute.py NOTEBOOK EXECUTED PARAMETERS GPUS OUTPUT...
+"""Execute a notebook for the sweep: execute.py NOTEBOOK EXECUTED PARAMETERS GPUS
 
 The executed notebook stays where it is put whatever happens, with the traceback in it when a cell fails."""
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import papermill
 
 
-def main(notebook: str, executed: str, parameters: str, gpus: str, *outputs: str) -> int:
+def main(notebook: str, executed: str, parameters: str, gpus: str) -> int:
     values = {name: _expanded(value) for name, value in json.loads(parameters).items()}
     os.environ["KVNEOX_NO_FALLBACK"] = "1"  # its records are declared under the names that were asked for
     Path(executed).parent.mkdir(parents=True, exist_ok=True)
@@ -25,10 +25,6 @@ def main(notebook: str, executed: str, parameters: str, gpus: str, *outputs: str
         except papermill.PapermillExecutionError as error:
             print(f"{executed}: {error.ename}: {error.evalue}", file=sys.stderr)
             return 1
-    for output in outputs:
-        if output.endswith(".ipynb"):  # of a notebook that writes no record
-            Path(output).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(executed, output)
     return 0
 
 
