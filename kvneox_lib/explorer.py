@@ -8,7 +8,7 @@ from html import escape
 
 import ipywidgets as widgets
 
-from kvneox_lib import explore_page
+from kvneox_lib import explore_page, hub
 from kvneox_lib.data import HUB, Text, load_text
 from kvneox_lib.explore import Explored, excerpt, explore
 from kvneox_lib.models import PYTHIA, load_model
@@ -65,7 +65,7 @@ class Explorer:
             elif name in HUB:
                 more = {key: self.asked[key] for key in ("subset", "split", "sample_idx")}
                 more["data_dir"] = self.asked["data_dir"] if name == self.asked["dataset"] else None
-                self.text = load_text(name, **more, fallback="python-docs")
+                self.text = load_text(name, **more, fallback="python-docs" if hub.may_fall_back() else None)
             else:
                 self.text = load_text(name)
             self._look(change)
