@@ -35,7 +35,7 @@ reference: $(STAMP) ## run the study at full size into results/reference (hours,
 	$(SWEEP) params/reference.yaml
 
 test: $(STAMP) ## run all tests, the slow ones too
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 smoke: $(STAMP) ## check the adapter against the stock model, and generate a few tokens
 	$(BIN)/python -m kvneox_lib.verify --smoke

@@ -85,6 +85,8 @@ def load_model(
     that do not depend on their values (time, memory); "auto" is the pretrained model if it can be had, else `fallback`,
     announced on stderr: the bundled "demo" where values matter, "random" where they don't.
 
+    device: "all" spreads the layers over all GPUs that are visible, by accelerate's device map.
+
     HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are honoured; what the cache holds is never asked for again.
     """
     _check("weights", weights, ("auto", "pretrained", "random"))
@@ -92,7 +94,10 @@ def load_model(
     _check("attn_implementation", attn_implementation, ("auto", *ATTENTION))
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed={seed!r}: allowed is an integer, 0 or above")
-    device = _device(device)
+    spread = isinstance(device, str) and device == "all"
+    if spread and weights == "random":
+        raise ValueError("device='all' goes with weights that are read from files; for random ones name a device")
+    device = _device("auto" if spread else device)
     options = dict(
         attn_implementation="sdpa" if attn_implementation == "auto" else attn_implementation,
         dtype=_dtype(dtype, device),
@@ -109,10 +114,10 @@ def load_model(
         if fallback == "random":
             loaded = _load_random(target, revision, seed, **options)
         else:
-            loaded = _load_folder(Target("demo", demo_folder()), demo_folder(), **options)
+            loaded = _load_folder(Target("demo", demo_folder()), demo_folder(), spread, **options)
         _announce(target.name, loaded, error)
         return loaded
-    return _load_folder(target, folder, **options)
+    return _load_folder(target, folder, spread, **options)
 
 
 def demo_folder() -> Path:
@@ -134,7 +139,7 @@ def _device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device={device!r}: allowed is 'auto' or a torch device such as 'cpu' or 'cuda:0'") from error
+        raise ValueError(f"device={device!r}: allowed is 'auto', 'all' or a torch device such as 'cpu' or 'cuda:0'") from error
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device={device!r}: this machine has {torch.cuda.device_count()} usable CUDA devices")
     try:
@@ -289,7 +294,7 @@ def _read_config(folder: Path) -> GPTNeoXConfig:
     return GPTNeoXConfig.from_pretrained(folder)
 
 
-def _load_folder(target: Target, folder: Path, *, attn_implementation, dtype, device) -> LoadedModel:
+def _load_folder(target: Target, folder: Path, spread: bool, *, attn_implementation, dtype, device) -> LoadedModel:
     _read_config(folder)
     weights = _weight_files(_names(folder))
     if not weights or not (folder / "tokenizer.json").is_file():
@@ -301,6 +306,7 @@ def _load_folder(target: Target, folder: Path, *, attn_implementation, dtype, de
             dtype=dtype,
             attn_implementation=attn_implementation,
             use_safetensors=weights[0].startswith("model."),
+            device_map="auto" if spread else None,
             local_files_only=True,
             output_loading_info=True,
         )
@@ -314,7 +320,7 @@ def _load_folder(target: Target, folder: Path, *, attn_implementation, dtype, de
     bundled = folder == demo_folder()
     source = f"{target.repo}@{folder.name}" if target.repo else "kvneox_lib/demo" if bundled else str(folder)
     kind = "bundled" if bundled else "pretrained"
-    return LoadedModel(model.to(device).eval(), tokenizer, target.name, kind, source)
+    return LoadedModel((model if spread else model.to(device)).eval(), tokenizer, target.name, kind, source)
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -183,8 +183,8 @@ def _folder(name, value):
 
 
 def _device(name, value):
-    if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
-        _refuse(name, value, "auto, cpu, cuda, cuda:<number> or mps")
+    if not isinstance(value, str) or not re.fullmatch(r"auto|all|cpu|mps|cuda(:\d+)?", value):
+        _refuse(name, value, "auto, all, cpu, cuda, cuda:<number> or mps")
 
 
 def _overwrite(name, value):

@@ -610,3 +610,13 @@ def test_a_device_that_torch_cannot_use_is_refused_before_loading():
         load_model("demo", device="mps")
     with pytest.raises(ValueError, match="seed=True"):
         load_model("demo", seed=True)
+
+
+def test_a_model_on_all_devices_is_the_same_model(tokenizer):
+    """Here they are one; where there are several, accelerate moves what passes between them."""
+    spread, whole = (load_model("demo", device=device, dtype="float32").model for device in ("all", "cpu"))
+    ids = tokenizer("What is an object?", return_tensors="pt").input_ids
+    assert spread.hf_device_map and not hasattr(whole, "hf_device_map")
+    assert torch.equal(spread(ids.to(spread.device)).logits.cpu(), whole(ids).logits)
+    with pytest.raises(ValueError, match="device='all' goes with weights"):
+        load_model("demo", device="all", weights="random")

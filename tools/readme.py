@@ -34,7 +34,7 @@ SAID_IN_NO_NOTEBOOK = {
     "batch_sizes": "批的大小；与 `context_lengths` 的每个组合都测",
     "context_length": "被压缩的上下文有多少个词元",
     "context_lengths": "上下文的长度",
-    "device": "`auto`：有 CUDA 就用，否则 CPU",
+    "device": "`auto`：有 CUDA 就用，否则 CPU；`all`：一个模型铺在看得见的全部 GPU 上",
     "dtype": "`auto`：GPU 上 bfloat16（不支持时 float16），CPU 上 float32",
     "output_dir": "记录放在哪里，从 `params/` 所在的文件夹算起",
     "seed": "随机权重与随机 press 的种子",
