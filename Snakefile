@@ -1,11 +1,11 @@
 """A params file becomes runs of notebooks: snakemake -c 4 --configfile params/demo.yaml
 
 A run is one notebook under papermill; its outputs are the records that it writes, declared by kvneox_lib.sweep. It is
-skipped when they are there. It is done again when its parameters change, as then most often its records are called
-otherwise; and when code changes that makes its figures, which the digest among `params` tells. Snakemake removes the
-outputs before it does a run again. So the notebook, which keeps records whose parameters are equal, measures anew, and
-nothing has to say `overwrite`. It removes them after a failure, too: what was half done is done again with the run.
-Records that came with the checkout have no history here, so they are taken as they are.
+skipped when they are there. It is done again when its parameters change, since its records are then called otherwise,
+and when the code changes that makes its figures, which the digest among `params` tells. Snakemake removes the outputs
+before it does a run again: so the notebook, which keeps records whose parameters are equal, finds none and measures
+anew, and nothing has to say `overwrite`. It removes them after a failure, too: what was half done is done again with
+the run. Records that came with the checkout have no history here, so they are taken as they are.
 """
 
 import json
@@ -61,7 +61,7 @@ for number, run in enumerate(RUNS):
         log:
             run.executed,
         params:
-            values=json.dumps(run.parameters),
+            values=json.dumps(run.parameters, sort_keys=True),
             code=run.code,
         threads: run.cores or workflow.resource_settings.cores or 1
         resources:

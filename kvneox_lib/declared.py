@@ -7,14 +7,14 @@ import ast
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
 from kvneox_lib import benchmark, explore, records, runs, streaming_study, studies
 from kvneox_lib.models import PYTHIA_NAMES, demo_folder, find_target
 from kvneox_lib.presses import acts, expand_presses, make_press, press_row
-from kvneox_lib.registry import RATIO_PER_LAYER, REGISTRY
+from kvneox_lib.registry import RATIO_PER_LAYER
 
 PYTHIA_LENGTH = 2048  # the trained length of all of them
 LIBRARY = Path(__file__).parent
@@ -42,6 +42,8 @@ def _adapter(asked: dict) -> list[str]:
     if asked["device"] == "auto":
         raise ValueError("device: 'auto'; 00_adapter names its record after the device: allowed is cpu, cuda:0, ...")
     others = {name: asked[name] for name in ("attn_implementation", "dtype", "device", "context_length")}
+    if asked["device"] in ("cuda", "mps"):
+        others["device"] += ":0"
     others["weights"] = "bundled" if target.folder == demo_folder() else "pretrained"
     return [records.run_id("stdlib-docstrings", target.name, asked["presses"], 0.5, **others)]
 
@@ -69,17 +71,22 @@ def _sample(name: str):
 def _of_text(measure: Callable, asked: dict, others: int, presses: list[str], modes: list[dict]) -> list[str]:
     limits = [length for length in (asked["context_limit"], _trained_length(asked["model"])) if length is not None]
     asked = asked | {"context_length": min([asked["context_length"], *(limit - others for limit in limits)])}
-    return _names(measure, asked, ((mode, press) for mode in modes for press in presses))
+    return _names(measure, asked, _at_ratios(itertools.product(modes, presses), asked["compression_ratio"]))
 
 
-def _names(measure: Callable, asked: dict, variants: Iterable[tuple[dict, str]]) -> list[str]:
-    """Of each press, at each of its ratios, with what only that run of it has."""
+def _at_ratios(variants: Iterable[tuple[dict, str]], ratios) -> Iterator[tuple[dict, str, float | None]]:
+    for more, press in variants:
+        for ratio in runs.own_ratios(press, ratios):
+            yield more, press, ratio
+
+
+def _names(measure: Callable, asked: dict, variants: Iterable[tuple[dict, str, float | None]]) -> list[str]:
+    """Of each press, at a ratio, with what only that run of it has."""
     dataset = Path(asked["dataset"]).resolve().name if "dataset" in asked else runs.RANDOM_TOKENS
     known = {"dataset": dataset, "model": find_target(asked["model"], None).name, "weights": asked["weights"]}
     return [
         runs.name_run(asked | more, runs.defaults_of(measure), **known, press=press, ratio=ratio)
-        for more, press in variants
-        for ratio in (runs.own_ratios(press, asked["compression_ratio"]) if press in REGISTRY else [None])
+        for more, press, ratio in variants
     ]
 
 
@@ -101,18 +108,17 @@ def _speed(asked: dict) -> list[str]:
         for engine in benchmark.ENGINES
         for press in benchmark.for_engine(engine, presses)
     )
-    return _names(benchmark.measure_speed, asked, variants)
+    return _names(benchmark.measure_speed, asked, _at_ratios(variants, asked["compression_ratio"]))
 
 
 def _streaming(asked: dict) -> list[str]:
     readings = streaming_study.readings_of(asked)
-    return _names(
-        streaming_study.measure_streaming, asked, ((reading.settings, reading.method) for reading in readings)
-    )
+    variants = ((reading.settings, reading.method, None) for reading in readings)
+    return _names(streaming_study.measure_streaming, asked, variants)
 
 
 def _explore(asked: dict) -> list[str]:
-    return _names(explore.record_exploration, asked, [({}, asked["press"])])
+    return _names(explore.record_exploration, asked, _at_ratios([({}, asked["press"])], asked["compression_ratio"]))
 
 
 RECORDS: dict[str, Callable[[dict], list[str]]] = {
@@ -132,10 +138,11 @@ WITH_BASELINE = ("01_wikitext_ppl", "02_pg19_ppl", "05_recall")  # which measure
 
 @cache
 def code_digest(notebook: Path, bundled_weights: bool) -> str:
-    """Of the notebook's code cells and of the modules of this library that they lead to, as Python understands them:
-    comments and layout do not count. Nor does `figures`: how a picture looks changes no record."""
+    """Of the notebook's code cells (but for the parameters: a run gives it all of them) and of the modules of this
+    library that they lead to, as Python understands them: comments and layout do not count. Nor does `figures`: how a
+    picture looks changes no record."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    source = "\n".join("".join(cell["source"]) for cell in cells if _does_something(cell))
     texts, waiting = {"": ast.parse(source)}, [""]
     while waiting:
         for module in _imported(texts[waiting.pop()]) - set(texts) - {"figures"}:
@@ -147,6 +154,10 @@ def code_digest(notebook: Path, bundled_weights: bool) -> str:
     if bundled_weights:
         digest.update((demo_folder() / "model.safetensors").read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _does_something(cell: dict) -> bool:
+    return cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", [])
 
 
 def _imported(tree: ast.AST) -> set[str]:

@@ -34,11 +34,11 @@ class Mistakes(ValueError):
 
 
 class Lines(dict):
-    """A mapping of the file; `lines` says where each of its keys stands."""
+    """A mapping of the file; `lines` says where each of its keys stands, `line` where it begins."""
 
-    def __init__(self, values: dict, lines: dict[str, int]):
+    def __init__(self, values=(), lines=(), line: int = 1):
         super().__init__(values)
-        self.lines = lines
+        self.lines, self.line = dict(lines), line
 
 
 def read_yaml(path: Path, mistakes: Mistakes):
@@ -64,12 +64,15 @@ def _build(loader: yaml.SafeLoader, node: yaml.Node, mistakes: Mistakes):
     seen = {}
     for key, _ in node.value:
         line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key.start_mark)
         if key.value in seen and key.value != "<<":
             mistakes.add(line, f"{key.value!r} is given twice, here and in line {seen[key.value]}; keep one")
         seen[key.value] = line
     loader.flatten_mapping(node)  # `<<: *name` puts what is merged first: keys written here override it
     values = {key.value: _build(loader, value, mistakes) for key, value in node.value}
-    return Lines(values, {key.value: key.start_mark.line + 1 for key, _ in node.value})
+    lines = {key.value: key.start_mark.line + 1 for key, _ in node.value}
+    return Lines(values, lines, node.start_mark.line + 1)
 
 
 def unknown(what: str, name, allowed: Iterable[str]) -> str:

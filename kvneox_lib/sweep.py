@@ -29,7 +29,7 @@ class Run:
 
     study: str  # rules are named after it
     notebook: Path
-    parameters: dict  # as written: `$NAME` gets its value where the notebook is executed
+    parameters: dict  # all of the notebook's; as written: `$NAME` gets its value where the notebook is executed
     outputs: tuple[str, ...]  # the records that it makes
     needs: tuple[str, ...]  # records among its own that an earlier run makes: its baseline
     executed: str
@@ -62,7 +62,7 @@ def read_sweep(paths: Iterable[str | Path], notebooks: Path) -> list[Run]:
 def _studies(content, mistakes: Mistakes) -> list[Lines]:
     if mistakes.found and content is None:  # not YAML
         return []
-    keys = content if isinstance(content, Lines) else Lines({}, {})
+    keys = content if isinstance(content, Lines) else Lines()
     for key in set(keys) - {"studies"}:
         mistakes.add(keys.lines[key], unknown("key", key, ["studies"]))
     listed = keys.get("studies")
@@ -74,42 +74,49 @@ def _studies(content, mistakes: Mistakes) -> list[Lines]:
 
 def _check_study(study: Lines, notebooks: Path, mistakes: Mistakes) -> bool:
     """Whether the study can be expanded; what is wrong with it is added to `mistakes`."""
-    before, start = len(mistakes.found), min(study.lines.values())
+    before, notebook = len(mistakes.found), study.get("notebook")
     for key in set(study) - set(STUDY_KEYS):
         mistakes.add(study.lines[key], unknown("key", key, STUDY_KEYS))
-    names = sorted(RECORDS)
-    if study.get("notebook") not in names:
-        mistakes.add(study.lines.get("notebook", start), unknown("notebook", study.get("notebook"), names))
+    if notebook not in list(RECORDS):
+        mistakes.add(study.lines.get("notebook", study.line), unknown("notebook", notebook, RECORDS))
         return False
-    defaults = notebook_defaults(notebooks / f"{study['notebook']}.ipynb")
+    defaults = notebook_defaults(notebooks / f"{notebook}.ipynb")
     for part in ("fixed", "grid", "resources"):
-        if not isinstance(study.get(part, Lines({}, {})), Lines):
+        if not isinstance(study.get(part, Lines()), Lines):
             mistakes.add(study.lines[part], f"{part}: must be a mapping, `name: value` on each line")
             return False
-    fixed, grid = study.get("fixed", Lines({}, {})), study.get("grid", Lines({}, {}))
+    fixed, grid = study.get("fixed", Lines()), study.get("grid", Lines())
     for name, value in fixed.items():
         _check(name, [value], fixed.lines[name], defaults, mistakes)
     for name, values in grid.items():
         if name in fixed:
             mistakes.add(grid.lines[name], f"{name} is in fixed (line {fixed.lines[name]}) and in grid; keep one")
-        if name == "press" and study["notebook"] in TIMED:
+        if name == "press" and notebook in TIMED:
             mistakes.add(grid.lines[name], "press: what is timed takes turns in one run; list all of them in fixed")
-        listed = values if isinstance(values, list) else [values]
-        if not listed or (not isinstance(values, list) and name not in ("press", "method")):
-            mistakes.add(grid.lines[name], f"{name}: {values!r}; in grid stands a list of values, [a, b, c]")
-        _check(name, listed, grid.lines[name], defaults, mistakes)
+        _check_axis(name, values, grid.lines[name], defaults, mistakes)
     missing = [name for name in NAMED if name in defaults and name not in fixed and name not in grid]
     if missing:
-        mistakes.add(
-            start, f"{study['notebook']} wants {', '.join(missing)}: what is measured is never left to a default"
-        )
-    for name, value in study.get("resources", {}).items():
-        line = study["resources"].lines[name]
-        if name not in RESOURCES:
-            mistakes.add(line, unknown("resource", name, RESOURCES))
-        elif isinstance(value, bool) or not isinstance(value, int) or value < RESOURCES[name]:
-            mistakes.add(line, f"{name}: {value!r}; allowed is a whole number, {RESOURCES[name]} or above")
+        what = f"{notebook} wants {', '.join(missing)}: what is measured is never left to a default"
+        mistakes.add(study.line, what)
+    _check_resources(study.get("resources", Lines()), mistakes)
     return len(mistakes.found) == before
+
+
+def _check_axis(name: str, values, line: int, defaults: dict, mistakes: Mistakes) -> None:
+    """Of the grid: a list of values, or for presses a word that stands for one."""
+    listed = values if isinstance(values, list) else [values]
+    if not listed or (not isinstance(values, list) and name != "press"):
+        mistakes.add(line, f"{name}: {values!r}; in grid stands a list of values, [a, b, c]")
+    _check(name, listed, line, defaults, mistakes)
+
+
+def _check_resources(resources: Lines, mistakes: Mistakes) -> None:
+    for name, value in resources.items():
+        if name not in RESOURCES:
+            mistakes.add(resources.lines[name], unknown("resource", name, RESOURCES))
+        elif isinstance(value, bool) or not isinstance(value, int) or value < RESOURCES[name]:
+            allowed = f"allowed is a whole number, {RESOURCES[name]} or above"
+            mistakes.add(resources.lines[name], f"{name}: {value!r}; {allowed}")
 
 
 def _check(name: str, values: list, line: int, defaults: dict, mistakes: Mistakes) -> None:
@@ -128,23 +135,22 @@ def _check(name: str, values: list, line: int, defaults: dict, mistakes: Mistake
 
 def _expand(study: Lines, name: str, notebook: Path, sweep: str, makers: dict, mistakes: Mistakes) -> list[Run]:
     """The study's runs. `makers`: which run makes each record declared so far; no two make the same one."""
-    start, defaults, found = min(study.lines.values()), notebook_defaults(notebook), []
+    wanted, found = study.get("resources", {}), []
     for point, is_baseline in _points(study):
-        parameters = {**study.get("fixed", {}), **point}
+        parameters = {**notebook_defaults(notebook), **study.get("fixed", {}), **point}
         try:
-            asked = {key: expand_variables(key, value) for key, value in {**defaults, **parameters}.items()}
+            asked = {key: expand_variables(key, value) for key, value in parameters.items()}
             declared = declared_records(notebook.stem, asked)
         except ValueError as error:
-            mistakes.add(start, str(error))
+            mistakes.add(study.line, str(error))
             return []
         own = [record for record in declared if record not in makers]
         if not own and is_baseline:  # the same for another ratio
             continue
         if not own:
-            mistakes.add(start, f"{name} {point or ''}: {declared[0]} is already made by {makers[declared[0]]}")
+            mistakes.add(study.line, f"{name} {point or ''}: {declared[0]} is already made by {makers[declared[0]]}")
             return []
         label = own[0].rpartition("/")[2].rpartition(".")[0]
-        wanted = study.get("resources", {})
         run = Run(
             study=name,
             notebook=notebook,
@@ -181,14 +187,11 @@ def _points(study: Lines) -> list[tuple[dict, bool]]:
 
 def summary(found: Iterable[Run]) -> str:
     """What is done, and why the rest is not."""
-    found, lines = list(found), []
+    found = list(found)
     missing = [run for run in found if not all(Path(record).exists() for record in run.outputs)]
-    for run in missing:
-        lines.append(f"  {run.study} {run.executed.rpartition('/')[2]}: {_what_happened(run)}")
-    lines.insert(
-        0, f"{len(found) - len(missing)} of {len(found)} runs are done" + (", these are not:" if missing else ".")
-    )
-    return "\n".join(lines)
+    counted = f"{len(found) - len(missing)} of {len(found)} runs are done"
+    lines = [f"  {run.study} {Path(run.executed).stem}: {_what_happened(run)}" for run in missing]
+    return "\n".join([counted + (", these are not:" if missing else "."), *lines])
 
 
 def _what_happened(run: Run) -> str:
@@ -196,9 +199,8 @@ def _what_happened(run: Run) -> str:
         lacking = [record for record in run.needs if not Path(record).exists()]
         return f"waits for {lacking[0]}" if lacking else "not run"
     executed = json.loads(Path(run.executed).read_text(encoding="utf-8"))
-    errors = [
-        output for cell in executed["cells"] for output in cell.get("outputs", []) if output["output_type"] == "error"
-    ]
+    outputs = [output for cell in executed["cells"] for output in cell.get("outputs", [])]
+    errors = [output for output in outputs if output["output_type"] == "error"]
     if not errors:
         return f"interrupted, or it wrote other records than it should have; see {run.executed}"
     return f"FAILED with {errors[0]['ename']}: {errors[0]['evalue']}\n    traceback in {run.executed}"

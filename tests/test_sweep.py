@@ -130,7 +130,7 @@ STREAM = {"recompute_samples": 2, "ablation_sinks": [0, 2], "ablation_sizes": [1
         ("01_wikitext_ppl", measure_perplexity, {"press": ["snapkv", "think", "per_layer_knorm"], **WINDOWS}),
         ("02_pg19_ppl", measure_perplexity, {"context_length": 100, "context_limit": 90, "sample_idx": 0, **WINDOWS}),
         ("03_speed", measure_speed, {"model": "pythia-14m", "weights": "random", "context_lengths": [40], **TURNS}),
-        ("04_streaming", measure_streaming, {"window": 30, "max_tokens": 400, **STREAM}),
+        ("04_streaming", measure_streaming, {"window": 30, "max_tokens": 600, **STREAM}),
         ("05_recall", measure_recall, {"press": "knorm", "query_aware": [True, False], "context_length": 200, **KEYS}),
         ("06_explore", record_exploration, {"press": "think", "context_length": 100, "continuation_length": 4}),
     ],
@@ -245,6 +245,10 @@ PLAIN = STUDY.format(fixed="max_windows: 2", grid="seed: [0, 1]")
         (PLAIN.replace("seed: [0, 1]", "seed: [0, 1"), 10, "not YAML: "),
         ("", 1, "`studies:` must be a list"),
         ("studies: {}", 1, "`studies:` must be a list"),
+        ("studies:\n- {}", 2, "notebook None is unknown; Allowed: 00_adapter"),
+        ("studies:\n- {[a]: b}", 2, "not YAML: a key must be a word"),
+        (PLAIN.replace("seed: [0, 1]", "seed: []"), 9, "seed: []; in grid stands a list of values"),
+        (PLAIN.replace("01_wikitext_ppl", "06_explore").replace("max_windows: 2", "press: all"), 2, "'all' is unknown"),
         ("- a", 1, "`studies:` must be a list"),
         (
             PLAIN.replace("01_wikitext_ppl", "05_recall").replace("max_windows: 2", "press: decoding_knorm"),
@@ -423,10 +427,11 @@ def test_a_run_fails_the_others_go_on_and_only_what_is_new_is_done_again(tmp_pat
     done = records.load_records(tmp_path / "results/ppl")
     assert set(done["press"]) == {"no_press", "knorm"} and set(done["sample_idx"]) == {0}
 
-    path.write_text(TINY.replace("[1, 0]", "[0]"), encoding="utf-8")
-    assert "Nothing to be done" in snakemake("-n", *sweep, folder=tmp_path).stdout
-    path.write_text(TINY.replace("[1, 0]", "[0]").replace("max_windows: 2", "max_windows: 3"), encoding="utf-8")
-    assert "max_windows=3" in snakemake("-n", *sweep, folder=tmp_path).stdout
+    two = TINY.replace("      max_windows: 2\n", "").replace("[1, 0]", "[0]") + "      max_windows: [2, 3]\n"
+    path.write_text(two, encoding="utf-8")
+    planned = snakemake("-n", *sweep, folder=tmp_path).stdout
+    (made,) = re.findall(r"^ +output: (.+)$", planned, re.M)
+    assert "max_windows=3" in made and "max_windows=2" not in made
 
     path.write_text(TINY.replace("[1, 0]", "[0]"), encoding="utf-8")
     notebook = tmp_path / "notebooks" / "01_wikitext_ppl.ipynb"

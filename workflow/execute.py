@@ -1,6 +1,7 @@
 """Execute a notebook for the sweep: execute.py NOTEBOOK EXECUTED PARAMETERS GPUS
 
-The executed notebook stays where it is put whatever happens, with the traceback in it when a cell fails."""
+The executed notebook stays where it is put whatever happens, with the traceback in it when a cell fails.
+"""
 
 import json
 import os
@@ -48,21 +49,25 @@ def own_gpus(count: int):
     while len(held) < count:
         for gpu in visible:
             if gpu not in held and len(held) < count:
-                file = open(Path(tempfile.gettempdir()) / f"kvneox-gpu-{gpu}.lock", "a")
+                file = open(Path(tempfile.gettempdir()) / f"kvneox-{os.getuid()}-gpu-{gpu}.lock", "a")
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     held[gpu] = file
                 except OSError:
                     file.close()
         if len(held) < count:  # let go of all: two runs that each hold a part would wait for ever
-            [file.close() for file in held.values()]
-            held.clear()
+            release(held)
             time.sleep(1 + os.getpid() % 10 / 10)
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(held)
     try:
         yield
     finally:
-        [file.close() for file in held.values()]
+        release(held)
+
+
+def release(held: dict) -> None:
+    while held:
+        held.popitem()[1].close()
 
 
 def visible_gpus() -> list[str]:
