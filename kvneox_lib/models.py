@@ -139,7 +139,8 @@ def _device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device={device!r}: allowed is 'auto', 'all' or a torch device such as 'cpu' or 'cuda:0'") from error
+        allowed = "'auto', 'all', or a torch device such as 'cpu' or 'cuda:0'"
+        raise ValueError(f"device={device!r}: allowed is {allowed}") from error
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device={device!r}: this machine has {torch.cuda.device_count()} usable CUDA devices")
     try:

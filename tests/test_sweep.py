@@ -202,7 +202,7 @@ studies:
         ("batch_size: true", 7, "batch_size: True; allowed is a whole number"),
         ("split: tset", 7, "split 'tset' is unknown; did you mean test?"),
         ("dtype: float8", 7, "dtype 'float8' is unknown; did you mean"),
-        ("device: gpu", 7, "device: 'gpu'; allowed is auto, cpu, cuda"),
+        ("device: gpu", 7, "device: 'gpu'; allowed is auto, all, cpu, cuda"),
         ("attn_implementation: flash", 7, "attn_implementation 'flash' is unknown"),
         ("overwrite: true", 7, "overwrite: is not for params files"),
         ("output_dir: 3", 7, "output_dir: 3; allowed is a text"),
