@@ -39,8 +39,9 @@ def declared_records(notebook: str, asked: dict) -> list[str]:
 
 def _adapter(asked: dict) -> list[str]:
     target = find_target(asked["model"], None)
-    if asked["device"] == "auto":
-        raise ValueError("device: 'auto'; 00_adapter names its record after the device: allowed is cpu, cuda:0, ...")
+    if asked["device"] in ("auto", "all"):
+        what = "00_adapter names its record after the one device that is used: allowed is cpu, cuda:0, ..."
+        raise ValueError(f"device: {asked['device']!r}; {what}")
     others = {name: asked[name] for name in ("attn_implementation", "dtype", "device", "context_length")}
     if asked["device"] in ("cuda", "mps"):
         others["device"] += ":0"
@@ -69,9 +70,22 @@ def _sample(name: str):
 
 
 def _of_text(measure: Callable, asked: dict, others: int, presses: list[str], modes: list[dict]) -> list[str]:
-    limits = [length for length in (asked["context_limit"], _trained_length(asked["model"])) if length is not None]
-    asked = asked | {"context_length": min([asked["context_length"], *(limit - others for limit in limits)])}
+    limit = _longest_window(asked, others)
+    if limit is not None:
+        asked = asked | {"context_length": min(asked["context_length"], limit - others)}
     return _names(measure, asked, _at_ratios(itertools.product(modes, presses), asked["compression_ratio"]))
+
+
+def _longest_window(asked: dict, others: int) -> int | None:
+    """None where it is not known. It must have room for a context and for the `others`, the tokens after it."""
+    asked_limit, trained = asked.get("context_limit"), _trained_length(asked["model"])
+    limit = min((length for length in (asked_limit, trained) if length is not None), default=None)
+    if limit is not None and limit <= others:
+        own = "continuation_length" if "continuation_length" in asked else "model"
+        name = "context_limit" if limit == asked_limit else own
+        what = f"the {others} tokens after the context leave no room for it in a window of {limit}"
+        raise ValueError(f"{name}: {asked[name]!r}; {what}")
+    return limit
 
 
 def _at_ratios(variants: Iterable[tuple[dict, str]], ratios) -> Iterator[tuple[dict, str, float | None]]:
@@ -118,6 +132,12 @@ def _streaming(asked: dict) -> list[str]:
 
 
 def _explore(asked: dict) -> list[str]:
+    for name in ("press", "compression_ratio"):
+        if isinstance(asked[name], list):
+            raise ValueError(
+                f"{name}: {asked[name]!r}; 06_explore takes one; in grid, each of a list is a run of its own"
+            )
+    _longest_window(asked, asked["continuation_length"])
     return _names(explore.record_exploration, asked, _at_ratios([({}, asked["press"])], asked["compression_ratio"]))
 
 

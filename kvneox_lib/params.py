@@ -160,7 +160,8 @@ def _like(default) -> Callable:
 
 def _weights(name, value):
     if value == "auto":
-        _refuse(name, value, "pretrained or random: auto may load another model than the file declares")
+        allowed = "pretrained, or random in 03_speed: auto may load another model than the file declares"
+        _refuse(name, value, allowed)
     _one_of("pretrained", "random")(name, value)
 
 

@@ -6,6 +6,7 @@ what a notebook is going to call its records. The workflow that uses it is in Sn
 
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ STUDY_KEYS = ("notebook", "fixed", "grid", "resources")
 RESOURCES = {"gpus": 0, "cores": 1, "mem_mb": 1}  # what a run may ask for, and the least of it
 NAMED = ("model", "weights", "dataset")  # no default of a notebook decides on these
 TIMED = ("03_speed", "04_streaming")  # a clock wants the machine for itself
+WITHOUT_QUALITY = ("03_speed",)  # the one that random weights are good for
 EXECUTED = "results/notebooks"  # where the executed notebooks go
 
 
@@ -94,6 +96,9 @@ def _check_study(study: Lines, notebooks: Path, mistakes: Mistakes) -> bool:
         if name == "press" and notebook in TIMED:
             mistakes.add(grid.lines[name], "press: what is timed takes turns in one run; list all of them in fixed")
         _check_axis(name, values, grid.lines[name], defaults, mistakes)
+    if "weights" in defaults and notebook not in WITHOUT_QUALITY:
+        _refuse_random(fixed, notebook, mistakes)
+        _refuse_random(grid, notebook, mistakes)
     missing = [name for name in NAMED if name in defaults and name not in fixed and name not in grid]
     if missing:
         what = f"{notebook} wants {', '.join(missing)}: what is measured is never left to a default"
@@ -108,6 +113,13 @@ def _check_axis(name: str, values, line: int, defaults: dict, mistakes: Mistakes
     if not listed or (not isinstance(values, list) and name != "press"):
         mistakes.add(line, f"{name}: {values!r}; in grid stands a list of values, [a, b, c]")
     _check(name, listed, line, defaults, mistakes)
+
+
+def _refuse_random(part: Lines, notebook: str, mistakes: Mistakes) -> None:
+    values = part.get("weights")
+    if "random" in (values if isinstance(values, list) else [values]):
+        what = f"{notebook} measures quality, which random weights have none of: allowed is pretrained"
+        mistakes.add(part.lines["weights"], f"weights: 'random'; {what}")
 
 
 def _check_resources(resources: Lines, mistakes: Mistakes) -> None:
@@ -142,7 +154,7 @@ def _expand(study: Lines, name: str, notebook: Path, sweep: str, makers: dict, m
             asked = {key: expand_variables(key, value) for key, value in parameters.items()}
             declared = declared_records(notebook.stem, asked)
         except ValueError as error:
-            mistakes.add(study.line, str(error))
+            mistakes.add(_line_of(str(error), study), " ".join(str(error).split()))
             return []
         own = [record for record in declared if record not in makers]
         if not own and is_baseline:  # the same for another ratio
@@ -166,6 +178,13 @@ def _expand(study: Lines, name: str, notebook: Path, sweep: str, makers: dict, m
         makers |= dict.fromkeys(own, f"{sweep}: {name}")
         found.append(run)
     return found
+
+
+def _line_of(message: str, study: Lines) -> int:
+    """Of the parameter that the message begins with; the study's, where the file does not give that one."""
+    name = re.match(r"\w*", message)[0]
+    lines = [study[part].lines[name] for part in ("fixed", "grid") if name in study.get(part, {})]
+    return lines[0] if lines else study.line
 
 
 def _points(study: Lines) -> list[tuple[dict, bool]]:

@@ -227,7 +227,7 @@ PLAIN = STUDY.format(fixed="max_windows: 2", grid="seed: [0, 1]")
     [
         (PLAIN.replace("01_wikitext_ppl", "01_wikitext"), 2, "notebook '01_wikitext' is unknown; did you mean 01_wiki"),
         (PLAIN.replace("model: demo", "model: pythia-71m"), 4, "did you mean 'pythia-70m'"),
-        (PLAIN.replace("pretrained", "auto"), 5, "weights: 'auto'; allowed is pretrained or random"),
+        (PLAIN.replace("pretrained", "auto"), 5, "weights: 'auto'; allowed is pretrained, or random in 03_speed"),
         (PLAIN.replace("weights: pretrained", "split: test"), 2, "wants weights: what is measured"),
         (PLAIN.replace("dataset: python-docs", "split: test"), 2, "wants dataset: what is measured"),
         (
@@ -248,11 +248,11 @@ PLAIN = STUDY.format(fixed="max_windows: 2", grid="seed: [0, 1]")
         ("studies:\n- {}", 2, "notebook None is unknown; Allowed: 00_adapter"),
         ("studies:\n- {[a]: b}", 2, "not YAML: a key must be a word"),
         (PLAIN.replace("seed: [0, 1]", "seed: []"), 9, "seed: []; in grid stands a list of values"),
-        (PLAIN.replace("01_wikitext_ppl", "06_explore").replace("max_windows: 2", "press: all"), 2, "'all' is unknown"),
+        (PLAIN.replace("01_wikitext_ppl", "06_explore").replace("max_windows: 2", "press: all"), 7, "'all' is unknown"),
         ("- a", 1, "`studies:` must be a list"),
         (
             PLAIN.replace("01_wikitext_ppl", "05_recall").replace("max_windows: 2", "press: decoding_knorm"),
-            2,
+            7,
             "decoding",
         ),
         ("studies:\n  - notebook: 00_adapter\n    fixed: {model: demo}", 2, "device: 'auto'; 00_adapter names its"),
@@ -261,6 +261,11 @@ PLAIN = STUDY.format(fixed="max_windows: 2", grid="seed: [0, 1]")
             4,
             "press: what is timed takes turns in one run",
         ),
+        (
+            "studies:\n  - notebook: 00_adapter\n    fixed:\n      model: demo\n      device: all",
+            5,
+            "device: 'all'; 00_adapter names its record after the one device",
+        ),
     ],
 )
 def test_so_are_mistakes_elsewhere(text, line, message, sweep, tmp_path):
@@ -268,6 +273,46 @@ def test_so_are_mistakes_elsewhere(text, line, message, sweep, tmp_path):
         sweep(text)
     (told,) = str(refusal.value).splitlines()
     assert told.startswith(f"{tmp_path / 'sweep.yaml'}:{line}: ") and message in told
+
+
+@pytest.mark.parametrize(
+    ("notebook", "line", "message"),
+    [
+        ("06_explore", "press: [snapkv]", "press: ['snapkv']; 06_explore takes one"),
+        ("06_explore", "compression_ratio: [0.5, 0.9]", "compression_ratio: [0.5, 0.9]; 06_explore takes one"),
+        ("01_wikitext_ppl", "continuation_length: 4000", "the 4000 tokens after the context leave no room for it"),
+        ("02_pg19_ppl", "continuation_length: 2048", "leave no room for it in a window of 2048"),
+        ("05_recall", "context_limit: 64", "the 64 tokens after the context leave no room for it in a window of 64"),
+        ("06_explore", "continuation_length: 4000", "leave no room for it in a window of 2048"),
+    ],
+)
+def test_what_a_notebook_cannot_do_is_told_at_the_line_of_its_key(notebook, line, message, sweep, tmp_path):
+    text = STUDY.format(fixed=line, grid="seed: [0, 1]").replace("01_wikitext_ppl", notebook)
+    with pytest.raises(ValueError) as refusal:
+        sweep(text)
+    (told,) = str(refusal.value).splitlines()
+    assert told.startswith(f"{tmp_path / 'sweep.yaml'}:7: {line.partition(':')[0]}: ") and message in told
+
+
+def test_so_is_what_only_a_value_of_the_grid_asks_for(sweep):
+    with pytest.raises(ValueError, match="yaml:9: continuation_length: 2048; the 2048 tokens after the context leave"):
+        sweep(STUDY.format(fixed="seed: 1", grid="continuation_length: [2047, 2048]"))
+
+
+def test_a_context_of_one_token_is_the_shortest(sweep):
+    (run,) = sweep(STUDY.format(fixed="press: no_press", grid="continuation_length: [2047]"))
+    assert "__context_length=1__" in run.outputs[0]
+
+
+@pytest.mark.parametrize("notebook", ["01_wikitext_ppl", "02_pg19_ppl", "04_streaming", "05_recall", "06_explore"])
+def test_random_weights_are_for_what_measures_no_quality(notebook, sweep):
+    plain = STUDY.format(fixed="dtype: auto", grid="seed: [0, 1]").replace("01_wikitext_ppl", notebook)
+    assert sweep(plain)
+    with pytest.raises(ValueError, match=rf"yaml:5: weights: 'random'; {notebook} measures quality"):
+        sweep(plain.replace("pretrained", "random"))
+    in_grid = plain.replace("      weights: pretrained\n", "").replace("seed: [0, 1]", "weights: [pretrained, random]")
+    with pytest.raises(ValueError, match=r"yaml:8: weights: 'random'"):
+        sweep(in_grid)
 
 
 def test_all_mistakes_are_told_at_once(sweep):
