@@ -159,8 +159,8 @@ WITH_BASELINE = ("01_wikitext_ppl", "02_pg19_ppl", "05_recall")  # which measure
 @cache
 def code_digest(notebook: Path, bundled_weights: bool) -> str:
     """Of the notebook's code cells (but for the parameters: a run gives it all of them) and of the modules of this
-    library that they lead to, as Python understands them: comments and layout do not count. Nor does `figures`: how a
-    picture looks changes no record."""
+    library that they lead to, as Python understands them: comments, docstrings and layout do not count. Nor does
+    `figures`: how a picture looks changes no record."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     source = "\n".join("".join(cell["source"]) for cell in cells if _does_something(cell))
     texts, waiting = {"": ast.parse(source)}, [""]
@@ -170,7 +170,8 @@ def code_digest(notebook: Path, bundled_weights: bool) -> str:
             if path.is_file():
                 texts[module] = ast.parse(path.read_text(encoding="utf-8"))
                 waiting.append(module)
-    digest = hashlib.sha256("\0".join(name + ast.dump(texts[name]) for name in sorted(texts)).encode())
+    dumped = (name + ast.dump(_without_docstrings(texts[name])) for name in sorted(texts))
+    digest = hashlib.sha256("\0".join(dumped).encode())
     if bundled_weights:
         digest.update((demo_folder() / "model.safetensors").read_bytes())
     return digest.hexdigest()[:16]
@@ -178,6 +179,14 @@ def code_digest(notebook: Path, bundled_weights: bool) -> str:
 
 def _does_something(cell: dict) -> bool:
     return cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", [])
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if documented and ast.get_docstring(node, clean=False) is not None:
+            del node.body[0]
+    return tree
 
 
 def _imported(tree: ast.AST) -> set[str]:

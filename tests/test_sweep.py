@@ -355,6 +355,12 @@ def test_the_digest_follows_code_and_nothing_else(tmp_path, monkeypatch):
     before = digest_after(notebook, "study = measure_perplexity(", "study = measure_perplexity(")
     windows, definition = library / "windows.py", "def windows("
     assert digest_after(windows, definition, f"# a remark\n{definition}") == before
+    of_a_module, of_a_class, of_a_function = '"""Text cut', '"""A text in tokens', '"""Where this library'
+    for docstring in (of_a_module, of_a_class, of_a_function):
+        assert digest_after(windows, docstring, docstring.replace('"""', '"""Reworded: ')) == before
+    whole = '    """Reworded: Where this library keeps'
+    assert digest_after(windows, whole, whole.replace('"""', 'described = """')) != before  # a text, but no docstring
+    assert digest_after(windows, whole.replace('"""', 'described = """'), whole) == before
     assert digest_after(notebook, "# 01 困惑度", "# 01 Perplexity") == before
     assert digest_after(library / "figures.py", "import ", "import os\nimport ") == before
     assert digest_after(library / "sweep.py", "import ", "import os\nimport ") == before
