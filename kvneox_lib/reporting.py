@@ -24,13 +24,14 @@ NOTEBOOKS = {
     "streaming": "04_streaming",
     "recall": "05_recall",
 }
-# Records that differ in one of these never meet in a figure.
 MACHINE = ("device", "device_name", "dtype")
-SETTING = (*MACHINE, "model", "weights", "dataset")
-PROTOCOL = {
-    **dict.fromkeys(("wikitext_ppl", "pg19_ppl"), ("context_length", "continuation_length", "max_windows")),
-    "recall": ("context_length", "n_keys"),
-    "streaming": ("max_tokens", "rerotate"),
+SETTING = (*MACHINE, "model", "weights", "dataset")  # as they turned out
+# What a study varies. Records that differ in SETTING or in any other parameter never meet in a figure.
+AXES = {
+    **dict.fromkeys(NOTEBOOKS, ("press", "compression_ratio")),
+    "recall": ("press", "compression_ratio", "query_aware"),
+    "speed": ("press", "compression_ratio", "engine", "context_length", "batch_size"),
+    "streaming": ("press", "compression_ratio", "n_sink", "window", "timed"),
 }
 WEIGHTS = {"pretrained": "预训练的权重", "bundled": "随包附带的权重", "random": "随机权重"}
 
@@ -44,7 +45,7 @@ class Missing(LookupError):
 
 @dataclass(frozen=True)
 class Records:
-    """Runs of one study on one machine, with one model, text and protocol."""
+    """Runs of one study on one machine, with one model, text and protocol; one at each place on the axes."""
 
     study: str
     folder: Path  # relative to the repository
@@ -83,7 +84,7 @@ class Records:
     @property
     def source(self) -> str:
         """Where the figures come from, for the line under each picture."""
-        return say(lambda: _source(self))
+        return say(lambda: _source(self) + (f"未用于此处：{'；'.join(self.left_out)}。" if self.left_out else ""))
 
 
 def _wanted(name: str, value) -> str:
@@ -101,20 +102,26 @@ def _source(records: Records) -> str:
     first = records.runs().iloc[0]
     commits = sorted({str(commit)[:7] for commit in records.frame["git_commit"].dropna()})
     dirty = "，含未提交的改动" if records.frame["git_dirty"].fillna(False).any() else ""
-    text = (
+    return (
         f"来源：{records.folder.as_posix()}，{len(records.frame)} 份记录；{setting(first)}；提交 "
         f"{'、'.join(commits) or '不详'}{dirty}。"
     )
-    return text + (f"未用于此处：{'；'.join(records.left_out)}。" if records.left_out else "")
+
+
+def sources(found: list[Records]) -> str:
+    """Where a table comes from that shows several settings."""
+    return "".join(dict.fromkeys(_source(records) for records in found))
 
 
 def setting(row: pd.Series) -> str:
     """Model, weights, text and machine in words."""
-    weights = WEIGHTS.get(row["weights"], row["weights"])
     text = "随机词元" if row["dataset"] == "random-tokens" else row["dataset"]
-    return (
-        f"模型 {row['model']}（{weights}）；文本 {text}；设备 {row['device_name']}（{row['device']}，{row['dtype']}）"
-    )
+    model = f"{row['model']}（{WEIGHTS.get(row['weights'], row['weights'])}）"
+    return f"模型 {model}；文本 {text}；设备 {row['device_name']}（{row['device']}，{row['dtype']}）"
+
+
+def model_in_words(model: str, weights: str) -> str:
+    return "一个很小的演示模型" if (model, weights) == ("demo", "bundled") else f" {model}（{WEIGHTS.get(weights, weights)}）"
 
 
 def repository() -> Path:
@@ -134,8 +141,8 @@ def settings(study: str, root: Path | None = None) -> list[Records]:
             break
     else:
         return []
-    keys = [name for name in (*SETTING, *PROTOCOL.get(study, ())) if name in frame]
-    groups = [part for _, part in frame.groupby(keys, dropna=False, sort=False)]
+    keys = _keys(frame, study)
+    groups = [_newest(part, study) for _, part in frame.groupby(keys, dropna=False, sort=False)]
     groups.sort(key=len, reverse=True)
     words = [_difference(part, frame, keys) for part in groups]
     return [
@@ -144,9 +151,28 @@ def settings(study: str, root: Path | None = None) -> list[Records]:
     ]
 
 
+def _keys(frame: pd.DataFrame, study: str) -> list[str]:
+    """The columns that hold records apart: SETTING, and the other parameters but for the axes of the study. The
+    attention implementation follows from the press, and is told apart only where time is measured."""
+    known = {*SETTING, *AXES[study]} | ({"attn_implementation"} if study != "speed" else set())
+    parameters = [name for name in frame if name.startswith("param_") and name.removeprefix("param_") not in known]
+    return [name for name in SETTING if name in frame] + parameters
+
+
+def _newest(part: pd.DataFrame, study: str) -> pd.DataFrame:
+    """Of the records at the same place on the axes, the latest."""
+    axes = [name for name in AXES[study] if name in part]
+    return part.sort_values("started_at", kind="stable").drop_duplicates(axes, keep="last").sort_index()
+
+
 def _difference(part: pd.DataFrame, frame: pd.DataFrame, keys: list[str]) -> str:
     differing = [name for name in keys if frame[name].nunique(dropna=False) > 1]
-    return "，".join(f"{name} {part[name].iloc[0]}" for name in differing) + f"（{len(part)} 份）"
+    words = [f"{name.removeprefix('param_')} {_value(part[name].iloc[0])}" for name in differing]
+    return "，".join(words) + f"（{len(part)} 份）"
+
+
+def _value(value) -> str:
+    return "无" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def read(study: str, root: Path | None = None) -> Records:
