@@ -121,7 +121,11 @@ def setting(row: pd.Series) -> str:
 
 
 def model_in_words(model: str, weights: str) -> str:
-    return "一个很小的演示模型" if (model, weights) == ("demo", "bundled") else f" {model}（{WEIGHTS.get(weights, weights)}）"
+    return (
+        "一个很小的演示模型"
+        if (model, weights) == ("demo", "bundled")
+        else f" {model}（{WEIGHTS.get(weights, weights)}）"
+    )
 
 
 def repository() -> Path:

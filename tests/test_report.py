@@ -16,7 +16,6 @@ from matplotlib.ft2font import FT2Font
 from nbclient.exceptions import CellExecutionError
 
 from kvneox_lib import reporting
-from kvneox_lib.figures import chinese_font
 
 REPORT = REPOSITORY / "report"
 REFERENCE = REPOSITORY / "results" / "reference"
@@ -114,17 +113,22 @@ def test_cells_type_no_measured_number_into_a_sentence():
 
 
 def test_no_glyph_is_missing_from_the_font():
-    chinese_font()
-    font = FT2Font(font_manager.findfont(fonts.MAIN_FONT, fallback_to_default=False))
+    font = FT2Font(fonts.main_font())
     strings = "".join(re.findall(r'"[^"]*"', "".join(CELLS)))
     unknown = {c for c in PROSE + strings if ord(c) > 126 and not font.get_char_index(ord(c))}
     assert unknown == set()
     assert not font.get_char_index(0x1F600)  # a face is not in it: the check can fail
 
 
-def test_the_font_is_put_where_the_pdf_looks_for_it(tmp_path):
+def test_the_font_is_put_where_the_pdf_looks_for_it(tmp_path, monkeypatch):
     target = fonts.copy_font(tmp_path / "_fonts")
     assert FT2Font(target).family_name == fonts.MAIN_FONT
+
+    class Another:
+        name, fname = "PingFang SC", "another.ttc"
+
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [Another])
+    assert FT2Font(fonts.copy_font(tmp_path / "again")).family_name == fonts.MAIN_FONT  # that of mplfonts
     settings = yaml.safe_load((REPORT / "_quarto.yml").read_text())
     typst = settings["format"]["typst"]
     assert typst["mainfont"] == fonts.MAIN_FONT and typst["font-paths"] == [fonts.FOLDER.name]
@@ -237,7 +241,9 @@ def test_the_report_builds_from_the_reference_records(tmp_path):
     for study in ("wikitext_ppl", "pg19_ppl"):
         name = next((REFERENCE / study).glob("*no_press*max_windows=200.json"))
         base = json.loads(name.read_text())
-        assert f"{base['dataset']} {base['ppl']:.1f} [{base['ppl_ci95_low']:.1f}, {base['ppl_ci95_high']:.1f}]" in text
+        assert (
+            f"（{base['dataset']}） {base['ppl']:.1f} [{base['ppl_ci95_low']:.1f}, {base['ppl_ci95_high']:.1f}]" in text
+        )
     keydiff = json.loads(next((REFERENCE / "recall").glob("*keydiff__0.75*n_keys=200.json")).read_text())
     assert f"keydiff（{keydiff['accuracy']:.2f}）" in text
     for study, notebook in reporting.NOTEBOOKS.items():
@@ -252,19 +258,41 @@ def test_the_report_builds_without_any_record(tmp_path):
         assert f"（缺少记录：{study}，运行 notebooks/{notebook}.ipynb 可得）" in text
 
 
+FEW = {  # on the two texts not at the same ratios
+    "wikitext_ppl": ("no_press__0.00", "snapkv__0.50", "snapkv__0.75"),
+    "pg19_ppl": ("no_press__0.00", "snapkv__0.50", "snapkv__0.90"),
+}
+
+
 @pytest.mark.slow
-def test_the_report_builds_from_a_few_records(tmp_path):
-    """One press at one ratio, on four windows without intervals: what a first try leaves."""
+@pytest.mark.parametrize(
+    "timed, changes",
+    [
+        ("__snapkv__", {"prefill_s": None, "param_decode_only": True}),
+        ("__no_press__", {}),
+        ("__snapkv__", {"failure": "out of memory", "step_s": None, "prefill_s": None, "kv_bytes": None}),
+    ],
+    ids=["decode only", "no press", "all failed"],
+)
+def test_the_report_builds_from_a_few_records(tmp_path, timed, changes):
+    """One press, on so few windows that there are no intervals, and incomplete timings: what a first try leaves."""
     folder = copied(tmp_path)
-    for study in ("wikitext_ppl", "pg19_ppl"):
+    for study, names in FEW.items():
         target = tmp_path / "results" / study
         target.mkdir(parents=True)
-        for name in ("no_press__0.00", "snapkv__0.50"):
+        for name in names:
             for path in (REFERENCE / study).glob(f"*__demo__{name}__max_windows=200.*"):
                 shutil.copyfile(path, target / path.name)
         for path in target.glob("*.json"):
             record = json.loads(path.read_text())
             path.write_text(json.dumps({key: None if "ci95" in key else value for key, value in record.items()}))
+    target = tmp_path / "results" / "speed"
+    target.mkdir()
+    for path in (REFERENCE / "speed").glob(f"*{timed}*.json"):
+        record = json.loads(path.read_text())
+        (target / path.name).write_text(json.dumps(record | changes))
     text = plain(preview.build(folder, tmp_path / "report.html"))
-    assert "来源：results/wikitext_ppl，2 份记录" in text and not re.search(r"\bnan\b", text)
+    assert "（缺少记录：speed 的 " in text
+    assert "来源：results/wikitext_ppl，3 份记录" in text and not re.search(r"\bnan\b", text)
+    assert "压缩率同为 0.50，两个实验都测了的 1 种方法" in text
     assert "（缺少记录：wikitext_ppl 的 random，运行 notebooks/01_wikitext_ppl.ipynb 可得）" in text

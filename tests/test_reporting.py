@@ -19,6 +19,7 @@ def put(root, folder, study, press, ratio, table=None, **changes):
     """A record of `study`, made from a reference record of perplexity."""
     name = f"gutenberg-pre1919__demo__{press}__{ratio}__max_windows=200"
     record = json.loads((REFERENCE / "pg19_ppl" / f"{name}.json").read_text()) | changes
+    record |= {f"param_{key}": value for key, value in changes.items() if key != "started_at"}
     record["run_id"] = "__".join([name, *map(str, changes.values())]).replace("/", "-").replace(" ", "-")
     target = root / folder / study
     target.mkdir(parents=True, exist_ok=True)
@@ -55,6 +56,51 @@ def test_the_contexts_of_a_speed_study_are_one_setting(tmp_path):
         put(tmp_path, "results", "speed", "snapkv", "0.50", context_length=length)
         put(tmp_path, "results", "pg19_ppl", "snapkv", "0.50", context_length=length)
     assert [len(reporting.settings(study, tmp_path)) for study in ("speed", "pg19_ppl")] == [1, 2]
+
+
+def test_reference_records_are_in_one_setting_but_for_the_number_of_windows(tmp_path):
+    for study in ("wikitext_ppl", "pg19_ppl"):
+        shutil.copytree(REFERENCE / study, tmp_path / "results" / "reference" / study)
+        many, few = reporting.settings(study, tmp_path)
+        assert set(many.frame["max_windows"]) == {200} and set(few.frame["max_windows"]) == {20}
+        assert len(many.frame) + len(few.frame) == len(list((REFERENCE / study).glob("*.json")))
+
+
+@pytest.mark.parametrize("differing", [{"sample_idx": 1}, {"text_sha256": "0"}, {"seed": 1}, {"control_windows": 2}])
+def test_runs_with_other_parameters_stay_apart(tmp_path, differing):
+    put(tmp_path, "results", "pg19_ppl", "snapkv", "0.50")
+    put(tmp_path, "results", "pg19_ppl", "snapkv", "0.75")
+    put(tmp_path, "results", "pg19_ppl", "snapkv", "0.50", **differing)
+    first, other = reporting.settings("pg19_ppl", tmp_path)
+    assert sorted(first.frame["compression_ratio"]) == [0.5, 0.75] and list(other.frame["compression_ratio"]) == [0.5]
+    name, value = next(iter(differing.items()))
+    assert f"未用于此处：{name} {value}（1 份）" in first.source
+
+
+@pytest.mark.parametrize("differing", ["max_new_tokens", "min_new_tokens", "repeats", "decode_only", "n_threads"])
+def test_other_timings_stay_apart(tmp_path, differing):
+    for value in (1, 2):
+        put(tmp_path, "results", "speed", "snapkv", "0.50", **{differing: value})
+    assert [len(one.frame) for one in reporting.settings("speed", tmp_path)] == [1, 1]
+
+
+def test_of_two_attention_implementations_the_newest_counts_except_in_timings(tmp_path):
+    """Which one serves depends on the press, so both belong to one study; of the same press one is shown."""
+    for name, when in (("sdpa", "2030-01-02"), ("eager", "2030-01-01")):
+        for study in ("pg19_ppl", "speed"):
+            put(tmp_path, "results", study, "snapkv", "0.50", attn_implementation=name, started_at=when)
+    put(tmp_path, "results", "pg19_ppl", "random", "0.50", attn_implementation="eager")
+    (one,) = reporting.settings("pg19_ppl", tmp_path)
+    shown = one.frame.set_index("press")["attn_implementation"].to_dict()
+    assert shown == {"snapkv": "sdpa", "random": "eager"} and len(one.frame) == 2
+    assert len(reporting.settings("speed", tmp_path)) == 2
+
+
+def test_the_sources_of_several_settings(tmp_path):
+    for model in ("demo", "pythia-70m"):
+        put(tmp_path, "results", "pg19_ppl", "snapkv", "0.50", model=model)
+    text = reporting.sources(reporting.settings("pg19_ppl", tmp_path))
+    assert text.count("来源：") == 2 and "模型 pythia-70m" in text and "未用于此处" not in text
 
 
 def test_what_is_asked_for_is_found_or_named(tmp_path):
