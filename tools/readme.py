@@ -150,13 +150,14 @@ def speed_table() -> str:
     runs["variant"] = runs["engine"].map(ENGINES) + "，" + runs["press"].replace("no_press", "不压缩") + strength
     parts = []
     for (model, weights, device, dtype), group in runs.groupby(["model", "weights", "device_name", "dtype"]):
-        table = group.pivot_table(index=["context_tokens", "batch_size"], columns="variant", values="decode_tok_per_s")
+        table = group.pivot_table(index="variant", columns=["context_tokens", "batch_size"], values="decode_tok_per_s")
         rows = [
-            [str(context), str(batch), *("—" if value != value else f"{value:.0f}" for value in row)]
-            for (context, batch), row in zip(table.index, table.to_numpy())
+            [variant, *("—" if value != value else f"{value:.0f}" for value in row)]
+            for variant, row in zip(table.index, table.to_numpy())
         ]
+        head = ["上下文 × 批", *(f"{context} × {batch}" for context, batch in table.columns)]
         caption = f"{model}（权重：{weights}），{device}，{dtype}；解码吞吐，词元/秒。"
-        parts.append(f"{caption}\n\n{markdown(rows, head=['上下文', '批', *table.columns])}")
+        parts.append(f"{caption}\n\n{markdown(rows, head=head)}")
     return "\n\n".join(parts)
 
 
@@ -186,7 +187,8 @@ def streaming_table() -> str:
             "KV 缓存（MB）",
             "每步（毫秒）",
         ]
-        parts.append(f"{model}（权重：{weights}），{dataset}，{device}。\n\n{markdown(rows, head=head)}")
+        note = "计分的词元不同的行，困惑度不能直接相比；同一批词元上的比较见笔记本和报告。"
+        parts.append(f"{model}（权重：{weights}），{dataset}，{device}。{note}\n\n{markdown(rows, head=head)}")
     return "\n\n".join(parts)
 
 
