@@ -612,11 +612,18 @@ def test_a_device_that_torch_cannot_use_is_refused_before_loading():
         load_model("demo", seed=True)
 
 
-def test_a_model_on_all_devices_is_the_same_model(tokenizer):
-    """Here they are one; where there are several, accelerate moves what passes between them."""
+def test_a_model_on_all_devices_is_the_same_model(tokenizer, monkeypatch):
+    """Where there are several, accelerate moves what passes between them; here its map names the CPU alone."""
+    asked, original = [], KVNeoXForCausalLM.from_pretrained
+
+    def watched(folder, *, device_map, **options):
+        asked.append(device_map)
+        return original(folder, device_map=device_map, **options)
+
+    monkeypatch.setattr(KVNeoXForCausalLM, "from_pretrained", watched)
     spread, whole = (load_model("demo", device=device, dtype="float32").model for device in ("all", "cpu"))
+    assert asked == ["auto", None]
     ids = tokenizer("What is an object?", return_tensors="pt").input_ids
-    assert spread.hf_device_map and not hasattr(whole, "hf_device_map")
     assert torch.equal(spread(ids.to(spread.device)).logits.cpu(), whole(ids).logits)
     with pytest.raises(ValueError, match="device='all' goes with weights"):
         load_model("demo", device="all", weights="random")

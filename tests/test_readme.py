@@ -151,7 +151,7 @@ SMALLER = {  # whatever the line says
     **{"context_length": 320, "continuation_length": 16, "max_windows": 2, "control_windows": 1},
     **{"context_lengths": [160], "batch_sizes": [1], "max_new_tokens": 4, "repeats": 1},
     **{"n_keys": 4, "keys_per_context": 4, "depths": [0.1, 0.3, 0.6, 0.9]},
-    **{"window": 60, "max_tokens": 320, "dense_limit": 128, "recompute_samples": 4, "ablation_sinks": [0]},
+    **{"window": 60, "max_tokens": 600, "dense_limit": 512, "recompute_samples": 4, "ablation_sinks": [0]},
     **{"ablation_sizes": [64], "sample_tokens": 8},
 }
 

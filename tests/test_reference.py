@@ -89,7 +89,7 @@ def test_a_hundred_thousand_tokens_in_constant_memory():
     assert compared.loc[["sinks", "window"], ["low", "high"]].abs().to_numpy().max() < 0.02
     for press in ("sinks", "window"):
         cost = pd.read_csv(table_path(REFERENCE / "streaming", main.loc[press, "run_id"], "cost"))
-        assert cost["kv_bytes"].nunique() == 1 and len(cost) == 12
+        assert cost["kv_bytes"].nunique() == 1 and len(cost) >= 12
     ablation = frame[frame["press"].isin(["window", "sinks"])]
     sizes = ablation["n_sink"] + ablation["window"]
     assert set(zip(ablation["n_sink"], sizes)) == {(k, n) for k in (0, 1, 2, 4, 8) for n in (128, 256, 512, 1024)}
