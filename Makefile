@@ -1,6 +1,6 @@
 # `make` lists the targets. Everything lives in .venv; nothing is installed outside this folder.
 
-# What `make setup` installs beside the library. Add quant with EXTRAS=notebooks,sweep,report,dev,quant.
+# What `make setup` installs beside the library. Add slurm or quant with EXTRAS=notebooks,sweep,report,dev,quant.
 EXTRAS ?= notebooks,sweep,report,dev
 # Where torch comes from, when it should not come from PyPI: TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=

@@ -25,6 +25,8 @@ try:
     RUNS = read_sweep(map(os.path.relpath, workflow.configfiles), NOTEBOOKS)
 except ValueError as mistakes:
     raise WorkflowError(f"Nothing was run.\n{mistakes}") from None
+# Of this machine. On a cluster, where a job may not count those of its node, a study says how many it wants.
+ALL_CORES = (not workflow.remote_exec and workflow.resource_settings.cores) or 1
 STUDIES = {run.study: [path for other in RUNS if other.study == run.study for path in other.outputs] for run in RUNS}
 
 
@@ -63,7 +65,7 @@ for number, run in enumerate(RUNS):
         params:
             values=json.dumps(run.parameters, sort_keys=True),
             code=run.code,
-        threads: run.cores or workflow.resource_settings.cores or 1
+        threads: run.cores or ALL_CORES
         resources:
             gpu=run.gpus,
             **({} if run.mem_mb is None else {"mem_mb": run.mem_mb}),

@@ -38,7 +38,7 @@ class Run:
     code: str  # changes with the code that makes its figures
     gpus: int
     mem_mb: int | None
-    cores: int | None  # None: all that the sweep has
+    cores: int | None  # None: all of this machine that the sweep has
 
 
 def read_sweep(paths: Iterable[str | Path], notebooks: Path) -> list[Run]:

@@ -437,6 +437,18 @@ def test_the_params_files_pass_a_dry_run_and_have_a_rule_graph(texts, tmp_path):
     assert graph.returncode == 0 and graph.stdout.count("label = ") == jobs, graph.stderr
 
 
+@pytest.mark.slow
+def test_what_is_timed_takes_all_cores_here_and_one_in_a_job_of_a_cluster(tmp_path):
+    """There Snakemake plans a run once more, within the job, and must come to the cores that the job was given."""
+    path = tmp_path / "timed.yaml"
+    path.write_text("studies: [{notebook: 03_speed, fixed: {model: demo, weights: pretrained}}]", encoding="utf-8")
+    plan = ("-n", "-c", "2", "--snakefile", str(REPOSITORY / "Snakefile"), "--directory", str(tmp_path))
+    plan += ("--configfile", str(path))
+    local, job = snakemake(*plan), snakemake(*plan, "--mode", "remote")
+    assert "threads: 2" in local.stdout, local.stderr
+    assert "rule 03_speed_run0:" in job.stdout and "threads:" not in job.stdout, job.stderr
+
+
 TINY = """\
 studies:
   - notebook: 01_wikitext_ppl
