@@ -123,7 +123,7 @@ def press_lines(
     frame: pd.DataFrame, x: str, y: str, *, xlabel: str, ylabel: str, title: str = "", log_x: bool = False
 ) -> Figure:
     """`y` against `x`, one line a press, with bars from <y>_ci95_low to <y>_ci95_high where the frame has them."""
-    figure, axes = pyplot.subplots(figsize=(7.2, 4.2))
+    figure, axes = pyplot.subplots(figsize=(6.0, 3.8))
     names = list(dict.fromkeys(frame["press"]))
     _press_lines_on(axes, frame, x, y, names, log_x)
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
@@ -163,7 +163,7 @@ def heat_maps(
 ) -> Figure:
     """For each press a panel of `value`, a share from 0 to 1, averaged, by `rows` and `columns`."""
     names = list(dict.fromkeys(frame["press"]))
-    width = min(5, len(names))
+    width = min(3, len(names))  # more would be too small in print
     height = -(-len(names) // width)
     figure, grid = pyplot.subplots(
         height, width, figsize=(2.2 * width + 1, 2.1 * height + 0.6), sharex=True, sharey=True, squeeze=False

@@ -5,9 +5,11 @@ Of a study the records in results/ count, else the committed ones in results/ref
 what it needs; what is not there raises `Missing`, whose text `say`, `draw` and `tabulate` put in the place of it.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import east_asian_width
 
 import pandas as pd
 from IPython.display import Markdown
@@ -208,8 +210,23 @@ def tabulate(rows: Callable[[], pd.DataFrame]) -> Markdown:
         frame = rows()
     except Missing as missing:
         frame = pd.DataFrame({"缺少": [str(missing)]})
-    text = frame.map(lambda cell: str(cell).replace("|", "\\|"))
-    return Markdown(text.to_markdown(index=False, disable_numparse=True))
+    text = frame.map(lambda cell: re.sub(r"[|']", r"\\\g<0>", str(cell)))  # a quote stays straight: no gap in Chinese
+    lines = text.to_markdown(index=False, disable_numparse=True).splitlines()
+    lines[1] = "|".join(["", *(":" + "-" * width for width in column_widths(frame)), ""])
+    return Markdown("\n".join(lines))
+
+
+def column_widths(frame: pd.DataFrame, most: int = 24) -> list[int]:
+    """What each column takes, in Latin letters: its longest cell, but no more than `most` unless one word does, and
+    four for the margins. pandoc makes the columns of docx in proportion."""
+    texts = [[str(name), *frame[name].astype(str)] for name in frame]
+    whole = [max(_width(text) for text in column) for column in texts]
+    words = [max(len(word) for text in column for word in re.findall(r"[!-~]+|$", text)) for column in texts]
+    return [max(word, min(most, width)) + 4 for width, word in zip(whole, words)]
+
+
+def _width(text: str) -> int:
+    return sum(2 if east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
 def sentences(*parts: Callable[[], str]) -> Markdown:

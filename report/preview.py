@@ -49,6 +49,7 @@ def build(folder: Path, target: Path) -> Path:
         style.write_text(f"<style>{STYLE}</style>", encoding="utf-8")
         command = [pypandoc.get_pandoc_path(), "--from=markdown", "--to=html5", "--standalone", "--mathml", "--toc"]
         command += ["--citeproc", "--number-sections", "--fail-if-warnings"]
+        command += ["--columns=10000"]  # no table is so wide that pandoc decides on its columns: HTML does
         command += ["--metadata=lang:zh-Hans", f"--metadata=date:{date.today()}"]
         command += [f"--bibliography={folder / 'references.bib'}", "--metadata=link-citations:true"]
         command += [f"--include-in-header={style}", f"--output={Path(scratch) / 'preview.html'}"]

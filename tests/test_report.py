@@ -132,6 +132,7 @@ def test_the_font_is_put_where_the_pdf_looks_for_it(tmp_path, monkeypatch):
     settings = yaml.safe_load((REPORT / "_quarto.yml").read_text())
     typst = settings["format"]["typst"]
     assert typst["mainfont"] == fonts.MAIN_FONT and typst["font-paths"] == [fonts.FOLDER.name]
+    assert settings["tbl-colwidths"] is False and settings["format"]["docx"]["tbl-colwidths"] is True
     assert settings["project"]["pre-render"] == "fonts.py" and settings["format"]["docx"]["fig-format"] == "png"
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pandas as pd
+import pypandoc
 import pytest
 import torch
 from conftest import REPOSITORY
@@ -126,6 +127,16 @@ def test_a_missing_study_leaves_a_note_in_place_of_everything(tmp_path):
     assert note in reporting.tabulate(records.runs).data
     text = reporting.sentences(lambda: records.run().model, lambda: "甲。", lambda: records.run().press).data
     assert text == note + "甲。"
+
+
+def test_a_table_keeps_words_whole_and_quotes_straight():
+    frame = pd.DataFrame({"方法": ["knorm", "critical_adakv_expected_attention_of_all"], "说": ["it's a|b", "长" * 30]})
+    assert reporting.column_widths(frame) == [40 + 4, 24 + 4]
+    assert reporting.column_widths(frame[:1]) == [5 + 4, 8 + 4]
+    header, widths, first, _ = reporting.tabulate(lambda: frame).data.splitlines()
+    assert [len(part) - 1 for part in widths.strip("|").split("|")] == reporting.column_widths(frame)
+    read = pypandoc.convert_text(f"{header}\n{widths}\n{first}", "plain", "markdown", extra_args=["--columns=200"])
+    assert "it's a|b" in read
 
 
 def test_other_errors_are_not_taken_for_missing_records(tmp_path):
