@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import align_module_device
 from kvpress import DuoAttentionPress, ExpectedAttentionStatsPress, QFilterPress
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -60,9 +61,11 @@ def query_statistics(model) -> QueryStatistics:
 def _fingerprint(model) -> str:
     """A name for these weights: a thousand values of every parameter, and the settings of the measurement."""
     digest = hashlib.sha256(f"{DOCSTRINGS_OF} {WINDOW} {MAX_WINDOWS} {N_SINK} {DUO_DISTANCE}".encode())
-    for name, parameter in model.named_parameters():
-        step = max(1, parameter.numel() // 1024)
-        digest.update(name.encode() + parameter.detach().flatten()[::step].float().cpu().numpy().tobytes())
+    for path, module in model.named_modules():
+        with align_module_device(module):  # brings weights here that accelerate keeps elsewhere
+            for name, parameter in module.named_parameters(prefix=path, recurse=False):
+                step = max(1, parameter.numel() // 1024)
+                digest.update(name.encode() + parameter.detach().flatten()[::step].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -182,7 +182,7 @@ class StreamingDecoder:
 
     def register(self, model) -> "StreamingDecoder":
         """Let the model keep its cache here from now on. Each call of `generate` is a new stream, unless it is given
-        this one with past_key_values=decoder.cache."""
+        this one with past_key_values=decoder.cache and all of the text so far: it never reads what it says last."""
         model = adapt(model)
         hooks = model.model._forward_pre_hooks.values()
         if self._hook is not None or any(

@@ -15,7 +15,8 @@ from conftest import DEMO, relative_difference, stock_and_ours, tiny_config
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GPTNeoXForCausalLM, StaticCache, pipeline
 
-from kvneox_lib import KVNeoXForCausalLM, adapt, make_press
+from kvneox_lib import KVNeoXForCausalLM, adapt, generate, make_press, streaming_nll
+from kvneox_lib.calibration import _fingerprint
 from kvneox_lib.modeling import half_split
 
 SHAPES = {
@@ -202,6 +203,11 @@ def test_adapt_keeps_what_accelerate_hooked_in(tmp_path):
                 model(ids, past_key_values=cache)
     for one, other in zip(caches[0].layers, caches[1].layers):
         assert one.keys.shape[2] == 15 and torch.allclose(one.keys, other.keys, atol=1e-5)
+    assert _fingerprint(adapted) == _fingerprint(ours)
+    press = make_press("adakv_snapkv", 0.5, window_size=8)
+    said = [generate(model, ids, press=press, max_new_tokens=4).tokens for model in (adapted, ours)]
+    nll = [streaming_nll(model, ids, n_sink=2, window=5) for model in (adapted, ours)]
+    assert torch.equal(*said) and torch.allclose(*nll, atol=1e-5)
 
 
 def test_captured_outputs_after_adapt_in_a_fresh_process():
