@@ -146,9 +146,12 @@ def _press_lines_on(axes, frame: pd.DataFrame, x: str, y: str, names: list[str],
             axes.errorbar(places.to_numpy(), rows[y].to_numpy(), yerr=bars, capsize=2, **style)
         else:
             axes.plot(rows[x], rows[y], **style)
+    places = {value: f"{value:g}" for value in sorted(frame[x].unique())}
     if log_x:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
+    elif len(places) <= 6 and max(map(len, places.values())) <= 5:  # where it was measured
+        axes.set_xticks(list(places), list(places.values()), fontsize=9)
 
 
 def heat_maps(
@@ -176,8 +179,9 @@ def heat_maps(
         shown = range(0, table.shape[0], -(-table.shape[0] // 6))
         axes.set_yticks(shown, [f"{table.index[i]:g}" for i in shown], fontsize=8)
         axes.grid(False)
-    for axes in list(grid.flat)[len(names) :]:
-        axes.set_axis_off()
+    for empty in range(len(names), height * width):
+        grid.flat[empty].set_axis_off()
+        grid.flat[empty - width].tick_params(labelbottom=True)  # the lowest of its column
     figure.supxlabel(xlabel, fontsize=10)
     figure.supylabel(ylabel, fontsize=10)
     figure.colorbar(image, ax=grid, label=label, shrink=0.8)

@@ -118,6 +118,7 @@ def test_panels_share_legend_and_looks(tmp_path):
     left, right = ({c.get_label(): c.lines[0] for c in axes.containers} for axes in figure.axes)
     assert list(right["press 3"].get_ydata()) == [1.0, 2.0] and "press 0" not in right
     assert [line.get_label() for line in figure.legends[0].get_lines()] == list(left)
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["0.25", "0.5"]
     for name in right:  # the same press looks the same in both
         assert (left[name].get_color(), left[name].get_marker()) == (right[name].get_color(), right[name].get_marker())
 
