@@ -13,7 +13,7 @@ PYTHON := $(shell for p in python3 python3.12 python3.11 python3.13 python; do \
 endif
 
 BIN := .venv/bin
-STAMP := .venv/.installed
+STAMP := .venv/.installed-$(EXTRAS)
 # All cores of the machine; CORES=2 leaves others free. More options of Snakemake's: make demo SNAKEMAKE="-n"
 CORES ?= all
 SWEEP = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --cores $(CORES) $(SNAKEMAKE) --configfile

@@ -189,4 +189,6 @@ def against(table: pd.DataFrame, other: str) -> pd.DataFrame:
             verdict = "better" if high < 0 else "worse" if low > 0 else ""
             row = {"press": name, "compression_ratio": ratio, "nll_difference": difference.mean(), "verdict": verdict}
             rows.append(row | {"nll_difference_ci95_low": low, "nll_difference_ci95_high": high})
-    return pd.DataFrame(rows).sort_values(["compression_ratio", "nll_difference"], ignore_index=True)
+    columns = ["press", "compression_ratio", "nll_difference", "verdict"]
+    columns += ["nll_difference_ci95_low", "nll_difference_ci95_high"]
+    return pd.DataFrame(rows, columns=columns).sort_values(["compression_ratio", "nll_difference"], ignore_index=True)

@@ -259,41 +259,44 @@ def test_the_report_builds_without_any_record(tmp_path):
         assert f"（缺少记录：{study}，运行 notebooks/{notebook}.ipynb 可得）" in text
 
 
-FEW = {  # on the two texts not at the same ratios
-    "wikitext_ppl": ("no_press__0.00", "snapkv__0.50", "snapkv__0.75"),
-    "pg19_ppl": ("no_press__0.00", "snapkv__0.50", "snapkv__0.90"),
+NO_RANDOM = "（缺少记录：wikitext_ppl 的 random，运行 notebooks/01_wikitext_ppl.ipynb 可得）"
+NO_PRESS = "（缺少记录：wikitext_ppl 的 有压缩率的 press，运行 notebooks/01_wikitext_ppl.ipynb 可得）"
+FAILED = {"failure": "out of memory", "step_s": None, "prefill_s": None, "kv_bytes": None}
+FEW = {  # records of WikiText, of books, and timed ones with changes; what the report then says
+    "decode only": (["snapkv__0.50", "snapkv__0.75"], ["snapkv__0.50", "snapkv__0.90"], "*__snapkv__*")
+    + ({"prefill_s": None, "param_decode_only": True}, ["压缩率同为 0.50，两个实验都测了的 1 种方法", NO_RANDOM]),
+    "no press": ([], ["random__0.50", "random__0.75"], "*__no_press__*", {}, [NO_PRESS]),
+    "all failed": (["random__0.50", "snapkv__0.75"], ["random__0.75", "snapkv__0.75"], "*__snapkv__*")
+    + (FAILED, ["pg19_ppl 的 snapkv 的区间", "wikitext_ppl 的 与 random 压缩率相同的 press"]),
+    "strength of its own": (["snapkv__0.75"], ["snapkv__0.75"], "*", {"press": "think", "compression_ratio": None})
+    + (["缺少记录：speed 的 "],),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "timed, changes",
-    [
-        ("__snapkv__", {"prefill_s": None, "param_decode_only": True}),
-        ("__no_press__", {}),
-        ("__snapkv__", {"failure": "out of memory", "step_s": None, "prefill_s": None, "kv_bytes": None}),
-    ],
-    ids=["decode only", "no press", "all failed"],
-)
-def test_the_report_builds_from_a_few_records(tmp_path, timed, changes):
-    """One press, on so few windows that there are no intervals, and incomplete timings: what a first try leaves."""
+@pytest.mark.parametrize("case", FEW)
+def test_the_report_builds_from_a_few_records(tmp_path, case):
+    """A press or two, so few windows that there are no intervals, and incomplete timings: what a first try leaves."""
+    wiki, books, timed, changes, said = FEW[case]
     folder = copied(tmp_path)
-    for study, names in FEW.items():
+    for study, presses in {"wikitext_ppl": wiki, "pg19_ppl": books, "recall": ["snapkv__0.75"]}.items():
         target = tmp_path / "results" / study
         target.mkdir(parents=True)
-        for name in names:
-            for path in (REFERENCE / study).glob(f"*__demo__{name}__max_windows=200.*"):
-                shutil.copyfile(path, target / path.name)
+        for name in ("no_press__0.00", *presses):
+            for path in (REFERENCE / study).glob(f"*__demo__{name}__*"):
+                if "max_windows=20." not in path.name:
+                    shutil.copyfile(path, target / path.name)
         for path in target.glob("*.json"):
             record = json.loads(path.read_text())
             path.write_text(json.dumps({key: None if "ci95" in key else value for key, value in record.items()}))
     target = tmp_path / "results" / "speed"
     target.mkdir()
-    for path in (REFERENCE / "speed").glob(f"*{timed}*.json"):
+    for path in (REFERENCE / "speed").glob(f"{timed}.json"):
         record = json.loads(path.read_text())
-        (target / path.name).write_text(json.dumps(record | changes))
+        changed = {} if case == "strength of its own" and record["press"] == "no_press" else changes
+        (target / path.name).write_text(json.dumps(record | changed))
     text = plain(preview.build(folder, tmp_path / "report.html"))
-    assert "（缺少记录：speed 的 " in text
-    assert "来源：results/wikitext_ppl，3 份记录" in text and not re.search(r"\bnan\b", text)
-    assert "压缩率同为 0.50，两个实验都测了的 1 种方法" in text
-    assert "（缺少记录：wikitext_ppl 的 random，运行 notebooks/01_wikitext_ppl.ipynb 可得）" in text
+    assert not (found := re.search(r".{,40}\bnan\b.{,40}", text)), found[0]
+    assert f"来源：results/wikitext_ppl，{len(wiki) + 1} 份记录" in text
+    for words in ("（缺少记录：speed 的 ", *said):
+        assert words in text, words
