@@ -97,6 +97,15 @@ def test_the_papers_of_the_core_presses_are_cited():
 MEASURED = re.compile(r"(?<![\w.-])(?:\d+\.\d+|\d+\s*(?:%|倍|nat|[MG]B|毫秒|ms|tok))")
 
 
+def test_in_html_the_code_of_figures_and_tables_can_be_unfolded_and_no_other():
+    settings = yaml.safe_load((REPORT / "_quarto.yml").read_text())
+    html = settings["format"]["html"]
+    assert html["echo"] and html["code-fold"] and not settings["execute"]["echo"]
+    for asked in map(preview.options, CELLS):
+        shown = "label" in asked
+        assert asked.get("echo", True) == shown or asked.get("include", True) is False, asked
+
+
 def test_prose_has_no_number_typed_by_hand():
     assert MEASURED.search("困惑度是 35.7") and MEASURED.search("快 3 倍")
     plain = re.sub(r"`[^`]*`|\$[^$]*\$", "", PROSE)
