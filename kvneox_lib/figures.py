@@ -146,12 +146,12 @@ def _press_lines_on(axes, frame: pd.DataFrame, x: str, y: str, names: list[str],
             axes.errorbar(places.to_numpy(), rows[y].to_numpy(), yerr=bars, capsize=2, **style)
         else:
             axes.plot(rows[x], rows[y], **style)
-    places = {value: f"{value:g}" for value in sorted(frame[x].unique())}
+    ticks = {value: f"{value:g}" for value in sorted(frame[x].unique())}
     if log_x:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
-    elif len(places) <= 6 and max(map(len, places.values())) <= 5:  # where it was measured
-        axes.set_xticks(list(places), list(places.values()), fontsize=9)
+    elif len(ticks) <= 6 and max(map(len, ticks.values())) <= 5:  # where it was measured
+        axes.set_xticks(list(ticks), list(ticks.values()), fontsize=9)
 
 
 def heat_maps(
