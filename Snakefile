@@ -1,6 +1,6 @@
 """A params file becomes runs of notebooks: snakemake -c 4 --configfile params/demo.yaml
 
-A run is one notebook under papermill; its outputs are the records that it writes, declared by kvneox_lib.sweep. It is
+A run is one notebook under papermill; its outputs are the records that it writes, declared by kvneox_lib.studies. It is
 skipped when they are there. It is done again when its parameters change, since its records are then called otherwise,
 and when the code changes that makes its figures, which the digest among `params` tells. Snakemake removes the outputs
 before it does a run again: so the notebook, which keeps records whose parameters are equal, finds none and measures
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from kvneox_lib.sweep import read_sweep, summary
+from kvneox_lib.studies.sweep import read_sweep, summary
 
 NOTEBOOKS = Path(os.path.relpath(workflow.basedir)) / "notebooks"
 EXECUTE = [sys.executable, os.path.join(workflow.basedir, "workflow", "execute.py")]

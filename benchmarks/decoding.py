@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from kvneox_lib import load_model, make_press
-from kvneox_lib.benchmark import read_bandwidth, time_once, weight_bytes
+from kvneox_lib.measures.speed import read_bandwidth, time_once, weight_bytes
 
 warnings.filterwarnings("ignore", message=".*the model was trained on")
 ROUNDS, N_NEW = 3, 16
@@ -67,7 +67,7 @@ def print_peak(engine: str, name: str) -> None:
     time_once(model, engine, make_press(name, 0.75), torch.randint(50_000, (1, 128)), 2)  # libraries are loaded now
     with open("/proc/self/status") as status:
         before = next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
-    from kvneox_lib import decoding
+    from kvneox_lib.measures import decoding
 
     whole = decoding.PeakMemory(torch.device("cpu"))
     decoding.PeakMemory.RESET = decoding.Path("/nonexistent")  # the decoding phase shall not start anew

@@ -91,7 +91,7 @@ def hooks_of_presses(model) -> list:
 @pytest.fixture(scope="session")
 def reading(tokenizer):
     """Token ids (1, n) of English text that is always there."""
-    from kvneox_lib.calibration import standard_library_docstrings
+    from kvneox_lib.presses.calibration import standard_library_docstrings
 
     return tokenizer(standard_library_docstrings(), return_tensors="pt", verbose=False).input_ids
 

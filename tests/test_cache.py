@@ -7,10 +7,10 @@ import torch
 from conftest import DEMO, relative_difference
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from kvneox_lib.cache import CompactCache, RaggedLayer
-from kvneox_lib.decoding import kept_counts, prefill
-from kvneox_lib.modeling import evictions
-from kvneox_lib.presses import applied, attention, attention_needed, make_press, press_names, ratio_for
+from kvneox_lib.measures.decoding import kept_counts, prefill
+from kvneox_lib.neox.cache import CompactCache, RaggedLayer
+from kvneox_lib.neox.modeling import evictions
+from kvneox_lib.presses.facts import applied, attention, attention_needed, make_press, press_names, ratio_for
 
 HEADWISE = ("adakv_snapkv", "critical_adakv_snapkv", "dms_leverage", "kvcompose_unstructured", "kvzip", "kvgrad")
 

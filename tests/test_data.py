@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 from huggingface_hub import constants
 
-from kvneox_lib import data
-from kvneox_lib import hub as hub_module
-from kvneox_lib.data import load_text
+from kvneox_lib.inputs import hub as hub_module
+from kvneox_lib.inputs import text as data
+from kvneox_lib.inputs.text import load_text
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 BOOKS = ["It was a bright cold day.\nThe clocks struck.\n" * 40, "Call me Ishmael.\n\nSome years ago.\n" * 30]

@@ -8,9 +8,9 @@ import torch
 from conftest import stock_and_ours, tiny_config
 from transformers import pipeline
 
-from kvneox_lib.cache import CompactCache
-from kvneox_lib.decoding import generate
-from kvneox_lib.presses import acts, attention_needed, make_press, press_names, rows_independent
+from kvneox_lib.measures.decoding import generate
+from kvneox_lib.neox.cache import CompactCache
+from kvneox_lib.presses.facts import acts, attention_needed, make_press, press_names, rows_independent
 
 IN_HOOKS = [
     name

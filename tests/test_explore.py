@@ -5,12 +5,14 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from kvneox_lib import continuation_nll, explore_page, make_press, records
-from kvneox_lib.data import Text
-from kvneox_lib.decoding import prefill
-from kvneox_lib.explore import CHANGED, LATER, ROTATED, excerpt, explore, record_exploration, token_texts
-from kvneox_lib.explorer import OWN_TEXT, Explorer
-from kvneox_lib.models import LoadedModel
+from kvneox_lib import continuation_nll, make_press
+from kvneox_lib.inputs.text import Text
+from kvneox_lib.inputs.weights import LoadedModel
+from kvneox_lib.measures.decoding import prefill
+from kvneox_lib.measures.explore import CHANGED, LATER, ROTATED, excerpt, explore, record_exploration, token_texts
+from kvneox_lib.pages import explore_page
+from kvneox_lib.pages.explorer import OWN_TEXT, Explorer
+from kvneox_lib.studies import records
 
 N_CONTEXT = 160
 ASKED = {"model": "demo", "dataset": "python-docs", "context_length": 160, "continuation_length": 12}

@@ -9,8 +9,8 @@ import pytest
 import torch
 from matplotlib import font_manager, pyplot
 
-from kvneox_lib import figures
-from kvneox_lib.modeling import half_split
+from kvneox_lib.neox.modeling import half_split
+from kvneox_lib.pages import figures
 
 matplotlib.use("agg")
 

@@ -6,8 +6,8 @@ from conftest import relative_difference, stock_and_ours, tiny_config
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvneox_lib.kernels import attend_with_one_query, is_plain, linear_of_few_rows
-from kvneox_lib.verify import stock_twin
+from kvneox_lib.measures.verify import stock_twin
+from kvneox_lib.neox.kernels import attend_with_one_query, is_plain, linear_of_few_rows
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 24), (2, 24), (3, 1, 24), (32, 24), (33, 24), (2, 5, 24)])
@@ -58,7 +58,7 @@ def test_the_mlp_in_slices_is_the_mlp(monkeypatch):
     _, ours = stock_and_ours(tiny_config())
     ids = torch.randint(0, 97, (2, 50))
     expected = ours(ids).logits
-    monkeypatch.setattr("kvneox_lib.modeling.TOKENS_PER_SLICE", 14)
+    monkeypatch.setattr("kvneox_lib.neox.modeling.TOKENS_PER_SLICE", 14)
     widest = []
     handle = ours.model.layers[0].mlp.dense_h_to_4h.register_forward_hook(lambda m, a, out: widest.append(out.shape[1]))
     assert relative_difference(ours(ids).logits, expected) < 1e-5

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GPTNeoXForCausalLM, StaticCache, pipeline
 
 from kvneox_lib import KVNeoXForCausalLM, adapt, generate, make_press, streaming_nll
-from kvneox_lib.calibration import _fingerprint
-from kvneox_lib.modeling import half_split
+from kvneox_lib.neox.modeling import half_split
+from kvneox_lib.presses.calibration import _fingerprint
 
 SHAPES = {
     "head 32 (14m, 31m)": {"head_dim": 32},

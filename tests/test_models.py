@@ -21,11 +21,12 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from kvneox_lib import KVNeoXForCausalLM, models
-from kvneox_lib import hub as hub_module
-from kvneox_lib.data import load_text
-from kvneox_lib.models import demo_folder, load_model
-from kvneox_lib.windows import windows
+from kvneox_lib import KVNeoXForCausalLM
+from kvneox_lib.inputs import hub as hub_module
+from kvneox_lib.inputs import weights as models
+from kvneox_lib.inputs.text import load_text
+from kvneox_lib.inputs.weights import demo_folder, load_model
+from kvneox_lib.inputs.windows import windows
 
 REPO = "someone/tiny-neox"
 IDS = torch.arange(2, 62)[None]
@@ -239,7 +240,7 @@ def test_a_proxy_leads_to_the_hub(hub, tmp_path, monkeypatch):
 def test_the_environment_alone_is_enough(tmp_path):
     """HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE as a shell sets them, in fresh processes."""
     script = textwrap.dedent(f"""
-        import kvneox_lib.models as models
+        import kvneox_lib.inputs.weights as models
         loaded = models.load_model({REPO!r}, weights="pretrained")
         print(loaded.source, float(loaded.model(models.torch.arange(2, 62)[None]).logits.sum()))
     """)
@@ -428,7 +429,7 @@ def test_random_weights_of_a_cached_model_have_its_shape(hub, tmp_path):
 def test_random_pythia_2_8b_in_bfloat16_stays_under_7_gb():
     script = textwrap.dedent("""
         import resource, torch
-        from kvneox_lib.models import load_model
+        from kvneox_lib.inputs.weights import load_model
         model = load_model("pythia-2.8b", weights="random", dtype="bfloat16", device="cpu").model
         print(sum(parameter.numel() for parameter in model.parameters()))
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
@@ -528,7 +529,9 @@ def test_the_wheel_installed_outside_the_checkout_loads_demo(tmp_path):
     wheel = next(tmp_path.glob("*.whl"))
     assert wheel.stat().st_size < 20e6
     subprocess.run([*pip, "install", "--no-deps", "--target", str(installed), str(wheel)], check=True)
-    script = "import kvneox_lib.models as m; print(m.__file__, m.load_model('demo', weights='pretrained').weights)"
+    script = (
+        "import kvneox_lib.inputs.weights as m; print(m.__file__, m.load_model('demo', weights='pretrained').weights)"
+    )
     environment = {**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)

@@ -9,7 +9,11 @@ import papermill
 import pytest
 from conftest import REPOSITORY
 
-from kvneox_lib import benchmark, explore, records, streaming_study, studies
+from kvneox_lib.measures import explore
+from kvneox_lib.measures import speed as benchmark
+from kvneox_lib.studies import perplexity as studies
+from kvneox_lib.studies import records
+from kvneox_lib.studies import streaming as streaming_study
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 COMMON = {"model", "attn_implementation", "dtype", "device", "output_dir"}

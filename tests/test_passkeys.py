@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvneox_lib.data import load_text
-from kvneox_lib.passkeys import recall_samples
+from kvneox_lib.inputs.passkeys import recall_samples
+from kvneox_lib.inputs.text import load_text
 
 
 @pytest.fixture(scope="module")

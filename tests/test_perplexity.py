@@ -10,9 +10,9 @@ from conftest import stock_and_ours, tiny_config
 from torch.nn.functional import cross_entropy
 
 import kvneox_lib
-from kvneox_lib import perplexity
-from kvneox_lib.decoding import kept_counts, kept_positions, prefill, prefill_each
-from kvneox_lib.perplexity import (
+from kvneox_lib.measures import perplexity
+from kvneox_lib.measures.decoding import kept_counts, kept_positions, prefill, prefill_each
+from kvneox_lib.measures.perplexity import (
     against,
     bootstrap_ci95,
     by_distance,
@@ -21,9 +21,9 @@ from kvneox_lib.perplexity import (
     summarize,
     teacher_forced_nll,
 )
-from kvneox_lib.presses import acts, attention, attention_needed, make_press, press_names, ratio_for
-from kvneox_lib.registry import REGISTRY
-from kvneox_lib.verify import masked_stock_logits, stock_twin
+from kvneox_lib.measures.verify import masked_stock_logits, stock_twin
+from kvneox_lib.presses.facts import acts, attention, attention_needed, make_press, press_names, ratio_for
+from kvneox_lib.presses.registry import REGISTRY
 
 N_CONTEXT = 150
 

@@ -11,8 +11,8 @@ from conftest import hooks_of_presses, stock_and_ours, tiny_config
 from transformers import DynamicCache
 
 from kvneox_lib import check_press, make_press, press_names
-from kvneox_lib.decoding import greedy, kept_counts, kept_positions, prefill, with_delimiter
-from kvneox_lib.presses import (
+from kvneox_lib.measures.decoding import greedy, kept_counts, kept_positions, prefill, with_delimiter
+from kvneox_lib.presses.facts import (
     acts,
     applied,
     attention_needed,
@@ -24,7 +24,7 @@ from kvneox_lib.presses import (
     rerotates,
     rows_independent,
 )
-from kvneox_lib.registry import REGISTRY, ROWS, UNAVAILABLE
+from kvneox_lib.presses.registry import REGISTRY, ROWS, UNAVAILABLE
 
 HOOK_ROWS = [
     row.name for row in ROWS[1:] if acts(make_press(row.name, [0.5] if "per_layer" in row.name else 0.5)) != "decoding"

@@ -22,7 +22,12 @@ from click.testing import CliRunner
 from conftest import REPOSITORY
 from matplotlib import pyplot
 
-from kvneox_lib import benchmark, explore, figures, records, streaming_study, studies
+from kvneox_lib.measures import explore
+from kvneox_lib.measures import speed as benchmark
+from kvneox_lib.pages import figures
+from kvneox_lib.studies import perplexity as studies
+from kvneox_lib.studies import records
+from kvneox_lib.studies import streaming as streaming_study
 
 sys.path.insert(0, str(REPOSITORY / "tools"))
 import readme  # noqa: E402

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from kvneox_lib import recall
-from kvneox_lib.data import load_text
-from kvneox_lib.decoding import kept_positions
-from kvneox_lib.passkeys import recall_samples
-from kvneox_lib.presses import make_press
-from kvneox_lib.recall import ask_each, copy_attention, recall_accuracy
-from kvneox_lib.verify import stock_twin
+from kvneox_lib.inputs.passkeys import recall_samples
+from kvneox_lib.inputs.text import load_text
+from kvneox_lib.measures import recall
+from kvneox_lib.measures.decoding import kept_positions
+from kvneox_lib.measures.recall import ask_each, copy_attention, recall_accuracy
+from kvneox_lib.measures.verify import stock_twin
+from kvneox_lib.presses.facts import make_press
 
 SAMPLE = {"n_keys": 6, "keys_per_context": 3, "context_length": 500, "seed": 2}
 

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
-from kvneox_lib import records
-from kvneox_lib.records import (
+from kvneox_lib.studies import records
+from kvneox_lib.studies.records import (
     find_record,
     load_records,
     output_folder,
@@ -96,7 +96,7 @@ def test_an_installed_copy_does_not_take_the_commit_of_the_repository_around_it(
 
 
 def test_changed_code_is_dirty_and_new_results_are_not(tmp_path, monkeypatch):
-    for name in ("kvneox_lib/records.py", "results/reference/a.json"):
+    for name in ("kvneox_lib/studies/records.py", "results/reference/a.json"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text("before")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
@@ -106,7 +106,7 @@ def test_changed_code_is_dirty_and_new_results_are_not(tmp_path, monkeypatch):
     assert provenance()["git_dirty"] is False
     (tmp_path / "results/reference/a.json").write_text("after")
     assert provenance()["git_dirty"] is False
-    (tmp_path / "kvneox_lib/records.py").write_text("after")
+    (tmp_path / "kvneox_lib/studies/records.py").write_text("after")
     assert provenance()["git_dirty"] is True
 
 

@@ -4,10 +4,10 @@ import pandas as pd
 import pytest
 from conftest import REPOSITORY
 
-from kvneox_lib.perplexity import against
-from kvneox_lib.presses import expand_presses, press_names
-from kvneox_lib.records import load_records, table_path
-from kvneox_lib.streaming_study import compare_at_samples
+from kvneox_lib.measures.perplexity import against
+from kvneox_lib.presses.facts import expand_presses, press_names
+from kvneox_lib.studies.records import load_records, table_path
+from kvneox_lib.studies.streaming import compare_at_samples
 
 REFERENCE = REPOSITORY / "results" / "reference"
 CORE = [name for name in expand_presses("all") if name != "no_press"]

@@ -15,7 +15,7 @@ from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 from nbclient.exceptions import CellExecutionError
 
-from kvneox_lib import reporting
+from kvneox_lib.pages import report as reporting
 
 REPORT = REPOSITORY / "report"
 REFERENCE = REPOSITORY / "results" / "reference"
@@ -88,7 +88,7 @@ def test_citations_and_bibliography_are_the_same_set():
 
 
 def test_the_papers_of_the_core_presses_are_cited():
-    from kvneox_lib.registry import REGISTRY
+    from kvneox_lib.presses.registry import REGISTRY
 
     journals = {entry.get("journal") for entry in bibliography().values()}
     assert [row.name for row in REGISTRY.values() if row.core and row.paper and row.paper not in journals] == []

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from kvneox_lib import reporting
-from kvneox_lib.modeling import KVNeoXForCausalLM
-from kvneox_lib.models import PYTHIA, _pythia_config
+from kvneox_lib.inputs.weights import PYTHIA, _pythia_config
+from kvneox_lib.neox.modeling import KVNeoXForCausalLM
+from kvneox_lib.pages import report as reporting
 
 REFERENCE = REPOSITORY / "results" / "reference"
 

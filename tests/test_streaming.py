@@ -13,8 +13,9 @@ from conftest import REPOSITORY, stock_and_ours, tiny_config
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvneox_lib import StreamingDecoder, generate, make_press, ring, streaming_nll, teacher_forced_nll
-from kvneox_lib.streaming import recomputed_nll
+from kvneox_lib import StreamingDecoder, generate, make_press, streaming_nll, teacher_forced_nll
+from kvneox_lib.measures.streaming import recomputed_nll
+from kvneox_lib.neox import ring
 
 LOOP = runpy.run_path(str(REPOSITORY / "benchmarks" / "streaming.py"))  # written without this library
 
@@ -301,7 +302,7 @@ def test_text_comes_as_it_becomes_complete(demo, tokenizer):
 
 
 def test_a_character_of_several_tokens_comes_once(tokenizer):
-    from kvneox_lib.streaming import _pieces
+    from kvneox_lib.measures.streaming import _pieces
 
     ids = torch.tensor(tokenizer("a 狐狸 b").input_ids)
     assert len(ids) > 7  # some of these characters take several tokens

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from kvneox_lib import streaming_nll
-from kvneox_lib.data import load_text
-from kvneox_lib.models import load_model
-from kvneox_lib.streaming_study import Reading, compare_at_samples, measure_streaming, readings_of
-from kvneox_lib.windows import tokenize
+from kvneox_lib.inputs.text import load_text
+from kvneox_lib.inputs.weights import load_model
+from kvneox_lib.inputs.windows import tokenize
+from kvneox_lib.studies.streaming import Reading, compare_at_samples, measure_streaming, readings_of
 
 SMALL = {"model": "demo", "dataset": "python-docs", "device": "cpu", "dtype": "float32", "max_tokens": 700}
 SMALL |= {"window": 60, "dense_limit": 512, "recompute_samples": 20, "sample_tokens": 300}

@@ -3,12 +3,12 @@
 import pandas as pd
 import pytest
 
-from kvneox_lib import studies
-from kvneox_lib.data import load_text
-from kvneox_lib.perplexity import bootstrap_ci95, continuation_nll, teacher_forced_nll
-from kvneox_lib.presses import make_press
-from kvneox_lib.studies import measure_perplexity, measure_recall, wilson_ci95
-from kvneox_lib.windows import windows
+from kvneox_lib.inputs.text import load_text
+from kvneox_lib.inputs.windows import windows
+from kvneox_lib.measures.perplexity import bootstrap_ci95, continuation_nll, teacher_forced_nll
+from kvneox_lib.presses.facts import make_press
+from kvneox_lib.studies import perplexity as studies
+from kvneox_lib.studies.perplexity import measure_perplexity, measure_recall, wilson_ci95
 
 SMALL = {
     "model": "demo",

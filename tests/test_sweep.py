@@ -14,14 +14,14 @@ import nbformat
 import pytest
 from conftest import REPOSITORY
 
-from kvneox_lib import declared, records
-from kvneox_lib.benchmark import measure_speed
-from kvneox_lib.explore import record_exploration
-from kvneox_lib.models import load_model
-from kvneox_lib.presses import expand_presses, press_names
-from kvneox_lib.streaming_study import measure_streaming
-from kvneox_lib.studies import measure_perplexity, measure_recall
-from kvneox_lib.sweep import read_sweep
+from kvneox_lib.inputs.weights import load_model
+from kvneox_lib.measures.explore import record_exploration
+from kvneox_lib.measures.speed import measure_speed
+from kvneox_lib.presses.facts import expand_presses, press_names
+from kvneox_lib.studies import declared, records
+from kvneox_lib.studies.perplexity import measure_perplexity, measure_recall
+from kvneox_lib.studies.streaming import measure_streaming
+from kvneox_lib.studies.sweep import read_sweep
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 PARAMS = sorted((REPOSITORY / "params").glob("*.yaml"))

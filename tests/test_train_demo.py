@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPTNeoXForCausalLM
 
-from kvneox_lib.models import demo_folder, load_model
+from kvneox_lib.inputs.weights import demo_folder, load_model
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import train_demo  # noqa: E402

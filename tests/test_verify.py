@@ -8,8 +8,9 @@ import torch
 from conftest import DEMO, stock_and_ours, tiny_config
 from transformers import AutoModelForCausalLM
 
-from kvneox_lib import modeling, verify
-from kvneox_lib.registry import REGISTRY
+from kvneox_lib.measures import verify
+from kvneox_lib.neox import modeling
+from kvneox_lib.presses.registry import REGISTRY
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ def test_recall_of_a_passkey_collapses_when_nearly_nothing_is_kept(demo, tokeniz
 
 @torch.no_grad()
 def read_question(model, context, question, press) -> list[int]:
-    from kvneox_lib.decoding import prefill
+    from kvneox_lib.measures.decoding import prefill
 
     cache, length, tokens = prefill(model, context, press), context.shape[1], []
     logits = model(
@@ -129,7 +130,7 @@ def test_no_cell_of_the_matrix_is_blank(demo, tokenizer, reading):
 
 @pytest.mark.slow
 def test_the_command_line_ends_with_a_verdict(tmp_path):
-    command = [sys.executable, "-m", "kvneox_lib.verify", "--smoke"]
+    command = [sys.executable, "-m", "kvneox_lib.measures.verify", "--smoke"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("VERDICT: all checks passed") and "continuation under knorm" in done.stdout

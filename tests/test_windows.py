@@ -8,8 +8,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from kvneox_lib.data import Text
-from kvneox_lib.windows import tokenize, windows
+from kvneox_lib.inputs.text import Text
+from kvneox_lib.inputs.windows import tokenize, windows
 
 BOOKS = ["It was a bright cold day.\nThe clocks struck.\n" * 40, "Call me Ishmael.\n\nSome years ago.\n" * 30]
 ODD = (

@@ -19,9 +19,9 @@ import papermill
 from matplotlib.figure import Figure
 
 from kvneox_lib import expand_presses
-from kvneox_lib.figures import press_lines, use_style
-from kvneox_lib.presses import press_table
-from kvneox_lib.records import load_records
+from kvneox_lib.pages.figures import press_lines, use_style
+from kvneox_lib.presses.facts import press_table
+from kvneox_lib.studies.records import load_records
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "results" / "reference"

@@ -17,7 +17,7 @@ import pandas as pd
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from kvneox_lib import hub
+from kvneox_lib.inputs import hub
 
 WIKITEXT_SUBSETS = ("wikitext-103-v1", "wikitext-2-v1", "wikitext-103-raw-v1", "wikitext-2-raw-v1")
 SPLITS = ("test", "validation", "train")

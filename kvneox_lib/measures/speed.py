@@ -14,13 +14,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import Cache, DynamicCache
 
-from kvneox_lib import records
-from kvneox_lib.decoding import Clock, PeakMemory, first_position, generate, kept_counts, with_delimiter
-from kvneox_lib.modeling import KVNeoXForCausalLM
-from kvneox_lib.presses import acts, applied, expand_presses, rows_independent
-from kvneox_lib.runs import Runs, Study, as_list
-from kvneox_lib.verify import stock_twin
-from kvneox_lib.windows import check_int
+from kvneox_lib.inputs.windows import check_int
+from kvneox_lib.measures.decoding import Clock, PeakMemory, first_position, generate, kept_counts, with_delimiter
+from kvneox_lib.measures.verify import stock_twin
+from kvneox_lib.neox.modeling import KVNeoXForCausalLM
+from kvneox_lib.presses.facts import acts, applied, expand_presses, rows_independent
+from kvneox_lib.studies import records
+from kvneox_lib.studies.runs import Runs, Study, as_list
 
 WARM_UP = 128  # tokens of context
 ENGINES = {

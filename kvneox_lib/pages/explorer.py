@@ -8,12 +8,13 @@ from html import escape
 
 import ipywidgets as widgets
 
-from kvneox_lib import explore_page, hub
-from kvneox_lib.data import HUB, Text, load_text
-from kvneox_lib.explore import Explored, excerpt, explore
-from kvneox_lib.models import PYTHIA, load_model
-from kvneox_lib.presses import press_names, press_row
-from kvneox_lib.runs import made_presses, own_ratios
+from kvneox_lib.inputs import hub
+from kvneox_lib.inputs.text import HUB, Text, load_text
+from kvneox_lib.inputs.weights import PYTHIA, load_model
+from kvneox_lib.measures.explore import Explored, excerpt, explore
+from kvneox_lib.pages import explore_page
+from kvneox_lib.presses.facts import press_names, press_row
+from kvneox_lib.studies.runs import made_presses, own_ratios
 
 OWN_TEXT = "自己输入"
 EVERY = "全部"

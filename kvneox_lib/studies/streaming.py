@@ -13,14 +13,14 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from kvneox_lib import records
-from kvneox_lib.cache import CompactCache
-from kvneox_lib.decoding import Clock
-from kvneox_lib.modeling import KVNeoXForCausalLM
-from kvneox_lib.perplexity import bootstrap_ci95, read_on, teacher_forced_nll
-from kvneox_lib.runs import Runs, Study, as_list
-from kvneox_lib.streaming import StreamingDecoder, recomputed_nll, streaming_nll
-from kvneox_lib.windows import check_int, tokenize
+from kvneox_lib.inputs.windows import check_int, tokenize
+from kvneox_lib.measures.decoding import Clock
+from kvneox_lib.measures.perplexity import bootstrap_ci95, read_on, teacher_forced_nll
+from kvneox_lib.measures.streaming import StreamingDecoder, recomputed_nll, streaming_nll
+from kvneox_lib.neox.cache import CompactCache
+from kvneox_lib.neox.modeling import KVNeoXForCausalLM
+from kvneox_lib.studies import records
+from kvneox_lib.studies.runs import Runs, Study, as_list
 
 METHODS = ("dense", "window", "sinks", "recompute")
 BLOCK = 256  # tokens, of which the running figures are means

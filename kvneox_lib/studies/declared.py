@@ -11,10 +11,14 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-from kvneox_lib import benchmark, explore, records, runs, streaming_study, studies
-from kvneox_lib.models import PYTHIA_NAMES, demo_folder, find_target
-from kvneox_lib.presses import acts, expand_presses, make_press, press_row
-from kvneox_lib.registry import RATIO_PER_LAYER
+from kvneox_lib.inputs.weights import PYTHIA_NAMES, demo_folder, find_target
+from kvneox_lib.measures import explore
+from kvneox_lib.measures import speed as benchmark
+from kvneox_lib.presses.facts import acts, expand_presses, make_press, press_row
+from kvneox_lib.presses.registry import RATIO_PER_LAYER
+from kvneox_lib.studies import perplexity as studies
+from kvneox_lib.studies import records, runs
+from kvneox_lib.studies import streaming as streaming_study
 
 PYTHIA_LENGTH = 2048  # the trained length of all of them
 LIBRARY = Path(__file__).parent

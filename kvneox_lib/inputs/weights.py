@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, GPTNeoXConfig, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
-from kvneox_lib import hub
-from kvneox_lib.modeling import KVNeoXForCausalLM
+from kvneox_lib.inputs import hub
+from kvneox_lib.neox.modeling import KVNeoXForCausalLM
 
 # Published dimensions: layers, hidden size, heads, vocabulary. All else is the same throughout the family.
 PYTHIA = {

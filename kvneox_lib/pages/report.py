@@ -15,8 +15,8 @@ import pandas as pd
 from IPython.display import Markdown
 from matplotlib.figure import Figure
 
-from kvneox_lib import figures
-from kvneox_lib.records import load_records, table_path
+from kvneox_lib.pages import figures
+from kvneox_lib.studies.records import load_records, table_path
 
 NOTEBOOKS = {
     "adapter": "00_adapter",

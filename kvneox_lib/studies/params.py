@@ -12,9 +12,9 @@ from pathlib import Path
 
 import yaml
 
-from kvneox_lib.data import HUB, SPLITS, WIKITEXT_SUBSETS
-from kvneox_lib.models import ATTENTION, DTYPES, find_target
-from kvneox_lib.presses import press_row
+from kvneox_lib.inputs.text import HUB, SPLITS, WIKITEXT_SUBSETS
+from kvneox_lib.inputs.weights import ATTENTION, DTYPES, find_target
+from kvneox_lib.presses.facts import press_row
 
 ALL_PRESSES = ("all", "every")
 

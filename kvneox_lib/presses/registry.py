@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import kvpress as K
 from kvpress import BasePress
 
-from kvneox_lib.calibration import CalibratedDuoAttention, CalibratedExpectedAttention, CalibratedQFilter
+from kvneox_lib.presses.calibration import CalibratedDuoAttention, CalibratedExpectedAttention, CalibratedQFilter
 
 
 class UnstructuredKVCompose(K.KVComposePress):

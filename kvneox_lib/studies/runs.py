@@ -11,12 +11,13 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from kvneox_lib import hub, records
-from kvneox_lib.data import HUB, Text, load_text
-from kvneox_lib.modeling import KVNeoXForCausalLM
-from kvneox_lib.models import LoadedModel, load_model
-from kvneox_lib.presses import attention, attention_needed, check_press, make_press, press_row, ratio_for
-from kvneox_lib.registry import RATIO_PER_LAYER, REGISTRY
+from kvneox_lib.inputs import hub
+from kvneox_lib.inputs.text import HUB, Text, load_text
+from kvneox_lib.inputs.weights import LoadedModel, load_model
+from kvneox_lib.neox.modeling import KVNeoXForCausalLM
+from kvneox_lib.presses.facts import attention, attention_needed, check_press, make_press, press_row, ratio_for
+from kvneox_lib.presses.registry import RATIO_PER_LAYER, REGISTRY
+from kvneox_lib.studies import records
 
 # The first four are at the head of every run's name; where a text or a record lies does not change a figure; what the
 # weights turned out to be is said for random ones, whatever was asked for.

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kvneox_lib.data import Text
+from kvneox_lib.inputs.text import Text
 
 
 @dataclass(frozen=True)

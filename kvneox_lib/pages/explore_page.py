@@ -5,7 +5,7 @@ from html import escape
 
 import torch
 
-from kvneox_lib.explore import Exploration, Reading
+from kvneox_lib.measures.explore import Exploration, Reading
 
 PAPER, INK, FAINT = "#ffffff", "#111111", "#767676"
 KEPT = (0x56, 0xB4, 0xE9)  # sky blue: INK stays readable on it

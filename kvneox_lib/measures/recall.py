@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from transformers import Cache
 
-from kvneox_lib.decoding import first_position, kept_counts, positions_in, prefill, prefill_each
-from kvneox_lib.modeling import KVNeoXForCausalLM, adapt
-from kvneox_lib.passkeys import RecallKey, RecallSample, recall_samples
-from kvneox_lib.perplexity import read_on
-from kvneox_lib.presses import acts, attention
+from kvneox_lib.inputs.passkeys import RecallKey, RecallSample, recall_samples
+from kvneox_lib.measures.decoding import first_position, kept_counts, positions_in, prefill, prefill_each
+from kvneox_lib.measures.perplexity import read_on
+from kvneox_lib.neox.modeling import KVNeoXForCausalLM, adapt
+from kvneox_lib.presses.facts import acts, attention
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import Cache, DynamicCache
 
-from kvneox_lib.decoding import first_position, kept_counts, prefill_each, with_delimiter
-from kvneox_lib.modeling import KVNeoXForCausalLM, adapt
-from kvneox_lib.presses import acts, applied, rows_independent
+from kvneox_lib.measures.decoding import first_position, kept_counts, prefill_each, with_delimiter
+from kvneox_lib.neox.modeling import KVNeoXForCausalLM, adapt
+from kvneox_lib.presses.facts import acts, applied, rows_independent
 
 LOGITS_AT_ONCE = 2**24  # numbers, 64 MiB in float32: a window's logits are never in memory as a whole
 ROWS_AT_ONCE = 512  # of them: more leave the processor's cache

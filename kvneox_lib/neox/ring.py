@@ -12,9 +12,9 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from kvneox_lib.kernels import attend_with_one_query
-from kvneox_lib.modeling import KVNeoXForCausalLM
-from kvneox_lib.windows import check_int
+from kvneox_lib.inputs.windows import check_int
+from kvneox_lib.neox.kernels import attend_with_one_query
+from kvneox_lib.neox.modeling import KVNeoXForCausalLM
 
 QUERIES_AT_ONCE = 128  # in one product with the keys of their windows
 ANGLES_AT_ONCE = 4096  # positions whose cos and sin are kept at hand

@@ -1,6 +1,6 @@
 """The proof: our model against the stock one, every press against an independent computation.
 
-    python -m kvneox_lib.verify [--model demo] [--smoke]
+    python -m kvneox_lib.measures.verify [--model demo] [--smoke]
 
 Each check returns a `Check` with the figure it measured and the limit it had to keep; tests, notebook 00 and the
 command line share them. Stock figures come from transformers' own `GPTNeoXForCausalLM` with the same weights.
@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, GPTNeoXForCausalLM, pipeline
 
-from kvneox_lib.calibration import standard_library_docstrings
-from kvneox_lib.decoding import greedy, kept_positions
-from kvneox_lib.modeling import KVNeoXForCausalLM, half_split
-from kvneox_lib.presses import REGISTRY, acts, applied, attention, check_press, make_press, press_row, ratio_for
+from kvneox_lib.measures.decoding import greedy, kept_positions
+from kvneox_lib.neox.modeling import KVNeoXForCausalLM, half_split
+from kvneox_lib.presses.calibration import standard_library_docstrings
+from kvneox_lib.presses.facts import REGISTRY, acts, applied, attention, check_press, make_press, press_row, ratio_for
 
 POSITIONS_CHECKED = ("snapkv", "tova", "knorm", "observed_attention", "streaming_llm", "pyramidkv")
 MODES = ("pipeline", "generation", "two questions")
@@ -300,7 +300,7 @@ def run_checks(model: KVNeoXForCausalLM, input_ids: torch.Tensor) -> Iterator[Ch
 
 
 def main() -> int:
-    from kvneox_lib.models import load_model
+    from kvneox_lib.inputs.weights import load_model
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="alias, hub id or local folder (default: the bundled demo)")

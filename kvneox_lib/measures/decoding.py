@@ -15,11 +15,11 @@ import torch
 from kvpress import BasePress
 from transformers import Cache, DynamicCache
 
-from kvneox_lib.cache import CompactCache
-from kvneox_lib.kernels import linear_of_few_rows
-from kvneox_lib.modeling import KVNeoXForCausalLM, adapt, evictions
-from kvneox_lib.presses import acts, applied, check_press, rerotates, rows_independent
-from kvneox_lib.windows import check_int
+from kvneox_lib.inputs.windows import check_int
+from kvneox_lib.neox.cache import CompactCache
+from kvneox_lib.neox.kernels import linear_of_few_rows
+from kvneox_lib.neox.modeling import KVNeoXForCausalLM, adapt, evictions
+from kvneox_lib.presses.facts import acts, applied, check_press, rerotates, rows_independent
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from kvneox_lib import records
-from kvneox_lib.passkeys import recall_samples
-from kvneox_lib.perplexity import by_distance, score_each, summarize, teacher_forced_nll
-from kvneox_lib.presses import acts, expand_presses, make_press, ratio_for
-from kvneox_lib.recall import RecallResult, ask_each, copy_attention
-from kvneox_lib.runs import Runs, Study, as_list
-from kvneox_lib.windows import Windows, check_int, windows
+from kvneox_lib.inputs.passkeys import recall_samples
+from kvneox_lib.inputs.windows import Windows, check_int, windows
+from kvneox_lib.measures.perplexity import by_distance, score_each, summarize, teacher_forced_nll
+from kvneox_lib.measures.recall import RecallResult, ask_each, copy_attention
+from kvneox_lib.presses.facts import acts, expand_presses, make_press, ratio_for
+from kvneox_lib.studies import records
+from kvneox_lib.studies.runs import Runs, Study, as_list
 
 QUESTION_TOKENS = 64  # room for a question and its answer
 

@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvneox_lib.declared import RECORDS, WITH_BASELINE, code_digest, declared_records, notebook_defaults
-from kvneox_lib.models import demo_folder, find_target
-from kvneox_lib.params import Lines, Mistakes, check_value, expand_variables, read_yaml, unknown
-from kvneox_lib.presses import expand_presses
+from kvneox_lib.inputs.weights import demo_folder, find_target
+from kvneox_lib.presses.facts import expand_presses
+from kvneox_lib.studies.declared import RECORDS, WITH_BASELINE, code_digest, declared_records, notebook_defaults
+from kvneox_lib.studies.params import Lines, Mistakes, check_value, expand_variables, read_yaml, unknown
 
 STUDY_KEYS = ("notebook", "fixed", "grid", "resources")
 RESOURCES = {"gpus": 0, "cores": 1, "mem_mb": 1}  # what a run may ask for, and the least of it

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 import kvpress
 from kvpress import BasePress
 
-from kvneox_lib.modeling import KVNeoXForCausalLM
-from kvneox_lib.registry import RATIO_PER_LAYER, REGISTRY, ROWS, UNAVAILABLE, PressRow
+from kvneox_lib.neox.modeling import KVNeoXForCausalLM
+from kvneox_lib.presses.registry import RATIO_PER_LAYER, REGISTRY, ROWS, UNAVAILABLE, PressRow
 
 for _module in [module for name, module in list(sys.modules.items()) if name.split(".")[0] == "kvpress"]:
     if KVNeoXForCausalLM not in getattr(_module, "SUPPORTED_MODELS", (KVNeoXForCausalLM,)):

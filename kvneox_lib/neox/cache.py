@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from kvneox_lib.modeling import evictions
+from kvneox_lib.neox.modeling import evictions
 
 
 class Room:

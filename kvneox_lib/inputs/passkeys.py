@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from kvneox_lib.windows import Tokens, byte_offsets, check_int, tokenize
+from kvneox_lib.inputs.windows import Tokens, byte_offsets, check_int, tokenize
 
 
 @dataclass(frozen=True)

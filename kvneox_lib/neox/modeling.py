@@ -24,14 +24,14 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
 
-from kvneox_lib.kernels import (
+from kvneox_lib.neox.kernels import (
     attend_with_one_query,
     is_plain,
     is_watched,
     linear_of_few_rows,
     one_query_is_faster_alone,
 )
-from kvneox_lib.masks import LayerMasks, as_additive
+from kvneox_lib.neox.masks import LayerMasks, as_additive
 
 TOKENS_PER_SLICE = 2048  # of the MLP
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from kvneox_lib.windows import cache_folder
+from kvneox_lib.inputs.windows import cache_folder
 
 DOCSTRINGS_OF = (
     "argparse asyncio.streams datetime decimal difflib inspect logging optparse subprocess tarfile turtle typing"

@@ -12,15 +12,15 @@ import kvpress
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from kvneox_lib import records
-from kvneox_lib.data import Text
-from kvneox_lib.decoding import generate, greedy, positions_in, prefill, prefill_each
-from kvneox_lib.modeling import KVNeoXForCausalLM
-from kvneox_lib.models import LoadedModel
-from kvneox_lib.perplexity import score_each
-from kvneox_lib.presses import acts, attention, rerotates
-from kvneox_lib.runs import Runs, own_ratios
-from kvneox_lib.windows import check_int, tokenize
+from kvneox_lib.inputs.text import Text
+from kvneox_lib.inputs.weights import LoadedModel
+from kvneox_lib.inputs.windows import check_int, tokenize
+from kvneox_lib.measures.decoding import generate, greedy, positions_in, prefill, prefill_each
+from kvneox_lib.measures.perplexity import score_each
+from kvneox_lib.neox.modeling import KVNeoXForCausalLM
+from kvneox_lib.presses.facts import acts, attention, rerotates
+from kvneox_lib.studies import records
+from kvneox_lib.studies.runs import Runs, own_ratios
 
 ROTATED = "这种方法把留下的键旋转到了新的位置，与原来的键对不上，所以没有图。"
 CHANGED = "这种方法改动了留下的键（例如把一些通道置零），与原来的键对不上，所以没有图。"

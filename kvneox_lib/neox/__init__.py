@@ -1,0 +1,1 @@
+"""The model seen as Llama, and what it stores."""

@@ -1,0 +1,1 @@
+"""What notebooks and report share: analysis, words, pictures."""

@@ -1,0 +1,1 @@
+"""The table of presses, and what must be known of one."""
