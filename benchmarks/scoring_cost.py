@@ -12,7 +12,7 @@ import time
 import torch
 
 from kvneox_lib import continuation_nll, load_model, make_press
-from kvneox_lib.presses.facts import expand_presses
+from kvneox_lib.presses.by_name import expand_presses
 
 REPEATS, CONTEXT, CONTINUATION = 5, 1024, 256
 

@@ -19,7 +19,7 @@ from transformers import GPTNeoXForCausalLM
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
 from kvneox_lib import StreamingDecoder, load_model, streaming_nll
-from kvneox_lib.measures.verify import stock_twin
+from kvneox_lib.neox.modeling import stock_twin
 
 N_SINK, WINDOW = 4, 1020
 QUICK = "--quick" in sys.argv

@@ -7,7 +7,8 @@ from kvneox_lib.measures.recall import RecallResult, recall_accuracy
 from kvneox_lib.measures.streaming import StreamingDecoder, streaming_nll
 from kvneox_lib.neox.cache import CompactCache
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM, adapt
-from kvneox_lib.presses.facts import check_press, expand_presses, make_press, press_names
+from kvneox_lib.presses.applying import check_press
+from kvneox_lib.presses.by_name import expand_presses, make_press, press_names
 
 __all__ = [
     "CompactCache",

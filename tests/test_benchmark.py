@@ -5,8 +5,9 @@ import torch
 from conftest import stock_and_ours, tiny_config
 
 from kvneox_lib.measures import speed as benchmark
-from kvneox_lib.measures.speed import Timing, figures, is_out_of_memory, measure_speed, time_once, weight_bytes
-from kvneox_lib.presses.facts import make_press
+from kvneox_lib.measures.speed import Timing, figures, is_out_of_memory, time_once, weight_bytes
+from kvneox_lib.presses.by_name import make_press
+from kvneox_lib.studies.speed import measure_speed
 
 SMALL = {"model": "demo", "context_lengths": 150, "batch_sizes": 2, "max_new_tokens": 9, "press": "snapkv"}
 

@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from kvneox_lib.measures.decoding import kept_counts, prefill
 from kvneox_lib.neox.cache import CompactCache, RaggedLayer
 from kvneox_lib.neox.modeling import evictions
-from kvneox_lib.presses.facts import applied, attention, attention_needed, make_press, press_names, ratio_for
+from kvneox_lib.presses.applying import applied, attention
+from kvneox_lib.presses.by_name import make_press, press_names, ratio_for
+from kvneox_lib.presses.facts import attention_needed
 
 HEADWISE = ("adakv_snapkv", "critical_adakv_snapkv", "dms_leverage", "kvcompose_unstructured", "kvzip", "kvgrad")
 

@@ -10,7 +10,8 @@ from transformers import pipeline
 
 from kvneox_lib.measures.decoding import generate
 from kvneox_lib.neox.cache import CompactCache
-from kvneox_lib.presses.facts import acts, attention_needed, make_press, press_names, rows_independent
+from kvneox_lib.presses.by_name import make_press, press_names
+from kvneox_lib.presses.facts import acts, attention_needed, rows_independent
 
 IN_HOOKS = [
     name

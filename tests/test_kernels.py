@@ -6,8 +6,8 @@ from conftest import relative_difference, stock_and_ours, tiny_config
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvneox_lib.measures.verify import stock_twin
 from kvneox_lib.neox.kernels import attend_with_one_query, is_plain, linear_of_few_rows
+from kvneox_lib.neox.modeling import stock_twin
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 24), (2, 24), (3, 1, 24), (32, 24), (33, 24), (2, 5, 24)])

@@ -9,11 +9,7 @@ import papermill
 import pytest
 from conftest import REPOSITORY
 
-from kvneox_lib.measures import explore
-from kvneox_lib.measures import speed as benchmark
-from kvneox_lib.studies import perplexity as studies
-from kvneox_lib.studies import records
-from kvneox_lib.studies import streaming as streaming_study
+from kvneox_lib.studies import explore, perplexity, recall, records, speed, streaming
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 COMMON = {"model", "attn_implementation", "dtype", "device", "output_dir"}
@@ -66,11 +62,11 @@ def test_adapter_notebook(tmp_path):
 @pytest.mark.parametrize(
     ("name", "measure", "own"),
     [
-        ("01_wikitext_ppl", studies.measure_perplexity, {"output_dir"}),
-        ("02_pg19_ppl", studies.measure_perplexity, {"output_dir", "dataset", "sample_idx"}),
-        ("03_speed", benchmark.measure_speed, set()),
-        ("04_streaming", streaming_study.measure_streaming, set()),
-        ("05_recall", studies.measure_recall, set()),
+        ("01_wikitext_ppl", perplexity.measure_perplexity, {"output_dir"}),
+        ("02_pg19_ppl", perplexity.measure_perplexity, {"output_dir", "dataset", "sample_idx"}),
+        ("03_speed", speed.measure_speed, set()),
+        ("04_streaming", streaming.measure_streaming, set()),
+        ("05_recall", recall.measure_recall, set()),
         ("06_explore", explore.record_exploration, set()),
     ],
 )

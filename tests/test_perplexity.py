@@ -12,17 +12,20 @@ from torch.nn.functional import cross_entropy
 import kvneox_lib
 from kvneox_lib.measures import perplexity
 from kvneox_lib.measures.decoding import kept_counts, kept_positions, prefill, prefill_each
+from kvneox_lib.measures.intervals import bootstrap_ci95
 from kvneox_lib.measures.perplexity import (
     against,
-    bootstrap_ci95,
     by_distance,
     continuation_nll,
     score_each,
     summarize,
     teacher_forced_nll,
 )
-from kvneox_lib.measures.verify import masked_stock_logits, stock_twin
-from kvneox_lib.presses.facts import acts, attention, attention_needed, make_press, press_names, ratio_for
+from kvneox_lib.measures.verify import masked_stock_logits
+from kvneox_lib.neox.modeling import stock_twin
+from kvneox_lib.presses.applying import attention
+from kvneox_lib.presses.by_name import make_press, press_names, ratio_for
+from kvneox_lib.presses.facts import acts, attention_needed
 from kvneox_lib.presses.registry import REGISTRY
 
 N_CONTEXT = 150

@@ -12,18 +12,10 @@ from transformers import DynamicCache
 
 from kvneox_lib import check_press, make_press, press_names
 from kvneox_lib.measures.decoding import greedy, kept_counts, kept_positions, prefill, with_delimiter
-from kvneox_lib.presses.facts import (
-    acts,
-    applied,
-    attention_needed,
-    expand_presses,
-    layer_ramp,
-    parts_of,
-    press_table,
-    ratio_for,
-    rerotates,
-    rows_independent,
-)
+from kvneox_lib.pages.tables import press_table
+from kvneox_lib.presses.applying import applied
+from kvneox_lib.presses.by_name import expand_presses, layer_ramp, ratio_for
+from kvneox_lib.presses.facts import acts, attention_needed, parts_of, rerotates, rows_independent
 from kvneox_lib.presses.registry import REGISTRY, ROWS, UNAVAILABLE
 
 HOOK_ROWS = [

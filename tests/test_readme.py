@@ -22,12 +22,8 @@ from click.testing import CliRunner
 from conftest import REPOSITORY
 from matplotlib import pyplot
 
-from kvneox_lib.measures import explore
-from kvneox_lib.measures import speed as benchmark
 from kvneox_lib.pages import figures
-from kvneox_lib.studies import perplexity as studies
-from kvneox_lib.studies import records
-from kvneox_lib.studies import streaming as streaming_study
+from kvneox_lib.studies import explore, perplexity, recall, records, speed, streaming
 
 sys.path.insert(0, str(REPOSITORY / "tools"))
 import readme  # noqa: E402
@@ -144,11 +140,11 @@ def test_variables_are_set(line):
 
 
 MEASURE = {
-    "01_wikitext_ppl": studies.measure_perplexity,
-    "02_pg19_ppl": studies.measure_perplexity,
-    "03_speed": benchmark.measure_speed,
-    "04_streaming": streaming_study.measure_streaming,
-    "05_recall": studies.measure_recall,
+    "01_wikitext_ppl": perplexity.measure_perplexity,
+    "02_pg19_ppl": perplexity.measure_perplexity,
+    "03_speed": speed.measure_speed,
+    "04_streaming": streaming.measure_streaming,
+    "05_recall": recall.measure_recall,
     "06_explore": explore.record_exploration,
 }
 SMALLER = {  # whatever the line says
@@ -215,11 +211,11 @@ def write(folder: Path, name: str, **row) -> None:
 def test_speeds_of_two_machines_are_two_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "REFERENCE", tmp_path)
     assert "还没有记录" in readme.speed_table() and "还没有记录" in readme.streaming_table()
-    for i, (engine, press, ratio, device, speed) in enumerate(
+    for i, (engine, press, ratio, device, rate) in enumerate(
         [("stock", "no_press", 0.0, "A", 10), ("ours", "snapkv", 0.5, "A", 31), ("ours", "snapkv", 0.5, "B", 99)]
     ):
         cell = {"context_tokens": 512, "batch_size": 4, "engine": engine, "press": press, "device_name": device}
-        write(tmp_path / "speed", f"run{i}", **cell, compression_ratio=ratio, decode_tok_per_s=speed, failure=None)
+        write(tmp_path / "speed", f"run{i}", **cell, compression_ratio=ratio, decode_tok_per_s=rate, failure=None)
     failed = {**cell, "press": "tova", "compression_ratio": 0.5, "decode_tok_per_s": None, "failure": "out of memory"}
     write(tmp_path / "speed", "bad", **failed)
     first, second = readme.speed_table().split("B，float32")

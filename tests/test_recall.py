@@ -8,8 +8,8 @@ from kvneox_lib.inputs.text import load_text
 from kvneox_lib.measures import recall
 from kvneox_lib.measures.decoding import kept_positions
 from kvneox_lib.measures.recall import ask_each, copy_attention, recall_accuracy
-from kvneox_lib.measures.verify import stock_twin
-from kvneox_lib.presses.facts import make_press
+from kvneox_lib.neox.modeling import stock_twin
+from kvneox_lib.presses.by_name import make_press
 
 SAMPLE = {"n_keys": 6, "keys_per_context": 3, "context_length": 500, "seed": 2}
 

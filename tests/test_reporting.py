@@ -12,6 +12,7 @@ from conftest import REPOSITORY
 from kvneox_lib.inputs.weights import PYTHIA, _pythia_config
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
 from kvneox_lib.pages import report as reporting
+from kvneox_lib.pages.words import with_interval
 
 REFERENCE = REPOSITORY / "results" / "reference"
 
@@ -146,8 +147,8 @@ def test_other_errors_are_not_taken_for_missing_records(tmp_path):
 
 def test_intervals():
     row = pd.Series({"ppl": 3.14159, "ppl_ci95_low": 3.0, "ppl_ci95_high": 3.25, "nll": 1.5, "nll_ci95_low": None})
-    assert reporting.with_interval(row, "ppl", 2) == "3.14 [3.00, 3.25]"
-    assert reporting.with_interval(row, "nll") == "1.500" and reporting.with_interval(row, "bytes") == "—"
+    assert with_interval(row, "ppl", 2) == "3.14 [3.00, 3.25]"
+    assert with_interval(row, "nll") == "1.500" and with_interval(row, "bytes") == "—"
 
 
 @pytest.mark.parametrize("name", PYTHIA)

@@ -5,10 +5,12 @@ import pytest
 
 from kvneox_lib.inputs.text import load_text
 from kvneox_lib.inputs.windows import windows
-from kvneox_lib.measures.perplexity import bootstrap_ci95, continuation_nll, teacher_forced_nll
-from kvneox_lib.presses.facts import make_press
+from kvneox_lib.measures.intervals import bootstrap_ci95, wilson_ci95
+from kvneox_lib.measures.perplexity import continuation_nll, teacher_forced_nll
+from kvneox_lib.presses.by_name import make_press
 from kvneox_lib.studies import perplexity as studies
-from kvneox_lib.studies.perplexity import measure_perplexity, measure_recall, wilson_ci95
+from kvneox_lib.studies.perplexity import measure_perplexity
+from kvneox_lib.studies.recall import measure_recall
 
 SMALL = {
     "model": "demo",

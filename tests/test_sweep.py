@@ -15,11 +15,12 @@ import pytest
 from conftest import REPOSITORY
 
 from kvneox_lib.inputs.weights import load_model
-from kvneox_lib.measures.explore import record_exploration
-from kvneox_lib.measures.speed import measure_speed
-from kvneox_lib.presses.facts import expand_presses, press_names
+from kvneox_lib.presses.by_name import expand_presses, press_names
 from kvneox_lib.studies import declared, records
-from kvneox_lib.studies.perplexity import measure_perplexity, measure_recall
+from kvneox_lib.studies.explore import record_exploration
+from kvneox_lib.studies.perplexity import measure_perplexity
+from kvneox_lib.studies.recall import measure_recall
+from kvneox_lib.studies.speed import measure_speed
 from kvneox_lib.studies.streaming import measure_streaming
 from kvneox_lib.studies.sweep import read_sweep
 

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from kvneox_lib import expand_presses
 from kvneox_lib.pages.figures import press_lines, use_style
-from kvneox_lib.presses.facts import press_table
+from kvneox_lib.pages.tables import press_table
 from kvneox_lib.studies.records import load_records
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from kvneox_lib.inputs.windows import Tokens, byte_offsets, check_int, tokenize
+from kvneox_lib.inputs.windows import Tokens, byte_offsets, tokenize
+from kvneox_lib.neox.checks import check_int
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,7 @@
 """Text cut into windows of context and continuation, with what each token is worth in bytes and words."""
 
 import hashlib
-import os
 import re
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -13,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kvneox_lib.inputs.files import cache_folder, write_atomically
 from kvneox_lib.inputs.text import Text
+from kvneox_lib.neox.checks import check_int
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,6 @@ class Tokens:
     ids: np.ndarray  # (n,)
     n_bytes: np.ndarray  # (n,) UTF-8 bytes, also where a character is split over tokens
     n_words: np.ndarray  # (n,) words that begin in the token; a word is what str.split() says
-
-
-def cache_folder() -> Path:
-    """Where this library keeps what is costly to make again."""
-    return Path(os.environ.get("KVNEOX_CACHE") or "~/.cache/kvneox").expanduser()
 
 
 def tokenize(text: str, tokenizer) -> Tokens:
@@ -76,14 +71,7 @@ def byte_offsets(text: str, characters: Sequence[int]) -> np.ndarray:
 
 def _save(path: Path, tokens: Tokens) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, ids=tokens.ids, n_bytes=tokens.n_bytes, n_words=tokens.n_words)
-            os.replace(name, path)
-        finally:
-            Path(name).unlink(missing_ok=True)
+        write_atomically(path, lambda file: np.savez(file, **vars(tokens)))
     except OSError as error:  # a cache that cannot be written costs time, not the run
         warnings.warn(f"tokens are not cached: {error}; set KVNEOX_CACHE to a folder that can be written", stacklevel=2)
 
@@ -147,8 +135,3 @@ def windows(
 
     document, position = torch.tensor(places).T
     return Windows(cut("ids"), cut("n_bytes"), cut("n_words"), document, position, context_length)
-
-
-def check_int(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r}: must be a whole number of at least {least}")

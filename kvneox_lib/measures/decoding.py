@@ -5,21 +5,21 @@ compression positions go on from the true length, which the cache no longer know
 kept to new positions.
 """
 
-import time
 import warnings
 import weakref
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from kvpress import BasePress
 from transformers import Cache, DynamicCache
 
-from kvneox_lib.inputs.windows import check_int
+from kvneox_lib.measures.clock import Clock, PeakMemory
 from kvneox_lib.neox.cache import CompactCache
+from kvneox_lib.neox.checks import check_int
 from kvneox_lib.neox.kernels import linear_of_few_rows
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM, adapt, evictions
-from kvneox_lib.presses.facts import acts, applied, check_press, rerotates, rows_independent
+from kvneox_lib.presses.applying import applied, check_press
+from kvneox_lib.presses.facts import acts, rerotates, rows_independent
 
 
 @dataclass(frozen=True)
@@ -159,44 +159,6 @@ class Ends:
             tokens = torch.where(self.ended, self.ids[0], tokens)
             self.ended = self.ended | torch.isin(tokens, self.ids)
         return tokens
-
-
-class Clock:
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.lap()
-
-    def lap(self) -> float:
-        """Seconds since the last call, with what a GPU has still to do."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        seconds, self.last = now - getattr(self, "last", now), now
-        return seconds
-
-
-class PeakMemory:
-    """The highest use of memory from here on."""
-
-    STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-    def __init__(self, device: torch.device):
-        self.device, self.known = device, True
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            return
-        try:
-            self.RESET.write_text("5")  # Linux: from now on VmHWM counts anew
-        except OSError:
-            self.known = False
-
-    def read(self) -> int | None:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        if not self.known:
-            return None
-        line = next(line for line in self.STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
 
 
 # ---- prefill --------------------------------------------------------------------------------------------------------

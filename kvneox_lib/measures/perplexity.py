@@ -16,8 +16,10 @@ from torch.nn.functional import cross_entropy
 from transformers import Cache, DynamicCache
 
 from kvneox_lib.measures.decoding import first_position, kept_counts, prefill_each, with_delimiter
+from kvneox_lib.measures.intervals import bootstrap_ci95
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM, adapt
-from kvneox_lib.presses.facts import acts, applied, rows_independent
+from kvneox_lib.presses.applying import applied
+from kvneox_lib.presses.facts import acts, rows_independent
 
 LOGITS_AT_ONCE = 2**24  # numbers, 64 MiB in float32: a window's logits are never in memory as a whole
 ROWS_AT_ONCE = 512  # of them: more leave the processor's cache
@@ -126,17 +128,6 @@ def score(model: KVNeoXForCausalLM, hidden: torch.Tensor, targets: torch.Tensor)
 
 
 # ---- figures of a run -----------------------------------------------------------------------------------------------
-
-
-def bootstrap_ci95(numerator: np.ndarray, denominator: np.ndarray, n_resamples: int = 2000) -> tuple[float, float]:
-    """95 % interval of sum(numerator) / sum(denominator) over windows drawn with replacement, always the same draws.
-    Of fewer than 5 windows no interval can be had: NaN."""
-    n = len(numerator)
-    if n < 5:
-        return math.nan, math.nan
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=n_resamples)  # (resamples, windows) counts
-    low, high = np.percentile((drawn @ numerator) / (drawn @ denominator), [2.5, 97.5])
-    return float(low), float(high)
 
 
 @np.errstate(divide="ignore", over="ignore", invalid="ignore")

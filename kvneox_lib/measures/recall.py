@@ -16,7 +16,8 @@ from kvneox_lib.inputs.passkeys import RecallKey, RecallSample, recall_samples
 from kvneox_lib.measures.decoding import first_position, kept_counts, positions_in, prefill, prefill_each
 from kvneox_lib.measures.perplexity import read_on
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM, adapt
-from kvneox_lib.presses.facts import acts, attention
+from kvneox_lib.presses.applying import attention
+from kvneox_lib.presses.facts import acts
 
 
 @dataclass(frozen=True)

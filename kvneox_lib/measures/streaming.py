@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from tokenizers.decoders import DecodeStream
 
-from kvneox_lib.inputs.windows import check_int
 from kvneox_lib.measures.decoding import Ends, checked_prompt, choose
 from kvneox_lib.measures.perplexity import checked, score
+from kvneox_lib.neox.checks import check_int
 from kvneox_lib.neox.kernels import linear_of_few_rows
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM, adapt
 from kvneox_lib.neox.ring import StreamingCache, check_settings

@@ -7,7 +7,6 @@ command line share them. Stock figures come from transformers' own `GPTNeoXForCa
 """
 
 import argparse
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,9 +15,12 @@ import torch.nn.functional as F
 from transformers import DynamicCache, GPTNeoXForCausalLM, pipeline
 
 from kvneox_lib.measures.decoding import greedy, kept_positions
-from kvneox_lib.neox.modeling import KVNeoXForCausalLM, half_split
+from kvneox_lib.neox.modeling import KVNeoXForCausalLM, half_split, stock_twin
+from kvneox_lib.presses.applying import applied, attention, check_press
+from kvneox_lib.presses.by_name import make_press, press_row, ratio_for
 from kvneox_lib.presses.calibration import standard_library_docstrings
-from kvneox_lib.presses.facts import REGISTRY, acts, applied, attention, check_press, make_press, press_row, ratio_for
+from kvneox_lib.presses.facts import acts
+from kvneox_lib.presses.registry import REGISTRY
 
 POSITIONS_CHECKED = ("snapkv", "tova", "knorm", "observed_attention", "streaming_llm", "pyramidkv")
 MODES = ("pipeline", "generation", "two questions")
@@ -38,17 +40,6 @@ class Check:
     def __str__(self) -> str:
         sign = ">=" if self.at_least else "<="
         return f"{'pass' if self.passed else 'FAIL'}  {self.name}: {self.figure:.3g} ({sign} {self.limit:g})"
-
-
-def stock_twin(model: KVNeoXForCausalLM, attn_implementation: str = "eager") -> GPTNeoXForCausalLM:
-    """transformers' own class around the same weights."""
-    config = copy.deepcopy(model.config)
-    config._attn_implementation = attn_implementation
-    with torch.device("meta"):
-        stock = GPTNeoXForCausalLM(config)
-    stock.load_state_dict(model.state_dict(), assign=True)
-    stock.gpt_neox.rotary_emb = type(stock.gpt_neox.rotary_emb)(config, device=model.device)  # its buffers were meta
-    return stock.eval()
 
 
 def _relative(ours: torch.Tensor, stock: torch.Tensor) -> float:

@@ -6,6 +6,7 @@ when the dimensions of both are reordered alike. So queries and keys are put int
 the frequencies are padded with zeros, and from then on everything that kvpress computes is exact. Values are untouched.
 """
 
+import copy
 import weakref
 
 import torch
@@ -420,6 +421,17 @@ def _see_as_llama(model: nn.Module) -> nn.Module:
     if not isinstance(decoder.rotary_emb, PaddedRotary):
         decoder.rotary_emb = PaddedRotary(decoder.rotary_emb, head_dim)
     return model
+
+
+def stock_twin(model: KVNeoXForCausalLM, attn_implementation: str = "eager") -> GPTNeoXForCausalLM:
+    """transformers' own class around the same weights."""
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = attn_implementation
+    with torch.device("meta"):
+        stock = GPTNeoXForCausalLM(config)
+    stock.load_state_dict(model.state_dict(), assign=True)
+    stock.gpt_neox.rotary_emb = type(stock.gpt_neox.rotary_emb)(config, device=model.device)  # its buffers were meta
+    return stock.eval()
 
 
 AutoModelForCausalLM.register(GPTNeoXConfig, KVNeoXForCausalLM, exist_ok=True)

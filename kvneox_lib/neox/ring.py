@@ -12,7 +12,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from kvneox_lib.inputs.windows import check_int
+from kvneox_lib.neox.checks import check_int
 from kvneox_lib.neox.kernels import attend_with_one_query
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
 

@@ -11,9 +11,10 @@ import ipywidgets as widgets
 from kvneox_lib.inputs import hub
 from kvneox_lib.inputs.text import HUB, Text, load_text
 from kvneox_lib.inputs.weights import PYTHIA, load_model
-from kvneox_lib.measures.explore import Explored, excerpt, explore
+from kvneox_lib.measures.explore import excerpt, explore
 from kvneox_lib.pages import explore_page
-from kvneox_lib.presses.facts import press_names, press_row
+from kvneox_lib.presses.by_name import press_names, press_row
+from kvneox_lib.studies.explore import Explored
 from kvneox_lib.studies.runs import made_presses, own_ratios
 
 OWN_TEXT = "自己输入"

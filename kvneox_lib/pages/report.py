@@ -16,6 +16,7 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from kvneox_lib.pages import figures
+from kvneox_lib.pages.words import WEIGHTS
 from kvneox_lib.studies.records import load_records, table_path
 
 NOTEBOOKS = {
@@ -35,7 +36,6 @@ AXES = {
     "speed": ("press", "compression_ratio", "engine", "context_length", "batch_size"),
     "streaming": ("press", "compression_ratio", "n_sink", "window", "timed"),
 }
-WEIGHTS = {"pretrained": "预训练的权重", "bundled": "随包附带的权重", "random": "随机权重"}
 
 
 class Missing(LookupError):
@@ -120,14 +120,6 @@ def setting(row: pd.Series) -> str:
     text = "随机词元" if row["dataset"] == "random-tokens" else row["dataset"]
     model = f"{row['model']}（{WEIGHTS.get(row['weights'], row['weights'])}）"
     return f"模型 {model}；文本 {text}；设备 {row['device_name']}（{row['device']}，{row['dtype']}）"
-
-
-def model_in_words(model: str, weights: str) -> str:
-    return (
-        "一个很小的演示模型"
-        if (model, weights) == ("demo", "bundled")
-        else f" {model}（{WEIGHTS.get(weights, weights)}）"
-    )
 
 
 def repository() -> Path:
@@ -232,23 +224,6 @@ def _width(text: str) -> int:
 def sentences(*parts: Callable[[], str]) -> Markdown:
     """A paragraph of several sentences, each of which may miss its record."""
     return Markdown("".join(dict.fromkeys(say(part) for part in parts)))  # a note once
-
-
-def with_interval(row: pd.Series, column: str, digits: int = 3) -> str:
-    """`0.117 [0.102, 0.134]`; without the brackets where too few windows give no interval."""
-    value, low, high = (row.get(name) for name in (column, f"{column}_ci95_low", f"{column}_ci95_high"))
-    if pd.isna(value):
-        return "—"
-    return f"{value:.{digits}f}" + ("" if pd.isna(low) else f" [{low:.{digits}f}, {high:.{digits}f}]")
-
-
-def tiny(difference: float) -> str:
-    """A difference that should be rounding, in nat."""
-    return "零" if difference == 0 else f"{difference:.0e} nat"
-
-
-def listed(names, none: str = "没有") -> str:
-    return "、".join(names) or none
 
 
 # ---- arithmetic of the shapes ---------------------------------------------------------------------------------------

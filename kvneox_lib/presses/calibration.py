@@ -8,8 +8,6 @@ kept in a cache folder, keyed by the weights; all are in the dimension order of 
 import ast
 import hashlib
 import importlib.util
-import os
-import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
@@ -20,10 +18,10 @@ import torch
 from accelerate.utils import align_module_device
 from kvpress import DuoAttentionPress, ExpectedAttentionStatsPress, QFilterPress
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from transformers import AutoTokenizer
 
-from kvneox_lib.inputs.windows import cache_folder
+from kvneox_lib.inputs.files import cache_folder, write_atomically
 
 DOCSTRINGS_OF = (
     "argparse asyncio.streams datetime decimal difflib inspect logging optparse subprocess tarfile turtle typing"
@@ -51,10 +49,8 @@ def query_statistics(model) -> QueryStatistics:
         pass  # not there, or damaged
     with torch.inference_mode(False), torch.no_grad():
         statistics = _measure(model, _calibration_windows(model))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        save_file({f.name: getattr(statistics, f.name).contiguous() for f in fields(statistics)}, f"{folder}/new")
-        os.replace(f"{folder}/new", path)
+    tensors = {f.name: getattr(statistics, f.name).contiguous() for f in fields(statistics)}
+    write_atomically(path, lambda file: file.write(save(tensors)))
     return statistics
 
 

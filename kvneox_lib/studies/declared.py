@@ -12,13 +12,10 @@ from functools import cache
 from pathlib import Path
 
 from kvneox_lib.inputs.weights import PYTHIA_NAMES, demo_folder, find_target
-from kvneox_lib.measures import explore
-from kvneox_lib.measures import speed as benchmark
-from kvneox_lib.presses.facts import acts, expand_presses, make_press, press_row
+from kvneox_lib.presses.by_name import expand_presses, make_press, press_row
+from kvneox_lib.presses.facts import acts
 from kvneox_lib.presses.registry import RATIO_PER_LAYER
-from kvneox_lib.studies import perplexity as studies
-from kvneox_lib.studies import records, runs
-from kvneox_lib.studies import streaming as streaming_study
+from kvneox_lib.studies import explore, perplexity, recall, records, runs, speed, streaming
 
 PYTHIA_LENGTH = 2048  # the trained length of all of them
 LIBRARY = Path(__file__).parent
@@ -55,7 +52,7 @@ def _adapter(asked: dict) -> list[str]:
 
 def _perplexity(asked: dict) -> list[str]:
     presses = ["no_press", *expand_presses(asked["press"])]
-    return _of_text(studies.measure_perplexity, asked, asked["continuation_length"], presses, [{}])
+    return _of_text(perplexity.measure_perplexity, asked, asked["continuation_length"], presses, [{}])
 
 
 def _recall(asked: dict) -> list[str]:
@@ -66,7 +63,7 @@ def _recall(asked: dict) -> list[str]:
             f"press: {', '.join(asleep)}; 05_recall takes none that acts while decoding: a question is short"
         )
     modes = [{"query_aware": mode} for mode in runs.as_list(asked["query_aware"])]
-    return _of_text(studies.measure_recall, asked, studies.QUESTION_TOKENS, presses, modes)
+    return _of_text(recall.measure_recall, asked, recall.QUESTION_TOKENS, presses, modes)
 
 
 def _sample(name: str):
@@ -123,16 +120,16 @@ def _speed(asked: dict) -> list[str]:
     variants = (
         ({"context_length": length, "batch_size": batch, "engine": engine}, press)
         for length, batch in cells
-        for engine in benchmark.ENGINES
-        for press in benchmark.for_engine(engine, presses)
+        for engine in speed.ENGINES
+        for press in speed.for_engine(engine, presses)
     )
-    return _names(benchmark.measure_speed, asked, _at_ratios(variants, asked["compression_ratio"]))
+    return _names(speed.measure_speed, asked, _at_ratios(variants, asked["compression_ratio"]))
 
 
 def _streaming(asked: dict) -> list[str]:
-    readings = streaming_study.readings_of(asked)
+    readings = streaming.readings_of(asked)
     variants = ((reading.settings, reading.method, None) for reading in readings)
-    return _names(streaming_study.measure_streaming, asked, variants)
+    return _names(streaming.measure_streaming, asked, variants)
 
 
 def _explore(asked: dict) -> list[str]:

@@ -14,7 +14,7 @@ import yaml
 
 from kvneox_lib.inputs.text import HUB, SPLITS, WIKITEXT_SUBSETS
 from kvneox_lib.inputs.weights import ATTENTION, DTYPES, find_target
-from kvneox_lib.presses.facts import press_row
+from kvneox_lib.presses.by_name import press_row
 
 ALL_PRESSES = ("all", "every")
 

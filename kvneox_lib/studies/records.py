@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import subprocess
-import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -17,6 +16,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+
+from kvneox_lib.inputs.files import write_atomically
 
 PACKAGES = ("torch", "transformers", "kvpress")
 PROVENANCE = (
@@ -131,8 +132,8 @@ def write_record(folder: str | Path, run_id: str, record: Mapping, *, parameters
     csv_path = _path(folder, run_id, ".csv")
     new = not json_path.exists()
     try:
-        _write_atomically(csv_path, pd.DataFrame([row]).to_csv(index=False))
-        _write_atomically(json_path, json.dumps(row, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        write_atomically(csv_path, pd.DataFrame([row]).to_csv(index=False))
+        write_atomically(json_path, json.dumps(row, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     except BaseException:
         if new:
             csv_path.unlink(missing_ok=True)
@@ -143,7 +144,7 @@ def write_record(folder: str | Path, run_id: str, record: Mapping, *, parameters
 def write_table(folder: str | Path, run_id: str, name: str, frame: pd.DataFrame) -> Path:
     """What a run has more than one row of (nll by distance, one row per key): <run_id>.<name>.csv beside the record."""
     path = table_path(folder, run_id, name)
-    _write_atomically(path, frame.to_csv(index=False))
+    write_atomically(path, frame.to_csv(index=False))
     return path
 
 
@@ -177,21 +178,6 @@ def _plain(name: str, value):
 
 def _as_columns(parameters: Mapping) -> dict:
     return {f"param_{name}": _plain(name, value) for name, value in parameters.items() if name not in NOT_PARAMETERS}
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """A reader sees the old file, or the new one, whatever happens on the way."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide results from others
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------

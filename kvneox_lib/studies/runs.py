@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -15,7 +16,9 @@ from kvneox_lib.inputs import hub
 from kvneox_lib.inputs.text import HUB, Text, load_text
 from kvneox_lib.inputs.weights import LoadedModel, load_model
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
-from kvneox_lib.presses.facts import attention, attention_needed, check_press, make_press, press_row, ratio_for
+from kvneox_lib.presses.applying import attention, check_press
+from kvneox_lib.presses.by_name import make_press, press_row, ratio_for
+from kvneox_lib.presses.facts import attention_needed
 from kvneox_lib.presses.registry import RATIO_PER_LAYER, REGISTRY
 from kvneox_lib.studies import records
 
@@ -201,3 +204,10 @@ def as_list(values) -> list:
 
 def _plain(value):
     return list(value) if isinstance(value, tuple) else value
+
+
+def head_table(**columns: np.ndarray) -> pd.DataFrame:
+    """Long form of arrays (layers, heads)."""
+    layer, head = np.indices(next(iter(columns.values())).shape)
+    values = {name: array.ravel() for name, array in columns.items()}
+    return pd.DataFrame({"layer": layer.ravel(), "head": head.ravel(), **values})

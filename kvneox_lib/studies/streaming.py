@@ -13,11 +13,13 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from kvneox_lib.inputs.windows import check_int, tokenize
-from kvneox_lib.measures.decoding import Clock
-from kvneox_lib.measures.perplexity import bootstrap_ci95, read_on, teacher_forced_nll
+from kvneox_lib.inputs.windows import tokenize
+from kvneox_lib.measures.clock import Clock
+from kvneox_lib.measures.intervals import bootstrap_ci95
+from kvneox_lib.measures.perplexity import read_on, teacher_forced_nll
 from kvneox_lib.measures.streaming import StreamingDecoder, recomputed_nll, streaming_nll
 from kvneox_lib.neox.cache import CompactCache
+from kvneox_lib.neox.checks import check_int
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
 from kvneox_lib.studies import records
 from kvneox_lib.studies.runs import Runs, Study, as_list

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvneox_lib.inputs.weights import demo_folder, find_target
-from kvneox_lib.presses.facts import expand_presses
+from kvneox_lib.presses.by_name import expand_presses
 from kvneox_lib.studies.declared import RECORDS, WITH_BASELINE, code_digest, declared_records, notebook_defaults
 from kvneox_lib.studies.params import Lines, Mistakes, check_value, expand_variables, read_yaml, unknown
 

@@ -1,0 +1,41 @@
+"""The one vocabulary of notebooks, README and report: names of studies, engines and readings, and numbers in words."""
+
+import pandas as pd
+
+ENGINES = {"ours": "本库", "stock": "transformers", "kvpress": "kvpress 循环"}
+READINGS = {"dense": "全部保留", "window": "只留窗口", "sinks": "汇聚点加窗口", "recompute": "窗口重算"}
+STUDIES = {
+    "adapter": "适配检查",
+    "wikitext_ppl": "短文实验",
+    "pg19_ppl": "长书实验",
+    "speed": "速度",
+    "streaming": "流式",
+    "recall": "检索",
+    "explore": "看一看",
+}
+WEIGHTS = {"pretrained": "预训练的权重", "bundled": "随包附带的权重", "random": "随机权重"}
+
+
+def with_interval(row: pd.Series, column: str, digits: int = 3) -> str:
+    """`0.117 [0.102, 0.134]`; without the brackets where too few windows give no interval."""
+    value, low, high = (row.get(name) for name in (column, f"{column}_ci95_low", f"{column}_ci95_high"))
+    if pd.isna(value):
+        return "—"
+    return f"{value:.{digits}f}" + ("" if pd.isna(low) else f" [{low:.{digits}f}, {high:.{digits}f}]")
+
+
+def tiny(difference: float) -> str:
+    """A difference that should be rounding, in nat."""
+    return "零" if difference == 0 else f"{difference:.0e} nat"
+
+
+def listed(names, none: str = "没有") -> str:
+    return "、".join(names) or none
+
+
+def model_in_words(model: str, weights: str) -> str:
+    return (
+        "一个很小的演示模型"
+        if (model, weights) == ("demo", "bundled")
+        else f" {model}（{WEIGHTS.get(weights, weights)}）"
+    )

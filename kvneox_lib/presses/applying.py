@@ -1,0 +1,70 @@
+"""Using a press: refused before any work where the model cannot serve it, and leaving nothing behind."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import kvpress
+from kvpress import BasePress
+
+from kvneox_lib.neox.modeling import KVNeoXForCausalLM
+from kvneox_lib.presses.facts import attention_needed
+
+
+def check_press(press: BasePress | None, model: KVNeoXForCausalLM) -> None:
+    """Refuse, before any work, what this model cannot serve."""
+    needed, has = attention_needed(press), model.config._attn_implementation
+    reason = {
+        "eager": "it reads attention weights, which only eager attention returns",
+        "sdpa": "kvpress refuses to run it on eager attention",
+    }
+    if (needed == "eager" and has != "eager") or (needed == "sdpa" and has == "eager"):
+        raise ValueError(
+            f"attn_implementation={has!r} cannot serve {type(press).__name__}: {reason[needed]}. "
+            f"Load the model with attn_implementation={needed!r}."
+        )
+    layers = model.config.num_hidden_layers
+    if isinstance(press, kvpress.PerLayerCompressionPress) and len(press.compression_ratios) != layers:
+        raise ValueError(
+            f"compression_ratios has {len(press.compression_ratios)} entries; the model has {layers} layers"
+        )
+
+
+@contextmanager
+def attention(model: KVNeoXForCausalLM, implementation: str) -> Iterator[KVNeoXForCausalLM]:
+    before, model.config._attn_implementation = model.config._attn_implementation, implementation
+    try:
+        yield model
+    finally:
+        model.config._attn_implementation = before
+
+
+@contextmanager
+def applied(press: BasePress | None, model: KVNeoXForCausalLM):
+    """`with press(model)`, checked before and leaving nothing behind when something raises inside."""
+    if press is None:
+        yield
+        return
+    check_press(press, model)
+    implementation = model.config._attn_implementation
+    forward = model.model.__dict__.get("forward")  # accelerate's wrapper, or none
+    hooks = [set(layer.self_attn._forward_hooks) for layer in model.model.layers]
+    failure = None
+    try:
+        with press(model):
+            try:
+                yield
+            except BaseException as error:
+                failure = error
+                raise
+    except BaseException as last:
+        # KVCompose goes on to compress after a failure and raises an error of its own, which would hide the true one
+        raise failure or last from None
+    finally:
+        model.config._attn_implementation = implementation  # KVCompose switches to eager and may fail to switch back
+        model.model.__dict__.pop("forward", None)  # KVzip and KVCompose leave theirs here
+        if forward is not None:
+            model.model.forward = forward
+        for layer, before in zip(model.model.layers, hooks):
+            for handle in set(layer.self_attn._forward_hooks) - before if failure else ():
+                del layer.self_attn._forward_hooks[handle]
+                layer.self_attn._forward_hooks_with_kwargs.pop(handle, None)
