@@ -97,7 +97,7 @@ def load_model(
     spread = isinstance(device, str) and device == "all"
     if spread and weights == "random":
         raise ValueError("device='all' goes with weights that are read from files; for random ones name a device")
-    device = _device("auto" if spread else device)
+    device = find_device("auto" if spread else device)
     options = dict(
         attn_implementation="sdpa" if attn_implementation == "auto" else attn_implementation,
         dtype=_dtype(dtype, device),
@@ -133,7 +133,7 @@ def _check(parameter: str, value, allowed: tuple[str, ...]):
         raise ValueError(f"{parameter}={value!r}: allowed is one of {', '.join(map(repr, allowed))}")
 
 
-def _device(device: str | torch.device) -> torch.device:
+def find_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,10 +1,9 @@
-"""A grid of presses and ratios, each measured once and kept as a record: what notebooks 01, 02 and 05 run.
+"""Perplexity under a grid of presses and ratios, each measured once and kept: what notebooks 01 and 02 run.
 
 The parameters are the notebooks', and the defaults here are theirs: a run is named after those that differ.
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,46 +13,67 @@ from tqdm.auto import tqdm
 
 from kvneox_lib.inputs.windows import Windows, windows
 from kvneox_lib.measures.perplexity import by_distance, score_each, summarize, teacher_forced_nll
-from kvneox_lib.neox.checks import check_int
 from kvneox_lib.presses.by_name import expand_presses
-from kvneox_lib.studies import records
+from kvneox_lib.studies.arguments import (
+    Attention,
+    Count,
+    Dataset,
+    Device,
+    Dtype,
+    Folder,
+    Index,
+    Model,
+    OutputDir,
+    Overwrite,
+    Presses,
+    QualityWeights,
+    Ratios,
+    Split,
+    Subset,
+)
+from kvneox_lib.studies.plan import Planned, at_ratios, fitting_context
+from kvneox_lib.studies.provenance import provenance
 from kvneox_lib.studies.runs import Runs, Study, head_table
+
+
+def plan(asked: dict, trained: int | None) -> list[Planned]:
+    """No compression, and each press at each ratio."""
+    length = fitting_context(asked, asked["continuation_length"], trained)
+    presses = dict.fromkeys(["no_press", *expand_presses(asked["press"])])
+    return [run for name in presses for run in at_ratios(name, asked["compression_ratio"], context_length=length)]
 
 
 def measure_perplexity(
     *,
-    model: str = "pythia-70m",
-    weights: str = "auto",
-    dataset: str = "wikitext",
-    subset: str = "wikitext-103-v1",
-    split: str = "test",
-    sample_idx: int | None = None,
-    data_dir: str | None = None,
-    press: str | Sequence[str] = "snapkv",
-    compression_ratio: float | Sequence[float] = (0.25, 0.5, 0.75, 0.9),
-    context_length: int = 1024,
-    continuation_length: int = 256,
-    context_limit: int | None = None,
-    max_windows: int | None = 16,
-    control_windows: int = 4,
-    batch_size: int = 4,
-    attn_implementation: str = "auto",
-    dtype: str = "auto",
-    device: str = "auto",
-    seed: int = 0,
-    output_dir: str = "results/perplexity",
-    overwrite: bool = False,
+    model: Model = "pythia-70m",
+    weights: QualityWeights = "auto",
+    dataset: Dataset = "wikitext",
+    subset: Subset = "wikitext-103-v1",
+    split: Split = "test",
+    sample_idx: Index | None = None,
+    data_dir: Folder | None = None,
+    press: Presses = "snapkv",
+    compression_ratio: Ratios = (0.25, 0.5, 0.75, 0.9),
+    context_length: Count = 1024,
+    continuation_length: Count = 256,
+    context_limit: Count | None = None,
+    max_windows: Count | None = 16,
+    control_windows: Count = 4,
+    batch_size: Count = 4,
+    attn_implementation: Attention = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    seed: Index = 0,
+    output_dir: OutputDir = "results/perplexity",
+    overwrite: Overwrite = False,
 ) -> Study:
     """Perplexity of the continuation of each window after its context was compressed, beside the teacher-forced control
     on the first `control_windows` windows. `no_press` is always measured too: differences are to it, window by window.
 
     context_limit: no window, context and continuation together, is longer; its context is cut for that.
     """
-    asked = locals()
-    check_int("batch_size", batch_size, 1)
-    check_int("control_windows", control_windows, 1)
-    runs = Runs(measure_perplexity, asked)
-    context_length = runs.context_length(context_length, continuation_length, context_limit)
+    runs = Runs(measure_perplexity, plan, locals())
+    context_length = runs.context_length()
     cut = windows(
         runs.text,
         runs.loaded.tokenizer,
@@ -61,20 +81,16 @@ def measure_perplexity(
         continuation_length=continuation_length,
         max_windows=max_windows,
     )
-    runs.parameters |= {"context_length": context_length, "continuation_length": continuation_length}
-    runs.parameters |= {"max_windows": max_windows, "control_windows": control_windows, "batch_size": batch_size}
-    pending = runs.pending(["no_press", *expand_presses(press)], compression_ratio)
-    progress = tqdm(
-        total=len(cut.input_ids) * sum(len(ratios) + 1 for _, ratios in pending), unit="窗口", desc="困惑度"
-    )
-    for name, ratios in pending:
-        progress.set_postfix_str(name)
-        started, clock = records.provenance(runs.device), time.perf_counter()
-        with runs.presses(name, ratios) as presses:
+    together = runs.open_together()
+    progress = tqdm(total=len(cut.input_ids) * sum(len(group) + 1 for group in together), unit="窗口", desc="困惑度")
+    for group in together:
+        progress.set_postfix_str(group[0].press)
+        started, clock = provenance(runs.device), time.perf_counter()
+        with runs.presses(group) as presses:
             baseline, *scored = _score_windows(runs.loaded.model, cut, [None, *presses], batch_size, progress)
             still, *control = _control(runs.loaded.model, cut, [None, *presses], control_windows, batch_size)
-        seconds = (time.perf_counter() - clock) / len(ratios)
-        for ratio, result, control_nll in zip(ratios, scored, control):
+        seconds = (time.perf_counter() - clock) / len(group)
+        for run, result, control_nll in zip(group, scored, control):
             figures = summarize(result.nll, cut.n_bytes.numpy(), cut.n_words.numpy(), baseline.nll)
             kept = result.kept / context_length  # (layers, heads)
             figures |= {
@@ -89,7 +105,7 @@ def measure_perplexity(
                 "distance": by_distance(result.nll, baseline.nll),
                 "heads": head_table(kept=kept),
             }
-            runs.write(name, ratio, context_length, started, figures, tables)
+            runs.write(run, context_length, started, figures, tables)
     progress.close()
     return runs.study()
 

@@ -1,36 +1,40 @@
-"""What a run writes and how it is read back: one flat JSON file per run, the same row as CSV beside it. A record exists
-if its JSON does, which is renamed into place last, and it is used again only for equal parameters."""
+"""What a run writes and how it is read back: a flat JSON file, and tables as CSV beside it. A record exists if its JSON
+does, which is renamed into place last, and it is used again only for equal parameters.
 
+A folder of many records can be packed: `results/reference/speed` into `results/reference/speed.csv`, a row a record,
+and into one file for each kind of table, `speed.<table>.csv`. Whatever reads records reads both forms.
+"""
+
+import contextlib
+import csv
 import hashlib
 import json
 import math
-import os
-import platform
 import re
-import subprocess
 import warnings
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
 import torch
 
 from kvneox_lib.inputs.files import write_atomically
+from kvneox_lib.studies.provenance import PROVENANCE
 
-PACKAGES = ("torch", "transformers", "kvpress")
-PROVENANCE = (
-    *("python_version", *(f"{package}_version" for package in PACKAGES)),
-    *("git_commit", "git_dirty", "device_name", "started_at"),
-)
 # None stands where a figure does not apply (a timing has no nll), but the key has to be there: no column goes missing.
 REQUIRED = (
     *("model", "weights", "dataset", "press", "compression_ratio", "kept_fraction", "device", "dtype", "seed"),
     *("n_tokens", "nll_mean", "context_tokens", *PROVENANCE),
 )
 WEIGHTS = ("pretrained", "bundled", "random")
-NOT_PARAMETERS = ("output_dir", "overwrite")  # where a run is kept and whether again: nothing that it measures
+# What tells the rows of a table apart that has those of several runs.
+KNOWN_IN_TABLES = ("press", "compression_ratio", "query_aware", "n_sink", "window")
+# Cells of a packed file that stay text, whatever they look like.
+TEXTS = (
+    *("run_id", "model", "weights", "dataset", "press", "source", "device", "dtype", "engine", "failure"),
+    *("text_sha256", "attn_implementation", "depths", *(name for name in PROVENANCE if name != "git_dirty")),
+)
 LONGEST_ID = 150  # a file name may have 255 bytes; the names of tables come after it
 
 
@@ -69,76 +73,24 @@ def output_folder(output_dir: str | Path) -> Path:
     return root / Path(output_dir).expanduser()
 
 
-# ---- provenance -----------------------------------------------------------------------------------------------------
-
-
-def provenance(device: str | torch.device = "cpu") -> dict[str, str | bool | None]:
-    """Where figures come from; call it when the run starts. What cannot be known is None."""
-    commit = _git("rev-parse", "HEAD")
-    return {
-        "python_version": platform.python_version(),
-        **{f"{package}_version": _version(package) for package in PACKAGES},
-        "git_commit": commit,
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no", ".", ":!results")) if commit else None,
-        "device_name": _device_name(torch.device(device)),
-        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git(*arguments: str) -> str | None:
-    """Ask the checkout that this file is part of. An installed copy has none, even inside some repository."""
-    checkout = Path(__file__).resolve().parents[1]
-    if not (checkout / ".git").exists():
-        return None
-    # a hook of git's sets GIT_DIR and GIT_INDEX_FILE for its own repository
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    command = ["git", "-C", str(checkout), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5, env=environment)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def write_record(folder: str | Path, run_id: str, record: Mapping, *, parameters: Mapping) -> Path:
-    """Write <folder>/<run_id>.json and .csv: `record`, and every parameter once more as `param_<name>`, as it was asked
-    for (param_weights "auto" beside weights "bundled"). Tables of the run are to be written before."""
-    row = {"run_id": run_id}
-    row |= {name: _plain(name, value) for name, value in record.items()} | _as_columns(parameters)
+def write_record(folder: str | Path, run_id: str, record: Mapping) -> Path:
+    """Write <folder>/<run_id>.json. Tables of the run are to be written before."""
+    row = {"run_id": run_id} | {name: _plain(name, value) for name, value in record.items()}
     missing = [name for name in REQUIRED if name not in row]
     if missing:
         raise ValueError(f"record: lacks {', '.join(missing)}; give None for a figure that does not apply")
     if row["weights"] not in WEIGHTS:
         raise ValueError(f"weights={row['weights']!r}: must be one of {', '.join(WEIGHTS)} (what was loaded)")
-    json_path = _path(folder, run_id, ".json")
-    csv_path = _path(folder, run_id, ".csv")
-    new = not json_path.exists()
-    try:
-        write_atomically(csv_path, pd.DataFrame([row]).to_csv(index=False))
-        write_atomically(json_path, json.dumps(row, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    except BaseException:
-        if new:
-            csv_path.unlink(missing_ok=True)
-        raise
-    return json_path
+    path = path_of(folder, run_id, ".json")
+    write_atomically(path, as_json(row))
+    return path
+
+
+def as_json(row: Mapping) -> str:
+    return json.dumps(row, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_table(folder: str | Path, run_id: str, name: str, frame: pd.DataFrame) -> Path:
@@ -151,10 +103,10 @@ def write_table(folder: str | Path, run_id: str, name: str, frame: pd.DataFrame)
 def table_path(folder: str | Path, run_id: str, name: str) -> Path:
     if not re.fullmatch(r"[a-z0-9_]+", name):
         raise ValueError(f"name={name!r}: must be of a-z, 0-9 and _")
-    return _path(folder, run_id, f".{name}.csv")
+    return path_of(folder, run_id, f".{name}.csv")
 
 
-def _path(folder: str | Path, run_id: str, ending: str) -> Path:
+def path_of(folder: str | Path, run_id: str, ending: str) -> Path:
     """Not Path.with_suffix, which takes the `.50` of a ratio for a suffix."""
     if Path(run_id).name != run_id:
         raise ValueError(f"run_id={run_id!r}: must be a file name; make it with run_id()")
@@ -176,31 +128,45 @@ def _plain(name: str, value):
     raise ValueError(f"{name}={value!r}: a record is flat; {type(value).__name__} belongs into write_table")
 
 
-def _as_columns(parameters: Mapping) -> dict:
-    return {f"param_{name}": _plain(name, value) for name, value in parameters.items() if name not in NOT_PARAMETERS}
-
-
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
 def find_record(folder: str | Path, run_id: str, parameters: Mapping) -> dict | None:
-    """The record of this run if there is one whose parameters are these: the same names, and equal values. A run that
-    may fall back (weights "auto", the text of `python-docs`) should give what it resolved to among its parameters."""
-    path = _path(folder, run_id, ".json")
-    record = next(_read([path]), None) if path.exists() else None
-    stored = {name: value for name, value in (record or {}).items() if name.startswith("param_")}
-    same = json.dumps(stored, sort_keys=True) == json.dumps(_as_columns(parameters), sort_keys=True)  # True is not 1
-    return record if record and same else None
+    """The record of this run if there is one that has these parameters, with equal values."""
+    path = path_of(folder, run_id, ".json")
+    record = next(read_loose([path]), None) if path.exists() else packed(Path(folder)).get(run_id)
+    wanted = {name: _plain(name, value) for name, value in parameters.items()}
+    stored = {name: record[name] for name in wanted if name in record} if record else None
+    same = json.dumps(stored, sort_keys=True) == json.dumps(wanted, sort_keys=True)  # True is not 1
+    return record if same else None
 
 
 def load_records(folder: str | Path) -> pd.DataFrame:
-    """All records below `folder`, one a row, with `study` (the folder it lies in) and `path`; without rows if there is
-    no such folder. A file that is damaged or no record is named in a warning and left out."""
-    paths = sorted(path for path in Path(folder).rglob("*.json") if ".ipynb_checkpoints" not in path.parts)
-    return pd.DataFrame(list(_read(paths)))
+    """The records in `folder` itself and in its packed form, one a row, with `study` (the folder's name) and `path`;
+    without rows if there are none. A file that is damaged or no record is named in a warning and left out."""
+    return pd.DataFrame([record for _, record in sorted(all_records(Path(folder)).items())])
 
 
-def _read(paths: Iterable[Path]) -> Iterable[dict]:
+def tables_of(frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    """That table of all these records, one below the other, with what tells them apart. Not every run has each."""
+    parts = []
+    for row in frame.to_dict("records"):
+        path = Path(row["path"])
+        if path.suffix == ".csv":
+            table = _packed_table(*_as_it_is(path.with_suffix(f".{name}.csv"))).get(row["run_id"])
+        else:
+            own = table_path(path.parent, row["run_id"], name)
+            table = _read_csv(own) if own.exists() else None
+        if table is not None:
+            parts.append(table.assign(**{key: row[key] for key in KNOWN_IN_TABLES if key in row}))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(KNOWN_IN_TABLES))
+
+
+def _read_csv(source) -> pd.DataFrame:
+    return pd.read_csv(source, float_precision="round_trip")
+
+
+def read_loose(paths: Iterable[Path]) -> Iterable[dict]:
     for path in paths:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
@@ -210,3 +176,58 @@ def _read(paths: Iterable[Path]) -> Iterable[dict]:
             warnings.warn(f"{path}: left out, {error}; delete it or run it again", stacklevel=3)
             continue
         yield {**record, "study": path.parent.name, "path": str(path)}
+
+
+# ---- packed ---------------------------------------------------------------------------------------------------------
+
+
+def all_records(folder: Path) -> dict[str, dict]:
+    loose = {record["run_id"]: record for record in read_loose(sorted(folder.glob("*.json")))}
+    return {**packed(folder), **loose}
+
+
+def packed_path(folder: Path) -> Path:
+    return folder.parent / f"{folder.name}.csv"
+
+
+def _as_it_is(path: Path) -> tuple[Path, int]:
+    """A file as it is now: what was read of it before may be used again."""
+    return path, path.stat().st_mtime_ns if path.exists() else 0
+
+
+def packed(folder: Path) -> dict[str, dict]:
+    return _packed_records(*_as_it_is(packed_path(folder)))
+
+
+@lru_cache(maxsize=32)
+def _packed_records(path: Path, changed: int) -> dict[str, dict]:
+    if not changed:
+        return {}
+    rows = ({name: value_of_cell(name, cell) for name, cell in row.items()} for row in rows_of(path))
+    return {row["run_id"]: {**row, "study": path.stem, "path": str(path)} for row in rows}
+
+
+@lru_cache(maxsize=32)
+def _packed_table(path: Path, changed: int) -> dict[str, pd.DataFrame]:
+    if not changed:
+        return {}
+    return {run_id: part.drop(columns="run_id") for run_id, part in _read_csv(path).groupby("run_id", sort=False)}
+
+
+def value_of_cell(name: str, cell: str):
+    """What a cell of a packed record holds. A field that a record lacks reads None, too."""
+    if not cell:
+        return None
+    if name in TEXTS:
+        return cell
+    if cell in ("True", "False"):
+        return cell == "True"
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(cell)
+    return cell
+
+
+def rows_of(path: Path) -> list[dict]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))

@@ -2,7 +2,6 @@
 
 import itertools
 import warnings
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,30 +18,71 @@ from kvneox_lib.measures.speed import (
     time_once,
     weight_bytes,
 )
-from kvneox_lib.neox.checks import check_int
 from kvneox_lib.presses.by_name import expand_presses
-from kvneox_lib.studies import records
-from kvneox_lib.studies.runs import Runs, Study, as_list
+from kvneox_lib.studies.arguments import (
+    Attention,
+    Count,
+    Counts,
+    Device,
+    Dtype,
+    Index,
+    Model,
+    OutputDir,
+    Overwrite,
+    Presses,
+    Ratios,
+    Weights,
+    YesOrNo,
+)
+from kvneox_lib.studies.plan import Planned, as_list, at_ratios
+from kvneox_lib.studies.provenance import provenance
+from kvneox_lib.studies.runs import Runs, Study
+
+RANDOM_TOKENS = "random-tokens"
+
+
+def plan(asked: dict, trained: int | None) -> list[Planned]:
+    """For each context length and batch size: no compression in ours and in transformers' own, each press at each
+    ratio in ours and in kvpress' loop."""
+    presses = list(dict.fromkeys(["no_press", *expand_presses(asked["press"])]))
+    return [
+        run
+        for length, batch in itertools.product(as_list(asked["context_lengths"]), as_list(asked["batch_sizes"]))
+        for engine in ENGINES
+        for name in for_engine(engine, presses)
+        for run in at_ratios(
+            name,
+            asked["compression_ratio"],
+            dataset=RANDOM_TOKENS,
+            context_length=length,
+            batch_size=batch,
+            engine=engine,
+        )
+    ]
+
+
+def _cell(run: Planned) -> tuple[int, int]:
+    return run.settings["context_length"], run.settings["batch_size"]
 
 
 def measure_speed(
     *,
-    model: str = "pythia-70m",
-    weights: str = "auto",
-    press: str | Sequence[str] = "snapkv",
-    compression_ratio: float | Sequence[float] = 0.75,
-    context_lengths: Sequence[int] = (512, 2048),
-    batch_sizes: Sequence[int] = (1, 4),
-    max_new_tokens: int = 200,
-    min_new_tokens: int | None = None,
-    decode_only: bool = False,
-    repeats: int = 3,
-    attn_implementation: str = "auto",
-    dtype: str = "auto",
-    device: str = "auto",
-    seed: int = 0,
-    output_dir: str = "results/speed",
-    overwrite: bool = False,
+    model: Model = "pythia-70m",
+    weights: Weights = "auto",
+    press: Presses = "snapkv",
+    compression_ratio: Ratios = 0.75,
+    context_lengths: Counts = (512, 2048),
+    batch_sizes: Counts = (1, 4),
+    max_new_tokens: Count = 200,
+    min_new_tokens: Count | None = None,
+    decode_only: YesOrNo = False,
+    repeats: Count = 3,
+    attn_implementation: Attention = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    seed: Index = 0,
+    output_dir: OutputDir = "results/speed",
+    overwrite: Overwrite = False,
 ) -> Study:
     """Time and memory of prefill and decoding: each press at each ratio in ours and in kvpress' loop, no compression in
     ours and in transformers' own, for each context length and batch size.
@@ -50,40 +90,24 @@ def measure_speed(
     The variants of one context length and batch size take turns, `repeats` times; in a turn each reads the context and
     decodes its share of `max_new_tokens`, and nothing ends early. min_new_tokens: so many in each turn at least.
     """
-    asked = locals()
-    for name, value in (("max_new_tokens", max_new_tokens), ("repeats", repeats)):
-        check_int(name, value, 1)
-    runs = Runs(measure_speed, asked)
+    runs = Runs(measure_speed, plan, locals())
+    runs.times_on_this_machine()
     lm, n_turn = runs.loaded.model, max(-(-max_new_tokens // repeats), min_new_tokens or 0, 2)
-    runs.parameters |= {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens, "repeats": repeats}
-    runs.parameters |= {"decode_only": decode_only, "n_threads": torch.get_num_threads()}
-    runs.parameters |= {"device_name": records.provenance(runs.device)["device_name"]}  # times are of one machine
-    names, cells = ["no_press", *expand_presses(press)], []
-    for context_length, batch_size in itertools.product(as_list(context_lengths), as_list(batch_sizes)):
-        check_int("context_lengths", context_length, 1)
-        check_int("batch_sizes", batch_size, 1)
-        cell = {"context_length": context_length, "batch_size": batch_size}
-        pending = [
-            (engine, name, ratio)
-            for engine in ENGINES
-            for name, ratios in runs.pending(for_engine(engine, names), compression_ratio, **cell, engine=engine)
-            for ratio in ratios
-        ]
-        cells.append((cell, pending))
-    progress = tqdm(total=repeats * sum(len(pending) for _, pending in cells), unit="轮", desc="速度")
-    for cell, pending in cells:
-        started = records.provenance(runs.device)
-        ids = torch.randint(lm.config.vocab_size, (cell["batch_size"], cell["context_length"]), device=runs.device)
-        timings, bandwidths = {variant: [] for variant in pending}, []
-        for _ in range(repeats if pending else 0):
+    open_runs = runs.open()
+    progress = tqdm(total=repeats * len(open_runs), unit="轮", desc="速度")
+    for (length, batch), cell in itertools.groupby(open_runs, _cell):
+        started, variants = provenance(runs.device), list(cell)
+        ids = torch.randint(lm.config.vocab_size, (batch, length), device=runs.device)
+        timings, bandwidths = [[] for _ in variants], []
+        for _ in range(repeats):
             bandwidths.append(read_bandwidth(runs.device))
-            for variant in pending:
-                progress.set_postfix_str(f"{variant[0]} {variant[1]}, {cell['context_length']} × {cell['batch_size']}")
-                timings[variant].append(_time_or_why_not(runs, *variant, ids, n_turn))
+            for run, found in zip(variants, timings):
+                progress.set_postfix_str(f"{run.settings['engine']} {run.press}, {length} × {batch}")
+                found.append(_time_or_why_not(runs, run, ids, n_turn))
                 progress.update()
-        for (engine, name, ratio), found in timings.items():
-            record = _record(lm, found, cell, max_new_tokens, decode_only, float(np.median(bandwidths)))
-            runs.write(name, ratio, cell["context_length"], started, record, {}, **cell, engine=engine)
+        for run, found in zip(variants, timings):
+            record = _record(lm, found, run.settings, max_new_tokens, decode_only, float(np.median(bandwidths)))
+            runs.write(run, length, started, record, {})
     progress.close()
     return runs.study()
 
@@ -94,8 +118,9 @@ def for_engine(engine: str, names: list[str]) -> list[str]:
     return ["no_press"] if engine == "stock" else [name for name in names if name != "no_press"]
 
 
-def _time_or_why_not(runs: Runs, engine: str, name: str, ratio: float | None, ids, n_turn: int) -> Timing | str:
-    with runs.presses(name, [ratio]) as (press,), warnings.catch_warnings():
+def _time_or_why_not(runs: Runs, run: Planned, ids, n_turn: int) -> Timing | str:
+    engine = run.settings["engine"]
+    with runs.presses([run]) as (press,), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*the model was trained on")  # time does not depend on that
         if not can_batch(engine, press, len(ids)):
             return "mixes the rows of a batch"
@@ -107,7 +132,7 @@ def _time_or_why_not(runs: Runs, engine: str, name: str, ratio: float | None, id
                 raise
             return "out of memory"
         except (ValueError, AssertionError) as refusal:  # kvpress states its limits by assertion
-            return " ".join(str(refusal).split()) or f"{name} refuses this context"
+            return " ".join(str(refusal).split()) or f"{run.press} refuses this context"
 
 
 def _record(lm, timings: list, cell: dict, max_new_tokens: int, decode_only: bool, bandwidth: float) -> dict:

@@ -7,6 +7,7 @@ the last tokens anew for every token. The last three see equally many: n_sink + 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
@@ -21,8 +22,27 @@ from kvneox_lib.measures.streaming import StreamingDecoder, recomputed_nll, stre
 from kvneox_lib.neox.cache import CompactCache
 from kvneox_lib.neox.checks import check_int
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
-from kvneox_lib.studies import records
-from kvneox_lib.studies.runs import Runs, Study, as_list
+from kvneox_lib.studies.arguments import (
+    Attention,
+    Count,
+    Dataset,
+    Device,
+    Dtype,
+    Folder,
+    Index,
+    Model,
+    OutputDir,
+    Overwrite,
+    QualityWeights,
+    Split,
+    Subset,
+    YesOrNo,
+    one_of,
+    whole,
+)
+from kvneox_lib.studies.plan import Planned, as_list
+from kvneox_lib.studies.provenance import provenance
+from kvneox_lib.studies.runs import Runs, Study
 
 METHODS = ("dense", "window", "sinks", "recompute")
 BLOCK = 256  # tokens, of which the running figures are means
@@ -30,6 +50,10 @@ SAMPLES_A_BLOCK = 8  # of those on which recomputation is scored
 CHECKPOINTS, STEPS = 12, 16  # where a token's cost is measured, and over how many tokens
 PROMPT, PIECE = 250, 250  # tokens: what a sample of text begins with, and how it is looked at
 SHORTEST = 512  # text that shows anything
+Methods = Annotated[str | Sequence[str], one_of(*METHODS, several=True)]
+Sinks = Annotated[int | Sequence[int], whole(0, several=True, may_be_empty=True)]
+Sizes = Annotated[int | Sequence[int], whole(1, several=True, may_be_empty=True)]
+Tokens = Annotated[int, whole(SHORTEST)]
 
 
 @dataclass(frozen=True)
@@ -45,36 +69,53 @@ class Reading:
     def size(self) -> int | None:
         return None if self.window is None else self.n_sink + self.window
 
+    @classmethod
+    def of(cls, run: Planned) -> "Reading":
+        return cls(run.press, **run.settings)
+
     @property
-    def settings(self) -> dict:
-        return {"n_sink": self.n_sink, "window": self.window} | ({"timed": True} if self.timed else {})
+    def planned(self) -> Planned:
+        settings = {"n_sink": self.n_sink, "window": self.window} | ({"timed": True} if self.timed else {})
+        return Planned(self.method, None, settings, is_press=False)
+
+
+def plan(asked: dict, trained: int | None) -> list[Planned]:
+    """Each way of reading, and of the ablation each number of sinks in each size."""
+    readings = readings_of(asked)
+    for reading in readings if trained is not None else ():
+        if reading.size and reading.size >= trained and (asked["rerotate"] or reading.method == "recompute"):
+            raise ValueError(
+                f"n_sink + window, or ablation_sizes: {reading.size}; allowed is below {trained}, on which the model "
+                "was trained"
+            )
+    return [reading.planned for reading in readings]
 
 
 def measure_streaming(
     *,
-    model: str = "pythia-70m",
-    weights: str = "auto",
-    dataset: str = "pg19",
-    subset: str = "wikitext-103-v1",
-    split: str = "test",
-    sample_idx: int = 0,
-    data_dir: str | None = None,
-    methods: str | Sequence[str] = METHODS,
-    n_sink: int = 4,
-    window: int = 1020,
-    rerotate: bool = True,
-    max_tokens: int | None = 12288,
-    dense_limit: int = 8192,
-    recompute_samples: int = 256,
-    ablation_sinks: Sequence[int] = (0, 1, 2, 4, 8),
-    ablation_sizes: Sequence[int] = (128, 256, 512, 1024),
-    sample_tokens: int = 2000,
-    attn_implementation: str = "auto",
-    dtype: str = "auto",
-    device: str = "auto",
-    seed: int = 0,
-    output_dir: str = "results/streaming",
-    overwrite: bool = False,
+    model: Model = "pythia-70m",
+    weights: QualityWeights = "auto",
+    dataset: Dataset = "pg19",
+    subset: Subset = "wikitext-103-v1",
+    split: Split = "test",
+    sample_idx: Index = 0,
+    data_dir: Folder | None = None,
+    methods: Methods = METHODS,
+    n_sink: Index = 4,
+    window: Count = 1020,
+    rerotate: YesOrNo = True,
+    max_tokens: Tokens | None = 12288,
+    dense_limit: Tokens = 8192,
+    recompute_samples: Count = 256,
+    ablation_sinks: Sinks = (0, 1, 2, 4, 8),
+    ablation_sizes: Sizes = (128, 256, 512, 1024),
+    sample_tokens: Index = 2000,
+    attn_implementation: Attention = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    seed: Index = 0,
+    output_dir: OutputDir = "results/streaming",
+    overwrite: Overwrite = False,
 ) -> Study:
     """nll along the first `max_tokens` of one document (None: all of it), time and bytes of a token, and a sample of
     generated text with and without sinks.
@@ -82,24 +123,17 @@ def measure_streaming(
     dense stops at dense_limit tokens. recompute is scored at `recompute_samples` evenly spread tokens, and so are, for
     comparison, the others. The ablation reads with every number of sinks in a cache of every size.
     """
-    asked = locals()
-    readings = readings_of(asked)
-    for name, least in (("dense_limit", SHORTEST), ("recompute_samples", 1), ("sample_tokens", 0)):
-        check_int(name, asked[name], least)
-    runs = Runs(measure_streaming, asked)
-    lm = runs.loaded.model
-    _check_sizes(readings, rerotate, lm.config.max_position_embeddings)
-    ids = _first_tokens(runs, max_tokens)
-    runs.parameters |= {name: asked[name] for name in ("rerotate", "dense_limit", "recompute_samples", "sample_tokens")}
-    runs.parameters |= {"max_tokens": ids.shape[1], "n_threads": torch.get_num_threads()}
-    runs.parameters |= {"device_name": records.provenance(runs.device)["device_name"]}  # times are of one machine
+    runs = Runs(measure_streaming, plan, locals())
+    runs.times_on_this_machine()
+    lm, ids = runs.loaded.model, _first_tokens(runs, max_tokens)
+    runs.turned_out["max_tokens"] = ids.shape[1]
     sampled = _spread(ids.shape[1] - 1, recompute_samples)
 
-    pending = [reading for reading in readings if runs.is_missing(reading.method, None, **reading.settings)]
-    timed = [reading for reading in pending if reading.timed]
+    pending = [(run, Reading.of(run)) for run in runs.open()]
+    timed = [reading for _, reading in pending if reading.timed]
     costs = _costs(lm, ids, timed, rerotate, dense_limit) if timed else None
-    for reading in tqdm(pending, unit="种", desc="流式"):
-        started, clock = records.provenance(runs.device), time.perf_counter()
+    for run, reading in tqdm(pending, unit="种", desc="流式"):
+        started, clock = provenance(runs.device), time.perf_counter()
         positions, nll = _read_all(lm, ids, reading, rerotate, dense_limit, sampled)
         figures = _figures(nll, positions, lm, reading)
         at = np.isin(positions, sampled)
@@ -107,13 +141,13 @@ def measure_streaming(
         tables["running"] = _running(nll, positions, BLOCK if reading.method != "recompute" else SAMPLES_A_BLOCK)
         if reading.timed:
             tables["cost"] = cost = costs[costs["method"] == reading.method].drop(columns="method")
-            figures |= cost.iloc[-1][["step_s", "kv_bytes"]].to_dict()
+            figures |= {name: cost[name].iloc[-1] for name in ("step_s", "kv_bytes")}
         if reading.timed and reading.method in ("window", "sinks") and sample_tokens:
             torch.manual_seed(seed)
             tables["sample"] = _sample(runs.loaded, ids[:, :PROMPT], reading, rerotate, sample_tokens)
         figures["run_s"] = time.perf_counter() - clock
         n_read = int(positions[-1]) + 1
-        runs.write(reading.method, None, n_read, started, figures, tables, **reading.settings)
+        runs.write(run, n_read, started, figures, tables)
     return runs.study()
 
 
@@ -121,11 +155,6 @@ def readings_of(asked: dict) -> list[Reading]:
     """What a call with these parameters reads, and how; each reading is a record."""
     methods, n_sink, window = as_list(asked["methods"]), asked["n_sink"], asked["window"]
     sinks, sizes = as_list(asked["ablation_sinks"]), as_list(asked["ablation_sizes"])
-    unknown = [name for name in methods if name not in METHODS]
-    if unknown or not methods:
-        raise ValueError(f"methods={methods!r}: must be of {', '.join(METHODS)}")
-    check_int("n_sink", n_sink, 0)
-    check_int("window", window, 1)
     size = n_sink + window
     main = {
         "dense": Reading("dense", 0, None, timed=True),
@@ -139,7 +168,6 @@ def readings_of(asked: dict) -> list[Reading]:
     known = {(reading.n_sink, reading.window) for reading in readings if reading.method in ("window", "sinks")}
     for total in sizes:
         for first in sinks:
-            check_int("ablation_sinks", first, 0)
             check_int("ablation_sizes", total, first + 1)
             if (first, total - first) not in known:
                 readings.append(Reading("sinks" if first else "window", first, total - first))
@@ -147,21 +175,10 @@ def readings_of(asked: dict) -> list[Reading]:
     return readings
 
 
-def _check_sizes(readings: list[Reading], rerotate: bool, trained: int) -> None:
-    for reading in readings:
-        if reading.size and reading.size >= trained and (rerotate or reading.method == "recompute"):
-            raise ValueError(
-                f"n_sink + window, or ablation_sizes: {reading.size}; allowed is below {trained}, on which the model "
-                "was trained"
-            )
-
-
 def _first_tokens(runs: Runs, max_tokens: int | None) -> torch.Tensor:
     if len(runs.text.documents) != 1:
         raise ValueError(f"sample_idx={runs.asked['sample_idx']!r}: one document is read; give the number of one")
     ids = tokenize(runs.text.documents[0], runs.loaded.tokenizer).ids
-    if max_tokens is not None:
-        check_int("max_tokens", max_tokens, SHORTEST)
     if len(ids) < (max_tokens or SHORTEST):
         raise ValueError(f"max_tokens={max_tokens}: {runs.text.titles[0]} has {len(ids)} tokens; ask for fewer")
     return torch.from_numpy(ids[:max_tokens].astype(np.int64))[None].to(runs.device)

@@ -4,24 +4,27 @@ What is to be run, again or at all, Snakemake decides from those names; so this 
 what a notebook is going to call its records. The workflow that uses it is in Snakefile.
 """
 
+import ast
 import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from kvneox_lib.inputs.weights import demo_folder, find_target
 from kvneox_lib.presses.by_name import expand_presses
-from kvneox_lib.studies.declared import RECORDS, WITH_BASELINE, code_digest, declared_records, notebook_defaults
-from kvneox_lib.studies.params import Lines, Mistakes, check_value, expand_variables, read_yaml, unknown
+from kvneox_lib.studies.arguments import check_argument, check_arguments, expand_variables, rules_of
+from kvneox_lib.studies.digest import code_digest
+from kvneox_lib.studies.params import Lines, Mistakes, read_yaml, unknown
+from kvneox_lib.studies.plan import declared, trained_length
+from kvneox_lib.studies.table import BY_NOTEBOOK, StudyRow
 
 STUDY_KEYS = ("notebook", "fixed", "grid", "resources")
 RESOURCES = {"gpus": 0, "cores": 1, "mem_mb": 1}  # what a run may ask for, and the least of it
 NAMED = ("model", "weights", "dataset")  # no default of a notebook decides on these
-TIMED = ("03_speed", "04_streaming")  # a clock wants the machine for itself
-WITHOUT_QUALITY = ("03_speed",)  # the one that random weights are good for
 EXECUTED = "results/notebooks"  # where the executed notebooks go
 
 
@@ -79,9 +82,10 @@ def _check_study(study: Lines, notebooks: Path, mistakes: Mistakes) -> bool:
     before, notebook = len(mistakes.found), study.get("notebook")
     for key in set(study) - set(STUDY_KEYS):
         mistakes.add(study.lines[key], unknown("key", key, STUDY_KEYS))
-    if notebook not in list(RECORDS):
-        mistakes.add(study.lines.get("notebook", study.line), unknown("notebook", notebook, RECORDS))
+    if notebook not in list(BY_NOTEBOOK):
+        mistakes.add(study.lines.get("notebook", study.line), unknown("notebook", notebook, BY_NOTEBOOK))
         return False
+    row = BY_NOTEBOOK[notebook]
     defaults = notebook_defaults(notebooks / f"{notebook}.ipynb")
     for part in ("fixed", "grid", "resources"):
         if not isinstance(study.get(part, Lines()), Lines):
@@ -89,16 +93,13 @@ def _check_study(study: Lines, notebooks: Path, mistakes: Mistakes) -> bool:
             return False
     fixed, grid = study.get("fixed", Lines()), study.get("grid", Lines())
     for name, value in fixed.items():
-        _check(name, [value], fixed.lines[name], defaults, mistakes)
+        _check(row, name, [value], fixed.lines[name], mistakes)
     for name, values in grid.items():
         if name in fixed:
             mistakes.add(grid.lines[name], f"{name} is in fixed (line {fixed.lines[name]}) and in grid; keep one")
-        if name == "press" and notebook in TIMED:
+        if name == "press" and row.is_timed:
             mistakes.add(grid.lines[name], "press: what is timed takes turns in one run; list all of them in fixed")
-        _check_axis(name, values, grid.lines[name], defaults, mistakes)
-    if "weights" in defaults and notebook not in WITHOUT_QUALITY:
-        _refuse_random(fixed, notebook, mistakes)
-        _refuse_random(grid, notebook, mistakes)
+        _check_axis(row, name, values, grid.lines[name], mistakes)
     missing = [name for name in NAMED if name in defaults and name not in fixed and name not in grid]
     if missing:
         what = f"{notebook} wants {', '.join(missing)}: what is measured is never left to a default"
@@ -107,19 +108,12 @@ def _check_study(study: Lines, notebooks: Path, mistakes: Mistakes) -> bool:
     return len(mistakes.found) == before
 
 
-def _check_axis(name: str, values, line: int, defaults: dict, mistakes: Mistakes) -> None:
+def _check_axis(row: StudyRow, name: str, values, line: int, mistakes: Mistakes) -> None:
     """Of the grid: a list of values, or for presses a word that stands for one."""
     listed = values if isinstance(values, list) else [values]
     if not listed or (not isinstance(values, list) and name != "press"):
         mistakes.add(line, f"{name}: {values!r}; in grid stands a list of values, [a, b, c]")
-    _check(name, listed, line, defaults, mistakes)
-
-
-def _refuse_random(part: Lines, notebook: str, mistakes: Mistakes) -> None:
-    values = part.get("weights")
-    if "random" in (values if isinstance(values, list) else [values]):
-        what = f"{notebook} measures quality, which random weights have none of: allowed is pretrained"
-        mistakes.add(part.lines["weights"], f"weights: 'random'; {what}")
+    _check(row, name, listed, line, mistakes)
 
 
 def _check_resources(resources: Lines, mistakes: Mistakes) -> None:
@@ -131,13 +125,13 @@ def _check_resources(resources: Lines, mistakes: Mistakes) -> None:
             mistakes.add(resources.lines[name], f"{name}: {value!r}; {allowed}")
 
 
-def _check(name: str, values: list, line: int, defaults: dict, mistakes: Mistakes) -> None:
-    if name not in defaults:
-        mistakes.add(line, unknown("parameter", name, defaults))
+def _check(row: StudyRow, name: str, values: list, line: int, mistakes: Mistakes) -> None:
+    if name not in rules_of(row.measure):
+        mistakes.add(line, unknown("parameter", name, rules_of(row.measure)))
         return
     for value in values:
         try:
-            check_value(name, value, defaults[name])
+            check_argument(row.measure, name, expand_variables(name, value), in_a_sweep=True)
         except ValueError as error:
             mistakes.add(line, " ".join(str(error).split()))
 
@@ -147,12 +141,12 @@ def _check(name: str, values: list, line: int, defaults: dict, mistakes: Mistake
 
 def _expand(study: Lines, name: str, notebook: Path, sweep: str, makers: dict, mistakes: Mistakes) -> list[Run]:
     """The study's runs. `makers`: which run makes each record declared so far; no two make the same one."""
-    wanted, found = study.get("resources", {}), []
+    row, wanted, found = BY_NOTEBOOK[study["notebook"]], study.get("resources", {}), []
     for point, is_baseline in _points(study):
         parameters = {**notebook_defaults(notebook), **study.get("fixed", {}), **point}
         try:
             asked = {key: expand_variables(key, value) for key, value in parameters.items()}
-            declared = declared_records(notebook.stem, asked)
+            declared = _declared_records(row, asked)
         except ValueError as error:
             mistakes.add(_line_of(str(error), study), " ".join(str(error).split()))
             return []
@@ -170,14 +164,33 @@ def _expand(study: Lines, name: str, notebook: Path, sweep: str, makers: dict, m
             outputs=tuple(own),
             needs=tuple(record for record in declared if record not in own),
             executed=f"{EXECUTED}/{sweep}/{name}/{label}.ipynb",
-            code=code_digest(notebook, find_target(asked["model"], None).folder == demo_folder()),
+            code=code_digest(row.measure, find_target(asked["model"], None).folder == demo_folder()),
             gpus=wanted.get("gpus", 0),
             mem_mb=wanted.get("mem_mb"),
-            cores=wanted.get("cores", None if notebook.stem in TIMED else 1),
+            cores=wanted.get("cores", None if row.is_timed else 1),
         )
         makers |= dict.fromkeys(own, f"{sweep}: {name}")
         found.append(run)
     return found
+
+
+def _declared_records(row: StudyRow, asked: dict) -> list[str]:
+    """With their folder. What a notebook drops with a warning, a file must not ask for."""
+    check_arguments(row.measure, asked, in_a_sweep=True)
+    planned = {run.press for run in row.plan(asked, trained_length(asked["model"]))}
+    dropped = [name for name in expand_presses(asked["press"]) if name not in planned] if row.has_baseline else []
+    if dropped:
+        raise ValueError(f"press={', '.join(dropped)}: {row.notebook} cannot measure what acts only while decoding")
+    return [f"{asked['output_dir']}/{run_id}.json" for run_id in declared(row.measure, row.plan, asked)]
+
+
+@cache
+def notebook_defaults(notebook: Path) -> dict:
+    """The parameters of a notebook, from its cell that is tagged so."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    (cell,) = (cell for cell in cells if "parameters" in cell["metadata"].get("tags", []))
+    assignments = (node for node in ast.parse("".join(cell["source"])).body if isinstance(node, ast.Assign))
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in assignments}
 
 
 def _line_of(message: str, study: Lines) -> int:
@@ -191,7 +204,7 @@ def _points(study: Lines) -> list[tuple[dict, bool]]:
     """The grid's combinations. A notebook that compares with no_press measures it itself; where each press is a run of
     its own, that baseline is one too, made before them: else each of them would make it, all at the same time."""
     grid = {name: values for name, values in study.get("grid", {}).items()}
-    with_baseline = "press" in grid and study["notebook"] in WITH_BASELINE
+    with_baseline = "press" in grid and BY_NOTEBOOK[study["notebook"]].has_baseline
     if "press" in grid:
         listed = grid["press"] if isinstance(grid["press"], list) else [grid["press"]]
         names = dict.fromkeys(name for press in listed for name in expand_presses(press))

@@ -1,0 +1,126 @@
+"""What a call of a study is going to write, before it runs: which runs, and how each is named.
+
+The measuring function walks its study's plan, and the sweep declares the same plan without loading a model.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvneox_lib.inputs.weights import PYTHIA_NAMES, find_target
+from kvneox_lib.presses.by_name import press_row
+from kvneox_lib.presses.registry import RATIO_PER_LAYER
+from kvneox_lib.studies import records
+from kvneox_lib.studies.arguments import defaults_of
+
+PYTHIA_LENGTH = 2048  # the trained length of all of them
+# These four are at the head of every run's name; what the weights turned out to be is said for random ones, whatever
+# was asked for.
+IN_THE_HEAD = ("model", "dataset", "press", "compression_ratio", "weights")
+# Of a whole grid: each run of it has its own.
+OF_A_GRID = ("presses", "context_lengths", "batch_sizes", "methods", "ablation_sinks", "ablation_sizes")
+# Where a text or a record lies changes no figure.
+PLACES = ("data_dir", "output_dir", "overwrite")
+# How a text was found and a context cut: what came of it is among the parameters, as text_sha256 and context_length.
+FOUND_BY = ("subset", "split", "context_limit")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run: a press, or what stands in its place, at a ratio (None: its strength is its own)."""
+
+    press: str
+    ratio: float | None
+    settings: dict = field(default_factory=dict)  # parameters that this run has for itself
+    always_named: tuple[str, ...] = ()  # of them
+    is_press: bool = True
+
+    def run_id(self, measure: Callable, asked: dict, *, dataset: str | None, model: str, weights: str | None) -> str:
+        """dataset, model, weights: as they turned out. Of the parameters those are named that differ from the default
+        of `measure`, or are no parameters of it."""
+        defaults, asked = defaults_of(measure), {**asked, **self.settings}
+        may_be_named = [name for name in asked if name not in (*IN_THE_HEAD, *OF_A_GRID, *PLACES)]
+        named = {name: asked[name] for name in may_be_named if differs(asked[name], defaults.get(name, differs))}
+        named |= {"weights": weights} if weights == "random" else {}
+        named |= {name: asked[name] for name in self.always_named}
+        text, ratio = self.settings.get("dataset", dataset), "own" if self.ratio is None else self.ratio
+        return records.run_id(text, model, self.press, ratio, **named)
+
+
+def differs(value, default) -> bool:
+    one, other = (list(part) if isinstance(part, tuple) else part for part in (value, default))
+    return one != other
+
+
+def identity(asked: dict, planned: Planned, turned_out: dict) -> dict:
+    """All that a figure depends on: a record is used again if these are equal. What was asked for, less a short list,
+    as it turned out."""
+    kept = {name: value for name, value in asked.items() if name not in (*OF_A_GRID, *PLACES, *FOUND_BY)}
+    of_the_run = {"press": planned.press, "compression_ratio": planned.ratio, **planned.settings}
+    return {**kept, **turned_out, **of_the_run}
+
+
+def declared(measure: Callable, plan: Callable, asked: dict) -> list[str]:
+    """The names of the records that a call with these parameters (all of them) is going to write."""
+    dataset = text_name(asked["dataset"]) if "dataset" in asked else None
+    found = {"dataset": dataset, "model": find_target(asked["model"], None).name, "weights": asked.get("weights")}
+    planned = plan(asked, trained_length(asked["model"]))
+    return list(dict.fromkeys(run.run_id(measure, asked, **found) for run in planned))
+
+
+def text_name(dataset: str) -> str:
+    return Path(dataset).resolve().name
+
+
+def trained_length(model: str) -> int | None:
+    """None for a model of the hub whose config is not at hand."""
+    target = find_target(model, None)
+    if target.folder is not None:
+        config = json.loads((target.folder / "config.json").read_text(encoding="utf-8"))
+        return config.get("max_position_embeddings", PYTHIA_LENGTH)
+    return PYTHIA_LENGTH if target.name in PYTHIA_NAMES else None
+
+
+# ---- parts of plans -------------------------------------------------------------------------------------------------
+
+
+def at_ratios(press: str, ratios, **settings) -> list[Planned]:
+    return [Planned(press, ratio, settings) for ratio in own_ratios(press, ratios)]
+
+
+def own_ratios(press: str, ratios) -> list:
+    """Those of `ratios` at which a press is measured: no_press at 0, one with a strength of its own once (None)."""
+    if press == "no_press":
+        return [0.0]
+    row = press_row(press)
+    return list(dict.fromkeys(as_list(ratios))) if row.takes_ratio or row.strength == RATIO_PER_LAYER else [None]
+
+
+def as_list(values) -> list:
+    return [values] if isinstance(values, bool | int | float | str) else list(values)
+
+
+def fitting_context(asked: dict, others: int, trained: int | None) -> int:
+    """`context_length`, cut so that it and the `others`, the tokens after it, are no longer than context_limit and
+    the trained length (None: unknown)."""
+    given = asked.get("context_limit")
+    if given is not None and trained is not None and given > trained:
+        raise ValueError(f"context_limit={given!r}: allowed is at most {trained}, the trained length")
+    limit = given or trained
+    if limit is None:
+        return asked["context_length"]
+    if limit <= others:
+        own = "continuation_length" if "continuation_length" in asked else "model"
+        name = "context_limit" if given is not None else own
+        what = f"the {others} tokens after the context leave no room for it in a window of {limit}"
+        raise ValueError(f"{name}={asked[name]!r}: {what}")
+    return min(asked["context_length"], limit - others)
+
+
+def one_after_the_other(planned: Sequence[Planned]) -> list[list[Planned]]:
+    """Runs that differ in the ratio alone, together: they are measured in one go."""
+    groups: dict[tuple, list[Planned]] = {}
+    for run in planned:
+        groups.setdefault((run.press, *run.settings.items()), []).append(run)
+    return list(groups.values())
