@@ -9,26 +9,30 @@ import pandas as pd
 import pytest
 import torch
 
+from kvneox_lib.studies import provenance as provenance_module
 from kvneox_lib.studies import records
+from kvneox_lib.studies.packing import pack, unpack
+from kvneox_lib.studies.provenance import PROVENANCE, provenance
 from kvneox_lib.studies.records import (
     find_record,
     load_records,
     output_folder,
-    provenance,
     run_id,
     table_path,
+    tables_of,
     write_record,
     write_table,
 )
 
-PARAMETERS = {"model": "pythia-70m", "weights": "auto", "compression_ratio": 0.5, "depths": [0.0, 0.5], "seed": 0}
+PARAMETERS = {"model": "demo", "weights": "bundled", "compression_ratio": 0.5, "depths": [0.0, 0.5], "seed": 0}
 
 
 @pytest.fixture
 def record():
     figures = {"n_tokens": 1000, "nll_mean": 3.25, "ppl": 25.79, "context_tokens": 1024, "kept_fraction": 0.5}
     run = {"model": "demo", "weights": "bundled", "dataset": "python-docs 3.11.7", "press": "knorm"}
-    return {**run, **figures, "compression_ratio": 0.5, "device": "cpu", "dtype": "float32", "seed": 0, **provenance()}
+    how = {"compression_ratio": 0.5, "device": "cpu", "dtype": "float32", "seed": 0, "depths": (0.0, 0.5)}
+    return {**run, **figures, **how, **provenance()}
 
 
 def test_run_id_reads_as_promised():
@@ -75,8 +79,8 @@ def test_provenance_names_this_checkout_and_these_versions(monkeypatch):
     monkeypatch.setenv("GIT_DIR", "/nowhere")  # as inside a hook of git's
     found = provenance("cpu")
     assert found["torch_version"].split("+")[0] == torch.__version__.split("+")[0]
-    assert set(found) == set(records.PROVENANCE) and found["device_name"]
-    checkout = Path(records.__file__).parents[1]
+    assert set(found) == set(PROVENANCE) and found["device_name"]
+    checkout = Path(provenance_module.__file__).parents[2]
     if (checkout / ".git").exists():
         monkeypatch.delenv("GIT_DIR")
         head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=checkout, text=True).strip()
@@ -86,12 +90,12 @@ def test_provenance_names_this_checkout_and_these_versions(monkeypatch):
 
 
 def test_an_installed_copy_does_not_take_the_commit_of_the_repository_around_it(tmp_path, monkeypatch):
-    package = tmp_path / "site-packages" / "kvneox_lib"
+    package = tmp_path / "site-packages" / "kvneox_lib" / "studies"
     package.mkdir(parents=True)
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     author = ["-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run(["git", "-C", tmp_path, *author, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
-    monkeypatch.setattr(records, "__file__", str(package / "records.py"))
+    monkeypatch.setattr(provenance_module, "__file__", str(package / "provenance.py"))
     assert provenance()["git_commit"] is None
 
 
@@ -102,7 +106,7 @@ def test_changed_code_is_dirty_and_new_results_are_not(tmp_path, monkeypatch):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
         subprocess.run([*git, *command], check=True)
-    monkeypatch.setattr(records, "__file__", str(tmp_path / "kvneox_lib" / "records.py"))
+    monkeypatch.setattr(provenance_module, "__file__", str(tmp_path / "kvneox_lib" / "studies" / "provenance.py"))
     assert provenance()["git_dirty"] is False
     (tmp_path / "results/reference/a.json").write_text("after")
     assert provenance()["git_dirty"] is False
@@ -110,14 +114,11 @@ def test_changed_code_is_dirty_and_new_results_are_not(tmp_path, monkeypatch):
     assert provenance()["git_dirty"] is True
 
 
-def test_json_and_csv_hold_the_same_row_and_the_parameters(tmp_path, record):
-    path = write_record(tmp_path / "new" / "ppl", "a__b__0.50", record, parameters=PARAMETERS)
+def test_a_record_is_one_file_of_plain_values(tmp_path, record):
+    path = write_record(tmp_path / "new" / "ppl", "a__b__0.50", record)
     row = json.loads(path.read_text())
-    assert row["nll_mean"] == 3.25 and row["weights"] == "bundled" and row["param_weights"] == "auto"
-    csv = pd.read_csv(path.parent / "a__b__0.50.csv")
-    assert len(csv) == 1 and list(csv.columns) == list(row)
-    assert csv.loc[0, "ppl"] == row["ppl"] and json.loads(csv.loc[0, "param_depths"]) == [0.0, 0.5]
-    assert {file.name for file in path.parent.iterdir()} == {"a__b__0.50.json", "a__b__0.50.csv"}
+    assert row["nll_mean"] == 3.25 and row["weights"] == "bundled" and json.loads(row["depths"]) == [0.0, 0.5]
+    assert set(row) == {"run_id", *record} and [file.name for file in path.parent.iterdir()] == ["a__b__0.50.json"]
     assert path.stat().st_mode & 0o044 == 0o044
 
 
@@ -135,83 +136,125 @@ def test_json_and_csv_hold_the_same_row_and_the_parameters(tmp_path, record):
 )
 def test_a_record_that_is_not_one_is_refused_and_nothing_is_written(tmp_path, record, change, message):
     with pytest.raises(ValueError, match=message):
-        write_record(tmp_path, "id", {**record, **change}, parameters=PARAMETERS)
+        write_record(tmp_path, "id", {**record, **change})
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", records.REQUIRED)
 def test_every_required_field_is_required_but_may_be_none(tmp_path, record, name):
     with pytest.raises(ValueError, match=f"lacks {name}"):
-        write_record(tmp_path, "id", {key: record[key] for key in record if key != name}, parameters={})
+        write_record(tmp_path, "id", {key: record[key] for key in record if key != name})
     if name != "weights":
-        write_record(tmp_path, "id", {**record, name: None}, parameters={})
+        write_record(tmp_path, "id", {**record, name: None})
         assert json.loads((tmp_path / "id.json").read_text())[name] is None
 
 
 def test_scalars_of_numpy_and_torch_become_plain(tmp_path, record):
     odd = {"nll_mean": np.float32(0.5), "n_tokens": torch.tensor(3), "dtype": torch.bfloat16, "where": Path("a/b")}
-    row = json.loads(write_record(tmp_path, "id", {**record, **odd}, parameters={}).read_text())
+    row = json.loads(write_record(tmp_path, "id", {**record, **odd}).read_text())
     assert (row["nll_mean"], row["n_tokens"], row["dtype"], row["where"]) == (0.5, 3, "bfloat16", "a/b")
 
 
-@pytest.mark.parametrize("fails_at", [0, 1])
-def test_an_interrupted_write_leaves_no_file(tmp_path, record, monkeypatch, fails_at):
-    calls, replace = [], os.replace
-
+def test_an_interrupted_write_leaves_no_file(tmp_path, record, monkeypatch):
     def interrupted(source, target):
-        calls.append(target)
-        if len(calls) > fails_at:
-            raise KeyboardInterrupt
-        replace(source, target)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_record(tmp_path, "id", record, parameters=PARAMETERS)
+        write_record(tmp_path, "id", record)
     assert list(tmp_path.iterdir()) == []
     assert find_record(tmp_path, "id", PARAMETERS) is None
 
 
 def test_an_interrupted_rewrite_leaves_the_old_record(tmp_path, record, monkeypatch):
-    write_record(tmp_path, "id", record, parameters=PARAMETERS)
+    write_record(tmp_path, "id", record)
 
     def full(*_):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
-        write_record(tmp_path, "id", {**record, "ppl": 1.0}, parameters=PARAMETERS)
+        write_record(tmp_path, "id", {**record, "ppl": 1.0})
     assert find_record(tmp_path, "id", PARAMETERS)["ppl"] == record["ppl"]
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_record_is_found_for_equal_parameters_only(tmp_path, record):
-    write_record(tmp_path, "id", record, parameters={**PARAMETERS, "output_dir": "here", "overwrite": True})
-    same = dict(reversed(PARAMETERS.items())) | {"depths": (0.0, 0.5), "output_dir": "there", "overwrite": False}
+    write_record(tmp_path, "id", record)
+    same = dict(reversed(PARAMETERS.items())) | {"depths": (0.0, 0.5)}
     assert find_record(tmp_path, "id", same)["ppl"] == record["ppl"]
     for name, value in {"seed": 1, "weights": "random", "depths": [0.0], "compression_ratio": 0.50001}.items():
         assert find_record(tmp_path, "id", {**PARAMETERS, name: value}) is None, name
     assert find_record(tmp_path, "id", {**PARAMETERS, "seed": False}) is None  # False == 0 in Python
-    assert find_record(tmp_path, "id", {**PARAMETERS, "query_aware": False}) is None  # newer than the record
-    assert find_record(tmp_path, "id", {"model": "pythia-70m"}) is None
+    assert find_record(tmp_path, "id", {**PARAMETERS, "query_aware": None}) is None  # newer than the record
     assert find_record(tmp_path, "other", PARAMETERS) is None
 
 
 def test_records_come_back_as_one_frame_without_the_damaged(tmp_path, record):
-    for i, study in enumerate(["ppl", "ppl", "speed"]):
-        write_record(tmp_path / study, f"id{i}", {**record, "nll_mean": 1.0 + i}, parameters={"seed": i})
-    write_table(tmp_path / "ppl", "id0", "by_distance", pd.DataFrame({"distance": [1, 2], "nll": [0.5, 0.25]}))
-    (tmp_path / "ppl" / "id1.json").write_text('{"run_id": "id1", "nll_mea')
-    (tmp_path / "copy.json").write_text((tmp_path / "ppl" / "id0.json").read_text())
+    for i in range(3):
+        write_record(tmp_path, f"id{i}", {**record, "nll_mean": 1.0 + i})
+    write_record(tmp_path / "copy", "id0", record)  # a folder below is not of this study
+    (tmp_path / "id1.json").write_text('{"run_id": "id1", "nll_mea')
+    (tmp_path / "renamed.json").write_text((tmp_path / "id0.json").read_text())
     (tmp_path / "list.json").write_text("[]")
     with pytest.warns(UserWarning) as caught:
         frame = load_records(tmp_path)
-    assert [name in " ".join(str(w.message) for w in caught) for name in ("id1.json", "copy.json", "list.json")] == [
-        True
-    ] * 3
-    assert list(frame["run_id"]) == ["id0", "id2"] and list(frame["study"]) == ["ppl", "speed"]
-    assert list(frame["nll_mean"]) == [1.0, 3.0]
+    told = " ".join(str(warning.message) for warning in caught)
+    assert all(name in told for name in ("id1.json", "renamed.json", "list.json"))
+    assert list(frame["run_id"]) == ["id0", "id2"] and list(frame["nll_mean"]) == [1.0, 3.0]
+    assert set(frame["study"]) == {tmp_path.name}
     with pytest.warns(UserWarning, match="id1.json"):
-        assert find_record(tmp_path / "ppl", "id1", {"seed": 1}) is None
+        assert find_record(tmp_path, "id1", {"seed": 0}) is None
+
+
+def keys(right: list[bool], names: list[str]) -> pd.DataFrame:
+    return pd.DataFrame({"right": right, "name": names, "share": [1 / 3, None], "n": [1, 2]})
+
+
+def test_packed_and_unpacked_they_are_the_same(tmp_path, record):
+    study = tmp_path / "reference" / "recall"
+    odd = {
+        "git_commit": "1" * 40,
+        "torch_version": "2.13",
+        "nll_mean": 1e-17 + 0.1,
+        "query_aware": False,
+        "n_keys": 2.0,
+    }
+    write_record(study, "a__0.50", {**record, **odd, "kept_fraction": None})
+    write_record(study, "b__0.50", {**record, **odd, "query_aware": True, "extra": 1})
+    write_table(study, "a__0.50", "keys", keys([True, False], ["a,b", 'say "c"\nnext']))
+    write_table(study, "b__0.50", "keys", keys([False, True], ["d", "NA "]))
+    write_table(study, "b__0.50", "heads", pd.DataFrame({"head": [0]}))
+    before = load_records(study)
+    tables = {name: tables_of(before, name) for name in ("keys", "heads", "none")}
+    pack(study)
+    assert not study.exists()
+    assert {path.name for path in study.parent.iterdir()} == {"recall.csv", "recall.keys.csv", "recall.heads.csv"}
+    after = load_records(study)
+    pd.testing.assert_frame_equal(after.drop(columns="path"), before.drop(columns="path"), check_like=True)
+    for name, table in tables.items():
+        pd.testing.assert_frame_equal(tables_of(after, name), table)
+    assert find_record(study, "b__0.50", {"query_aware": True, "n_keys": 2.0})["extra"] == 1
+    assert find_record(study, "a__0.50", {"n_keys": 2}) is None
+
+    write_record(study, "b__0.50", {**record, **odd, "extra": 2})  # measured anew, with other tables
+    write_table(study, "b__0.50", "keys", keys([True, True], ["e", "f"]))
+    assert load_records(study)["extra"].tolist()[1] == 2
+    pack(study)
+    frame = load_records(study)
+    assert frame["extra"].tolist()[1] == 2 and tables_of(frame, "heads").empty
+    assert tables_of(frame, "keys")["name"].tolist() == ["a,b", 'say "c"\nnext', "e", "f"]
+
+    unpack(study)
+    assert not (study.parent / "recall.csv").exists() and len(list(study.glob("*.json"))) == 2
+    pd.testing.assert_frame_equal(load_records(study).drop(columns="path"), frame.drop(columns="path"))
+
+
+def test_what_would_come_back_as_something_else_is_not_packed(tmp_path, record):
+    write_record(tmp_path / "study", "id", {**record, "remark": "12"})
+    with pytest.raises(ValueError, match="remark='12' would come back as 12: name it in TEXTS"):
+        pack(tmp_path / "study")
+    assert load_records(tmp_path / "study")["remark"].tolist() == ["12"]
 
 
 def test_no_folder_no_records(tmp_path):

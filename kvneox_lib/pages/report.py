@@ -17,25 +17,13 @@ from matplotlib.figure import Figure
 
 from kvneox_lib.pages import figures
 from kvneox_lib.pages.words import WEIGHTS
-from kvneox_lib.studies.records import load_records, table_path
+from kvneox_lib.studies.records import load_records, tables_of
+from kvneox_lib.studies.table import STUDIES
 
-NOTEBOOKS = {
-    "adapter": "00_adapter",
-    "wikitext_ppl": "01_wikitext_ppl",
-    "pg19_ppl": "02_pg19_ppl",
-    "speed": "03_speed",
-    "streaming": "04_streaming",
-    "recall": "05_recall",
-}
+# An exploration is of a single piece of text, timed once: no evidence.
+NOTEBOOKS = {row.name: row.notebook for row in STUDIES.values() if row.name != "explore"}
 MACHINE = ("device", "device_name", "dtype")
 SETTING = (*MACHINE, "model", "weights", "dataset")  # as they turned out
-# What a study varies. Records that differ in SETTING or in any other parameter never meet in a figure.
-AXES = {
-    **dict.fromkeys(NOTEBOOKS, ("press", "compression_ratio")),
-    "recall": ("press", "compression_ratio", "query_aware"),
-    "speed": ("press", "compression_ratio", "engine", "context_length", "batch_size"),
-    "streaming": ("press", "compression_ratio", "n_sink", "window", "timed"),
-}
 
 
 class Missing(LookupError):
@@ -69,15 +57,10 @@ class Records:
 
     def table(self, name: str, **wanted) -> pd.DataFrame:
         """That table of those runs, one below the other, with the columns that tell the runs apart."""
-        frames = []
-        for row in self.runs(**wanted).to_dict("records"):
-            path = table_path(self.root / self.folder, row["run_id"], name)
-            if path.exists():
-                known = {key: row[key] for key in ("press", "compression_ratio", "query_aware") if key in row}
-                frames.append(pd.read_csv(path).assign(**known))
-        if not frames:
+        found = tables_of(self.runs(**wanted), name)
+        if found.empty:
             raise Missing(self.study, f"表 {name}")
-        return pd.concat(frames, ignore_index=True)
+        return found
 
     def show(self, column: str, spec: str, **wanted) -> str:
         """One figure as text."""
@@ -152,20 +135,20 @@ def settings(study: str, root: Path | None = None) -> list[Records]:
 def _keys(frame: pd.DataFrame, study: str) -> list[str]:
     """The columns that hold records apart: SETTING, and the other parameters but for the axes of the study. The
     attention implementation follows from the press, and is told apart only where time is measured."""
-    known = {*SETTING, *AXES[study]} | ({"attn_implementation"} if study != "speed" else set())
-    parameters = [name for name in frame if name.startswith("param_") and name.removeprefix("param_") not in known]
-    return [name for name in SETTING if name in frame] + parameters
+    row = STUDIES[study]
+    known = {*SETTING, *row.axes} | (set() if row.is_timed else {"attn_implementation"})
+    return [name for name in (*SETTING, *row.parameters) if name in frame and (name in SETTING or name not in known)]
 
 
 def _newest(part: pd.DataFrame, study: str) -> pd.DataFrame:
     """Of the records at the same place on the axes, the latest."""
-    axes = [name for name in AXES[study] if name in part]
+    axes = [name for name in STUDIES[study].axes if name in part]
     return part.sort_values("started_at", kind="stable").drop_duplicates(axes, keep="last").sort_index()
 
 
 def _difference(part: pd.DataFrame, frame: pd.DataFrame, keys: list[str]) -> str:
     differing = [name for name in keys if frame[name].nunique(dropna=False) > 1]
-    words = [f"{name.removeprefix('param_')} {_value(part[name].iloc[0])}" for name in differing]
+    words = [f"{name} {_value(part[name].iloc[0])}" for name in differing]
     return "，".join(words) + f"（{len(part)} 份）"
 
 

@@ -32,7 +32,10 @@ def pack(folder: str | Path) -> None:
             found = (rows_of(own) if own.exists() else []) if run_id in loose else before.get(run_id, [])
             tables[name] += [{"run_id": run_id, **row} for row in found]
     for name, found in tables.items():
-        write_atomically(target.with_suffix(f".{name}.csv"), _as_csv(found))
+        if found:
+            write_atomically(target.with_suffix(f".{name}.csv"), _as_csv(found))
+        else:
+            target.with_suffix(f".{name}.csv").unlink(missing_ok=True)
     write_atomically(target, _as_csv([_checked_cells(row) for row in rows]))
     for path in [*folder.glob("*.json"), *folder.glob("*.csv")]:
         path.unlink()

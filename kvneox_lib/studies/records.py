@@ -158,7 +158,8 @@ def tables_of(frame: pd.DataFrame, name: str) -> pd.DataFrame:
             own = table_path(path.parent, row["run_id"], name)
             table = _read_csv(own) if own.exists() else None
         if table is not None:
-            parts.append(table.assign(**{key: row[key] for key in KNOWN_IN_TABLES if key in row}))
+            known = {key: row[key] for key in KNOWN_IN_TABLES if key in row and key not in table}
+            parts.append(table.assign(**known))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(KNOWN_IN_TABLES))
 
 
