@@ -9,7 +9,8 @@ import papermill
 import pytest
 from conftest import REPOSITORY
 
-from kvneox_lib.studies import explore, perplexity, recall, records, speed, streaming
+from kvneox_lib.studies import records
+from kvneox_lib.studies.table import STUDIES
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 COMMON = {"model", "attn_implementation", "dtype", "device", "output_dir"}
@@ -62,12 +63,8 @@ def test_adapter_notebook(tmp_path):
 @pytest.mark.parametrize(
     ("name", "measure", "own"),
     [
-        ("01_wikitext_ppl", perplexity.measure_perplexity, {"output_dir"}),
-        ("02_pg19_ppl", perplexity.measure_perplexity, {"output_dir", "dataset", "sample_idx"}),
-        ("03_speed", speed.measure_speed, set()),
-        ("04_streaming", streaming.measure_streaming, set()),
-        ("05_recall", recall.measure_recall, set()),
-        ("06_explore", explore.record_exploration, set()),
+        (row.notebook, row.measure, {"output_dir", "dataset", "sample_idx"} if row.name == "pg19_ppl" else set())
+        for row in STUDIES.values()
     ],
 )
 def test_notebooks_have_the_defaults_after_which_runs_are_named(name, measure, own):

@@ -6,7 +6,7 @@ from conftest import REPOSITORY
 
 from kvneox_lib.measures.perplexity import against
 from kvneox_lib.presses.by_name import expand_presses, press_names
-from kvneox_lib.studies.records import load_records, table_path
+from kvneox_lib.studies.records import load_records, tables_of
 from kvneox_lib.studies.streaming import compare_at_samples
 
 REFERENCE = REPOSITORY / "results" / "reference"
@@ -47,13 +47,7 @@ def test_snapkv_against_random():
     for study in TEXTS:
         frame = runs(study)
         frame = frame[(frame["n_windows"] >= 200) & frame["press"].isin(["random", "snapkv"])]
-        tables = [
-            pd.read_csv(table_path(REFERENCE / study, row.run_id, "windows")).assign(
-                press=row.press, compression_ratio=row.compression_ratio
-            )
-            for row in frame.itertuples()
-        ]
-        table = against(pd.concat(tables), "random").set_index("compression_ratio")["verdict"]
+        table = against(tables_of(frame, "windows"), "random").set_index("compression_ratio")["verdict"]
         verdicts[study] = table.loc[[0.75, 0.9]].tolist()
     assert verdicts == {"pg19_ppl": ["better", "better"], "wikitext_ppl": ["", "better"]}
 
@@ -76,19 +70,14 @@ def test_a_hundred_thousand_tokens_in_constant_memory():
     hold the level; and this small model needs no sinks for that."""
     frame = runs("streaming")
     assert set(frame["dataset"]) == {TEXTS["pg19_ppl"]} and not frame["git_dirty"].any()
-    main = frame[frame["param_timed"].eq(True)].set_index("press")
+    timed = frame[frame["timed"].eq(True)]
+    main = timed.set_index("press")
     assert main.loc["sinks", ["n_sink", "window", "n_tokens"]].tolist() == [4, 1020, 99_999]
-    tables = [
-        pd.read_csv(table_path(REFERENCE / "streaming", row.run_id, "samples")).assign(
-            press=press, n_sink=row.n_sink, window=row.window
-        )
-        for press, row in main.iterrows()
-    ]
-    compared = compare_at_samples(pd.concat(tables), beyond=2048).set_index("press")
+    compared = compare_at_samples(tables_of(timed, "samples"), beyond=2048).set_index("press")
     assert compared.loc["dense", "low"] > 0
     assert compared.loc[["sinks", "window"], ["low", "high"]].abs().to_numpy().max() < 0.02
     for press in ("sinks", "window"):
-        cost = pd.read_csv(table_path(REFERENCE / "streaming", main.loc[press, "run_id"], "cost"))
+        cost = tables_of(timed[timed["press"] == press], "cost")
         assert cost["kv_bytes"].nunique() == 1 and len(cost) >= 12
     ablation = frame[frame["press"].isin(["window", "sinks"])]
     sizes = ablation["n_sink"] + ablation["window"]

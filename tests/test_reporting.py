@@ -13,6 +13,7 @@ from kvneox_lib.inputs.weights import PYTHIA, _pythia_config
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
 from kvneox_lib.pages import report as reporting
 from kvneox_lib.pages.words import with_interval
+from kvneox_lib.studies.records import all_records, tables_of, write_table
 
 REFERENCE = REPOSITORY / "results" / "reference"
 
@@ -20,15 +21,14 @@ REFERENCE = REPOSITORY / "results" / "reference"
 def put(root, folder, study, press, ratio, table=None, **changes):
     """A record of `study`, made from a reference record of perplexity."""
     name = f"gutenberg-pre1919__demo__{press}__{ratio}__max_windows=200"
-    record = json.loads((REFERENCE / "pg19_ppl" / f"{name}.json").read_text()) | changes
-    record |= {f"param_{key}": value for key, value in changes.items() if key != "started_at"}
+    original = all_records(REFERENCE / "pg19_ppl")[name]
+    record = {key: value for key, value in original.items() if key not in ("study", "path")} | changes
     record["run_id"] = "__".join([name, *map(str, changes.values())]).replace("/", "-").replace(" ", "-")
     target = root / folder / study
     target.mkdir(parents=True, exist_ok=True)
     (target / f"{record['run_id']}.json").write_text(json.dumps(record))
     if table:
-        source = REFERENCE / "pg19_ppl" / f"{name}.{table}.csv"
-        shutil.copyfile(source, target / f"{record['run_id']}.{table}.csv")
+        write_table(target, record["run_id"], table, tables_of(pd.DataFrame([original]), table))
     return record
 
 
@@ -62,10 +62,11 @@ def test_the_contexts_of_a_speed_study_are_one_setting(tmp_path):
 
 def test_reference_records_are_in_one_setting_but_for_the_number_of_windows(tmp_path):
     for study in ("wikitext_ppl", "pg19_ppl"):
-        shutil.copytree(REFERENCE / study, tmp_path / "results" / "reference" / study)
+        (tmp_path / "results" / "reference").mkdir(parents=True, exist_ok=True)
+        shutil.copy(REFERENCE / f"{study}.csv", tmp_path / "results" / "reference")
         many, few = reporting.settings(study, tmp_path)
         assert set(many.frame["max_windows"]) == {200} and set(few.frame["max_windows"]) == {20}
-        assert len(many.frame) + len(few.frame) == len(list((REFERENCE / study).glob("*.json")))
+        assert len(many.frame) + len(few.frame) == len(all_records(REFERENCE / study))
 
 
 @pytest.mark.parametrize("differing", [{"sample_idx": 1}, {"text_sha256": "0"}, {"seed": 1}, {"control_windows": 2}])

@@ -95,7 +95,10 @@ def test_without_sinks_there_is_one_reading_less():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"methods": ["sink"]}, "methods=.*must be of dense, window, sinks, recompute"),
+        (
+            {"methods": ["sink"]},
+            "methods='sink': did you mean sinks.*allowed is one of dense, window",
+        ),
         ({"window": 2044}, "2048; allowed is below 2048"),
         ({"ablation_sizes": [64, 4096]}, "ablation_sizes: 4096; allowed is below 2048"),
         ({"ablation_sizes": [4]}, "ablation_sizes=4: must be a whole number of at least 5"),

@@ -9,8 +9,11 @@ from kvneox_lib.measures.intervals import bootstrap_ci95, wilson_ci95
 from kvneox_lib.measures.perplexity import continuation_nll, teacher_forced_nll
 from kvneox_lib.presses.by_name import make_press
 from kvneox_lib.studies import perplexity as studies
+from kvneox_lib.studies.explore import record_exploration
 from kvneox_lib.studies.perplexity import measure_perplexity
 from kvneox_lib.studies.recall import measure_recall
+from kvneox_lib.studies.streaming import measure_streaming
+from kvneox_lib.studies.table import STUDIES
 
 SMALL = {
     "model": "demo",
@@ -107,8 +110,8 @@ def test_presses_without_a_ratio_are_measured_once_and_those_that_need_eager_get
     [
         ({"press": ["knorm", "adakv_snapkv"], "attn_implementation": "eager"}, "'eager' cannot serve AdaKVPress"),
         ({"press": ["knorm", "snapvk"]}, "press 'snapvk' is unknown; nearest: snapkv"),
-        ({"context_limit": 32}, "context_limit=32: must be above 32"),
-        ({"compression_ratio": 1.5}, "compression_ratio=1.5; allowed is"),
+        ({"context_limit": 32}, "context_limit=32: the 32 tokens after the context leave no room"),
+        ({"compression_ratio": 1.5}, "compression_ratio=1.5: allowed is a number from 0 to below 1"),
         ({"max_windows": 0}, "max_windows=0: must be a whole number of at least 1"),
         ({"batch_size": 0}, "batch_size=0: must be a whole number of at least 1"),
         ({"control_windows": 0}, "control_windows=0: must be a whole number of at least 1"),
@@ -121,8 +124,8 @@ def test_what_cannot_be_served_is_refused_before_anything_is_run(tmp_path, wrong
 
 
 def test_query_aware_is_yes_or_no():
-    with pytest.raises(ValueError, match="query_aware='yes': must be True, False or a list of them"):
-        measure_recall(query_aware="yes")
+    with pytest.raises(ValueError, match="query_aware='yes': allowed is true or false"):
+        measure_recall(query_aware=[True, "yes"])
 
 
 def test_context_limit_cuts_the_context(tmp_path):
@@ -135,7 +138,10 @@ def test_a_context_beyond_the_trained_length_is_cut_and_said(tmp_path):
     with pytest.warns(UserWarning, match="context_length=4096 is cut to 2016, so that a window has the trained length"):
         study = measure_perplexity(**long, press="no_press", output_dir=str(tmp_path))
     assert set(study.records["context_tokens"]) == {2016} and "context_length=2016" in study.records["run_id"][0]
-    with pytest.raises(ValueError, match="2048 tokens after the context leave no room for it: demo has 2048"):
+    with pytest.raises(
+        ValueError,
+        match="continuation_length=2048: the 2048 tokens after .* leave no room",
+    ):
         measure_perplexity(**{**long, "continuation_length": 2048}, output_dir=str(tmp_path))
 
 
@@ -190,3 +196,11 @@ def test_fallbacks_are_named(tmp_path, cache):
     row = study.records.iloc[-1]
     assert (row["model"], row["weights"], row["dataset"].split()[0]) == ("demo", "bundled", "python-docs")
     assert row["run_id"].startswith("python-docs__demo__knorm__0.50__") and study.text.name == row["dataset"]
+
+
+@pytest.mark.parametrize("measure", [measure_perplexity, measure_recall, measure_streaming, record_exploration])
+def test_no_quality_of_random_weights_is_written(measure, tmp_path):
+    with pytest.raises(ValueError, match="weights='random': quality is measured, which random weights have none of"):
+        measure(model="pythia-14m", weights="random", dataset="python-docs", output_dir=str(tmp_path))
+    assert not list(tmp_path.iterdir())
+    assert STUDIES["speed"].values_matter is False and STUDIES["recall"].values_matter

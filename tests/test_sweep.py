@@ -16,13 +16,15 @@ from conftest import REPOSITORY
 
 from kvneox_lib.inputs.weights import load_model
 from kvneox_lib.presses.by_name import expand_presses, press_names
-from kvneox_lib.studies import declared, records
+from kvneox_lib.studies import digest, records
 from kvneox_lib.studies.explore import record_exploration
 from kvneox_lib.studies.perplexity import measure_perplexity
+from kvneox_lib.studies.plan import declared
 from kvneox_lib.studies.recall import measure_recall
 from kvneox_lib.studies.speed import measure_speed
 from kvneox_lib.studies.streaming import measure_streaming
-from kvneox_lib.studies.sweep import read_sweep
+from kvneox_lib.studies.sweep import notebook_defaults, read_sweep
+from kvneox_lib.studies.table import BY_NOTEBOOK
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 PARAMS = sorted((REPOSITORY / "params").glob("*.yaml"))
@@ -137,12 +139,13 @@ STREAM = {"recompute_samples": 2, "ablation_sinks": [0, 2], "ablation_sizes": [1
     ],
 )
 def test_records_are_called_as_declared(notebook, measure, asked, tmp_path):
-    defaults = declared.notebook_defaults(NOTEBOOKS / f"{notebook}.ipynb")
+    defaults = notebook_defaults(NOTEBOOKS / f"{notebook}.ipynb")
     found = {"model": "demo", "weights": "pretrained", "dataset": "python-docs", "output_dir": str(tmp_path)}
     asked = {**defaults, **{name: value for name, value in found.items() if name in defaults}, **asked}
     measure(**asked)
     written = sorted(str(path) for path in tmp_path.glob("*.json"))
-    assert written == sorted(declared.declared_records(notebook, asked))
+    names = declared(measure, BY_NOTEBOOK[notebook].plan, asked)
+    assert written == sorted(f"{tmp_path}/{name}.json" for name in names)
 
 
 def test_a_record_is_called_the_same_for_weights_that_turn_out_the_same(tmp_path):
@@ -157,7 +160,14 @@ def test_a_record_is_called_the_same_for_weights_that_turn_out_the_same(tmp_path
 def test_reference_declares_the_committed_records(texts):
     found = read_sweep([REPOSITORY / "params" / "reference.yaml"], NOTEBOOKS)
     wanted = {path for run in found for path in run.outputs}
-    committed = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "results/reference").rglob("*.json")}
+    folder = Path("results/reference")
+    studies = {path.name.partition(".")[0] for path in (REPOSITORY / folder).glob("*.csv")}
+    committed = {
+        (folder / study / f"{name}.json").as_posix()
+        for study in studies
+        for name in records.all_records(REPOSITORY / folder / study)
+    }
+    assert len(committed) > 400
     assert committed <= wanted
     for study in ("wikitext_ppl", "pg19_ppl", "recall"):
         assert {path for path in wanted - committed if f"/{study}/" in path} == set(), study
@@ -193,22 +203,22 @@ studies:
         ("contxt_length: 64", 7, "parameter 'contxt_length' is unknown; did you mean context_length"),
         ("press: snapk", 7, "press 'snapk' is unknown; nearest: snapkv"),
         ("press: kvzap", 7, "press 'kvzap' needs trained surrogate weights"),
-        ("press: []", 7, "press: []; a list must not be empty"),
-        ("compression_ratio: 1.0", 7, "compression_ratio: 1.0; allowed is a number from 0 to below 1"),
-        ("compression_ratio: [0.5, -0.1]", 7, "compression_ratio: -0.1; allowed"),
-        ("compression_ratio: '0.5'", 7, "compression_ratio: '0.5'; allowed"),
-        ("max_windows: 2.5", 7, "max_windows: 2.5; allowed is a whole number, 1 or above"),
-        ("context_length: 0", 7, "context_length: 0; allowed is a whole number, 1 or above"),
-        ("context_length: null", 7, "context_length: None; allowed is a whole number"),
-        ("batch_size: true", 7, "batch_size: True; allowed is a whole number"),
-        ("split: tset", 7, "split 'tset' is unknown; did you mean test?"),
-        ("dtype: float8", 7, "dtype 'float8' is unknown; did you mean"),
-        ("device: gpu", 7, "device: 'gpu'; allowed is auto, all, cpu, cuda"),
-        ("attn_implementation: flash", 7, "attn_implementation 'flash' is unknown"),
-        ("overwrite: true", 7, "overwrite: is not for params files"),
-        ("output_dir: 3", 7, "output_dir: 3; allowed is a text"),
-        ("data_dir: /no/such/folder", 7, "data_dir: '/no/such/folder'; allowed is a folder that exists"),
-        ("data_dir: $NO_SUCH_VARIABLE", 7, "data_dir: the environment variable NO_SUCH_VARIABLE is not set"),
+        ("press: []", 7, "press=[]: a list must not be empty"),
+        ("compression_ratio: 1.0", 7, "compression_ratio=1.0: allowed is a number from 0 to below 1"),
+        ("compression_ratio: [0.5, -0.1]", 7, "compression_ratio=-0.1: allowed"),
+        ("compression_ratio: '0.5'", 7, "compression_ratio='0.5': allowed"),
+        ("max_windows: 2.5", 7, "max_windows=2.5: must be a whole number of at least 1"),
+        ("context_length: 0", 7, "context_length=0: must be a whole number of at least 1"),
+        ("context_length: null", 7, "context_length=None: must be a whole number"),
+        ("batch_size: true", 7, "batch_size=True: must be a whole number"),
+        ("split: tset", 7, "split='tset': did you mean test?"),
+        ("dtype: float8", 7, "dtype='float8': did you mean"),
+        ("device: gpu", 7, "device='gpu': allowed is auto, all, cpu, cuda"),
+        ("attn_implementation: flash", 7, "attn_implementation='flash': allowed is one of auto, sdpa"),
+        ("overwrite: true", 7, "overwrite=True is not for a params file: what is done again"),
+        ("output_dir: 3", 7, "output_dir=3: allowed is the path of a folder"),
+        ("data_dir: /no/such/folder", 7, "data_dir='/no/such/folder': allowed is a folder that exists"),
+        ("data_dir: $NO_SUCH_VARIABLE", 7, "data_dir: the variable NO_SUCH_VARIABLE is not set"),
         ("model: demo", 7, "'model' is given twice, here and in line 4"),
         ("seed: 1", 9, "seed is in fixed (line 7) and in grid"),
     ],
@@ -228,13 +238,13 @@ PLAIN = STUDY.format(fixed="max_windows: 2", grid="seed: [0, 1]")
     [
         (PLAIN.replace("01_wikitext_ppl", "01_wikitext"), 2, "notebook '01_wikitext' is unknown; did you mean 01_wiki"),
         (PLAIN.replace("model: demo", "model: pythia-71m"), 4, "did you mean 'pythia-70m'"),
-        (PLAIN.replace("pretrained", "auto"), 5, "weights: 'auto'; allowed is pretrained, or random in 03_speed"),
+        (PLAIN.replace("pretrained", "auto"), 5, "weights='auto' is not for a params file: it may load another model"),
         (PLAIN.replace("weights: pretrained", "split: test"), 2, "wants weights: what is measured"),
         (PLAIN.replace("dataset: python-docs", "split: test"), 2, "wants dataset: what is measured"),
         (
             PLAIN.replace("python-docs", "/no/such/text"),
             6,
-            "dataset: '/no/such/text'; allowed is wikitext, pg19, python",
+            "dataset='/no/such/text': allowed is wikitext, pg19, python",
         ),
         (PLAIN.replace("    grid", "    grids"), 8, "key 'grids' is unknown; did you mean grid"),
         (PLAIN.replace("seed: [0, 1]", "seed: 1"), 9, "seed: 1; in grid stands a list of values"),
@@ -256,7 +266,11 @@ PLAIN = STUDY.format(fixed="max_windows: 2", grid="seed: [0, 1]")
             7,
             "decoding",
         ),
-        ("studies:\n  - notebook: 00_adapter\n    fixed: {model: demo}", 2, "device: 'auto'; 00_adapter names its"),
+        (
+            "studies:\n  - notebook: 00_adapter\n    fixed: {model: demo}",
+            2,
+            "device='auto' is not for a params file: 00_adapter names its",
+        ),
         (
             "studies:\n  - notebook: 03_speed\n    fixed: {model: demo, weights: random}\n    grid: {press: [knorm]}",
             4,
@@ -265,7 +279,7 @@ PLAIN = STUDY.format(fixed="max_windows: 2", grid="seed: [0, 1]")
         (
             "studies:\n  - notebook: 00_adapter\n    fixed:\n      model: demo\n      device: all",
             5,
-            "device: 'all'; 00_adapter names its record after the one device",
+            "device='all' is not for a params file: 00_adapter names its record after the one device",
         ),
     ],
 )
@@ -279,8 +293,8 @@ def test_so_are_mistakes_elsewhere(text, line, message, sweep, tmp_path):
 @pytest.mark.parametrize(
     ("notebook", "line", "message"),
     [
-        ("06_explore", "press: [snapkv]", "press: ['snapkv']; 06_explore takes one"),
-        ("06_explore", "compression_ratio: [0.5, 0.9]", "compression_ratio: [0.5, 0.9]; 06_explore takes one"),
+        ("06_explore", "press: [snapkv]", "press ['snapkv'] is unknown"),
+        ("06_explore", "compression_ratio: [0.5, 0.9]", "compression_ratio=[0.5, 0.9]: allowed is a number"),
         ("01_wikitext_ppl", "continuation_length: 4000", "the 4000 tokens after the context leave no room for it"),
         ("02_pg19_ppl", "continuation_length: 2048", "leave no room for it in a window of 2048"),
         ("05_recall", "context_limit: 64", "the 64 tokens after the context leave no room for it in a window of 64"),
@@ -292,11 +306,11 @@ def test_what_a_notebook_cannot_do_is_told_at_the_line_of_its_key(notebook, line
     with pytest.raises(ValueError) as refusal:
         sweep(text)
     (told,) = str(refusal.value).splitlines()
-    assert told.startswith(f"{tmp_path / 'sweep.yaml'}:7: {line.partition(':')[0]}: ") and message in told
+    assert told.startswith(f"{tmp_path / 'sweep.yaml'}:7: {line.partition(':')[0]}") and message in told
 
 
 def test_so_is_what_only_a_value_of_the_grid_asks_for(sweep):
-    with pytest.raises(ValueError, match="yaml:9: continuation_length: 2048; the 2048 tokens after the context leave"):
+    with pytest.raises(ValueError, match="yaml:9: continuation_length=2048: the 2048 tokens after the context leave"):
         sweep(STUDY.format(fixed="seed: 1", grid="continuation_length: [2047, 2048]"))
 
 
@@ -309,10 +323,10 @@ def test_a_context_of_one_token_is_the_shortest(sweep):
 def test_random_weights_are_for_what_measures_no_quality(notebook, sweep):
     plain = STUDY.format(fixed="dtype: auto", grid="seed: [0, 1]").replace("01_wikitext_ppl", notebook)
     assert sweep(plain)
-    with pytest.raises(ValueError, match=rf"yaml:5: weights: 'random'; {notebook} measures quality"):
+    with pytest.raises(ValueError, match="yaml:5: weights='random': quality is measured"):
         sweep(plain.replace("pretrained", "random"))
     in_grid = plain.replace("      weights: pretrained\n", "").replace("seed: [0, 1]", "weights: [pretrained, random]")
-    with pytest.raises(ValueError, match=r"yaml:8: weights: 'random'"):
+    with pytest.raises(ValueError, match="yaml:8: weights='random'"):
         sweep(in_grid)
 
 
@@ -328,47 +342,51 @@ def test_reference_says_which_folder_it_wants(monkeypatch):
         read_sweep([REPOSITORY / "params" / "reference.yaml"], NOTEBOOKS)
 
 
-def test_nothing_stands_in_for_what_a_sweep_has_declared(monkeypatch, cache, tmp_path):
-    monkeypatch.setenv("KVNEOX_NO_FALLBACK", "1")
+def test_nothing_stands_in_for_what_a_sweep_has_declared(cache, tmp_path):
+    """weights: auto is refused in a params file, and under pretrained neither weights nor text fall back."""
     with pytest.raises(ConnectionError):
-        load_model("pythia-70m")
-    with pytest.raises(ConnectionError):
-        measure_perplexity(model="demo", dataset="wikitext", press="knorm", output_dir=str(tmp_path))
+        load_model("pythia-70m", weights="pretrained")
+    with pytest.raises(ConnectionError, match="Three ways out"):
+        measure_perplexity(
+            model="demo", weights="pretrained", dataset="wikitext", press="knorm", output_dir=str(tmp_path)
+        )
     assert not list(tmp_path.rglob("*.json"))
 
 
 # ---- what counts as another program ---------------------------------------------------------------------------------
 
 
-def test_the_digest_follows_code_and_nothing_else(tmp_path, monkeypatch):
-    library, notebook = tmp_path / "kvneox_lib", tmp_path / "01_wikitext_ppl.ipynb"
-    shutil.copytree(declared.LIBRARY, library, ignore=shutil.ignore_patterns("demo", "__pycache__"))
-    shutil.copy(NOTEBOOKS / notebook.name, notebook)
-    monkeypatch.setattr(declared, "LIBRARY", library)
+def test_the_digest_follows_the_code_that_makes_figures_and_nothing_else(tmp_path, monkeypatch):
+    library = tmp_path / "kvneox_lib"
+    shutil.copytree(digest.LIBRARY, library, ignore=shutil.ignore_patterns("demo", "__pycache__"))
+    monkeypatch.setattr(digest, "LIBRARY", library)
 
-    def digest_after(path: Path, old: str, new: str) -> str:
+    def digest_after(name: str, old: str, new: str) -> str:
+        path = library / name
         text = path.read_text(encoding="utf-8")
         assert old in text
-        path.write_text(text.replace(old, new), encoding="utf-8")
-        declared.code_digest.cache_clear()
-        return declared.code_digest(notebook, False)
+        path.write_text(text.replace(old, new, 1), encoding="utf-8")
+        digest.code_digest.cache_clear()
+        return digest.code_digest(measure_perplexity, False)
 
-    before = digest_after(notebook, "study = measure_perplexity(", "study = measure_perplexity(")
-    windows, definition = library / "windows.py", "def windows("
+    before = digest.code_digest(measure_perplexity, False)
+    windows, definition = "inputs/windows.py", "def windows("
     assert digest_after(windows, definition, f"# a remark\n{definition}") == before
-    of_a_module, of_a_class, of_a_function = '"""Text cut', '"""A text in tokens', '"""Where this library'
-    for docstring in (of_a_module, of_a_class, of_a_function):
+    for docstring in ('"""Text cut', '"""A text in tokens'):
         assert digest_after(windows, docstring, docstring.replace('"""', '"""Reworded: ')) == before
-    whole = '    """Reworded: Where this library keeps'
-    assert digest_after(windows, whole, whole.replace('"""', 'described = """')) != before  # a text, but no docstring
-    assert digest_after(windows, whole.replace('"""', 'described = """'), whole) == before
-    assert digest_after(notebook, "# 01 困惑度", "# 01 Perplexity") == before
-    assert digest_after(library / "figures.py", "import ", "import os\nimport ") == before
-    assert digest_after(library / "sweep.py", "import ", "import os\nimport ") == before
-    changed = digest_after(windows, definition, f"SOMETHING = 1\n\n\n{definition}")
-    assert changed != before  # two imports away from the notebook
-    assert digest_after(notebook, "study = measure_perplexity(", "other = measure_perplexity(") not in (before, changed)
-    assert declared.code_digest(notebook, True) != declared.code_digest(notebook, False)
+    described = '"""Where this library keeps'
+    assert digest_after("inputs/files.py", described, f"said = {described}") != before  # a text, but no docstring
+    assert digest_after("inputs/files.py", f"said = {described}", described) == before
+
+    # what shows figures, and how a record is kept, moves and is reworded without anything being measured again
+    for name in ("pages/figures.py", "pages/words.py", "studies/records.py", "studies/sweep.py", "studies/recall.py"):
+        assert digest_after(name, "import ", "import os\nimport ") == before, name
+    assert digest_after("presses/registry.py", "随机淘汰", "任意淘汰") == before
+
+    for name in ("studies/perplexity.py", windows, "measures/perplexity.py", "presses/registry.py", "neox/cache.py"):
+        assert digest_after(name, "import ", "import os\nimport ") != before, name
+        assert digest_after(name, "import os\nimport ", "import ") == before, name
+    assert digest.code_digest(measure_perplexity, True) != digest.code_digest(measure_perplexity, False)
 
 
 # ---- GPUs -----------------------------------------------------------------------------------------------------------
@@ -420,7 +438,8 @@ def test_slurm_has_chosen_the_gpus(execute, monkeypatch):
 
 
 def snakemake(*arguments, folder=REPOSITORY) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    library = folder if (folder / "kvneox_lib").is_dir() else REPOSITORY
+    environment = {**os.environ, "PYTHONPATH": str(library)}
     command = [sys.executable, "-m", "snakemake", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
 
@@ -471,7 +490,7 @@ studies:
 
 @pytest.mark.slow
 def test_a_run_fails_the_others_go_on_and_only_what_is_new_is_done_again(tmp_path):
-    for name in ("workflow", "notebooks"):
+    for name in ("workflow", "notebooks", "kvneox_lib"):
         shutil.copytree(REPOSITORY / name, tmp_path / name)
     shutil.copy(REPOSITORY / "Snakefile", tmp_path)
     (tmp_path / "profiles").symlink_to("workflow/profiles")
@@ -500,8 +519,11 @@ def test_a_run_fails_the_others_go_on_and_only_what_is_new_is_done_again(tmp_pat
     path.write_text(TINY.replace("[1, 0]", "[0]"), encoding="utf-8")
     notebook = tmp_path / "notebooks" / "01_wikitext_ppl.ipynb"
     cells = json.loads(notebook.read_text(encoding="utf-8"))
-    cells["cells"][2]["source"].append("\nanother = 1\n")
+    cells["cells"][-1]["source"].append("\nanother = 1\n")  # shows something else
     notebook.write_text(json.dumps(cells), encoding="utf-8")
+    assert "Nothing to be done" in snakemake("-n", *sweep, folder=tmp_path).stdout
+    module = tmp_path / "kvneox_lib" / "measures" / "perplexity.py"
+    module.write_text(module.read_text(encoding="utf-8") + "\nANOTHER = 1\n", encoding="utf-8")
     time.sleep(1)  # started_at counts seconds
     again = snakemake(*sweep, folder=tmp_path)
     assert again.returncode == 0 and "1 of 1 runs are done." in again.stderr, again.stderr

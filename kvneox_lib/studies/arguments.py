@@ -13,7 +13,7 @@ from typing import Annotated, get_args, get_type_hints
 
 from kvneox_lib.inputs.text import HUB, SPLITS, WIKITEXT_SUBSETS
 from kvneox_lib.inputs.weights import ATTENTION, DTYPES, find_target
-from kvneox_lib.neox.checks import check_choice
+from kvneox_lib.neox.checks import check_choice, check_int
 from kvneox_lib.presses.by_name import expand_presses, press_row
 
 
@@ -32,11 +32,7 @@ def refuse(name: str, value, allowed: str) -> None:
 
 
 def whole(least: int, several: bool = False, may_be_empty: bool = False) -> Rule:
-    def check(name, value):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            refuse(name, value, f"a whole number, {least} or above")
-
-    return Rule(check, several, may_be_empty=may_be_empty)
+    return Rule(lambda name, value: check_int(name, value, least), several, may_be_empty=may_be_empty)
 
 
 def share(below_one: bool = False, several: bool = False) -> Rule:
@@ -101,9 +97,7 @@ def _quality_weights(name, value):
     check_choice(name, value, ("auto", "pretrained"))
 
 
-_AUTO = {
-    "auto": "allowed is pretrained (or random, where time is measured): auto may load another model than is declared"
-}
+_AUTO = {"auto": "it may load another model than is declared; allowed is pretrained (or random, in a study of time)"}
 Model = Annotated[str, Rule(_model)]
 Weights = Annotated[str, one_of("auto", "pretrained", "random", not_in_a_sweep=_AUTO)]  # for time and memory alone
 QualityWeights = Annotated[str, Rule(_quality_weights, not_in_a_sweep=_AUTO)]
@@ -175,7 +169,5 @@ def expand_variables(name: str, value):
         return value
     for match in re.finditer(r"\$\{?(\w+)\}?", value):
         if match[1] not in os.environ:
-            raise ValueError(
-                f"{name}: the environment variable {match[1]} is not set; `export {match[1]}=<folder>` first"
-            )
+            raise ValueError(f"{name}: the variable {match[1]} is not set; `export {match[1]}=<folder>` first")
     return os.path.expanduser(os.path.expandvars(value))

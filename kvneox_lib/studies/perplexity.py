@@ -64,7 +64,7 @@ def measure_perplexity(
     dtype: Dtype = "auto",
     device: Device = "auto",
     seed: Index = 0,
-    output_dir: OutputDir = "results/perplexity",
+    output_dir: OutputDir = "results/wikitext_ppl",
     overwrite: Overwrite = False,
 ) -> Study:
     """Perplexity of the continuation of each window after its context was compressed, beside the teacher-forced control

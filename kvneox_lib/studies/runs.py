@@ -20,6 +20,7 @@ from kvneox_lib.presses.facts import attention_needed
 from kvneox_lib.studies import records
 from kvneox_lib.studies.arguments import check_arguments
 from kvneox_lib.studies.plan import Planned, identity, one_after_the_other, text_name
+from kvneox_lib.studies.provenance import provenance
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Runs:
 
     def times_on_this_machine(self) -> None:
         """What is timed is compared on one machine alone."""
-        name = records.provenance(self.device)["device_name"]
+        name = provenance(self.device)["device_name"]
         self.turned_out |= {"n_threads": torch.get_num_threads(), "device_name": name}
 
     # ---- open and done ----

@@ -98,7 +98,7 @@ def measure_streaming(
     dataset: Dataset = "pg19",
     subset: Subset = "wikitext-103-v1",
     split: Split = "test",
-    sample_idx: Index = 0,
+    sample_idx: Index | None = 0,
     data_dir: Folder | None = None,
     methods: Methods = METHODS,
     n_sink: Index = 4,
