@@ -114,7 +114,7 @@ def findings(runs: pd.DataFrame, windows: pd.DataFrame) -> list[str]:
 
 
 def _against_random(windows: pd.DataFrame) -> list[str]:
-    lines, found = [], against(windows, "random")
+    lines, found = [], against(windows, "random").dropna(subset="nll_difference_ci95_low")  # none from few windows
     for ratio, part in found[found["press"] != "no_press"].groupby("compression_ratio"):
         better, unclear, worse = (
             listed(part.loc[part["verdict"] == verdict, "press"], "无") for verdict in ("better", "", "worse")
@@ -162,6 +162,7 @@ def against(table: pd.DataFrame, other: str) -> pd.DataFrame:
 
 def of_one_book(windows: pd.DataFrame) -> pd.DataFrame:
     """The windows of the first document, with `ppl`: without compression, and at the highest ratio measured."""
+    windows = windows.dropna(subset="compression_ratio")
     shown = windows["compression_ratio"].isin([0.0, pressed(windows)["compression_ratio"].max()])
     book = windows[(windows["document"] == windows["document"].min()) & shown]
     return book.assign(ppl=np.exp(book["nll_mean"]))
