@@ -43,12 +43,7 @@ def windows(n: int) -> pd.DataFrame:
     rows = [
         {"press": press, "compression_ratio": ratio, "document": i // 3, "position": 100 * i, "nll_mean": 2 + loss}
         | {"delta_nll": loss}
-        for press, ratio, slope in (
-            ("no_press", 0.0, 0),
-            ("snapkv", 0.75, 0.1),
-            ("random", 0.75, 0.3),
-            ("think", None, 9),
-        )
+        for press, ratio, slope in presses
         for i, loss in enumerate(slope * (np.arange(n) % 3 + 1))
     ]
     return pd.DataFrame(rows)
