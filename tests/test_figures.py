@@ -11,6 +11,8 @@ from matplotlib import font_manager, pyplot
 
 from kvneox_lib.neox.modeling import half_split
 from kvneox_lib.pages import figures
+from kvneox_lib.pages.words import CONTROL
+from kvneox_lib.presses.registry import ROWS
 
 matplotlib.use("agg")
 
@@ -85,6 +87,34 @@ def test_press_lines(tmp_path):
     assert len(lines) == len(looks) == 14
     (bars,) = axes.containers[4].lines[2]
     assert bars.get_segments()[0][:, 1].tolist() == pytest.approx([0.9, 1.2])
+
+
+def looks_of(names: list[str]) -> dict[str, tuple]:
+    frame = pd.DataFrame([{"press": name, "ratio": ratio, "loss": ratio} for name in names for ratio in (0.25, 0.5)])
+    (axes,) = figures.press_lines(frame, "ratio", "loss", xlabel="压缩率", ylabel="差").axes
+    return {line.get_label(): (line.get_color(), line.get_marker(), line.get_linestyle()) for line in axes.get_lines()}
+
+
+def test_a_press_looks_the_same_in_every_figure():
+    core = [row.name for row in ROWS if row.core]
+    all_core, two = looks_of(["no_press", *core]), looks_of(["snapkv", "random"])
+    assert {name: all_core[name] for name in two} == two
+    assert looks_of(core[::-1]) == {name: all_core[name] for name in core}
+    assert len(set(all_core.values())) == 1 + len(core)
+    every = looks_of([row.name for row in ROWS])
+    assert len(set(every.values())) == len(ROWS) and every["snapkv"] == two["snapkv"]
+
+
+def test_lines_that_are_no_presses_have_looks_of_their_own():
+    mixed = looks_of(["不压缩", "本库，snapkv 0.75", "4 个汇聚点", CONTROL, *(row.name for row in ROWS)])
+    assert len(set(mixed.values())) == len(ROWS) - 1 + 4 and mixed["不压缩"] == mixed["no_press"]
+    assert looks_of([CONTROL, "snapkv"])[CONTROL] == mixed[CONTROL]
+
+
+def test_a_few_windows_give_lines_without_bars(tmp_path):
+    """A record has None for the ends of an interval that does not exist."""
+    frame = measured().assign(delta_nll_ci95_low=None, delta_nll_ci95_high=None).query("depth < 0.5")
+    draw(figures.press_lines(frame, "compression_ratio", "delta_nll", xlabel="压缩率", ylabel="差"), tmp_path)
 
 
 def test_heat_maps(tmp_path):

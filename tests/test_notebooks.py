@@ -97,7 +97,7 @@ def test_long_book_notebook(tmp_path):
     windows = {"continuation_length": 48, "max_windows": 6, "control_windows": 2, "press": "knorm", "sample_idx": 0}
     notebook = run("02_pg19_ppl", tmp_path, **{**TEXT, **windows}, output_dir=str(tmp_path / "out"))
     text = said(notebook)
-    assert "The Python Language Reference" in text and "knorm（压缩率 0.90）：每 token 多" in text
+    assert "The Python Language Reference" in text and "knorm（压缩率 0.90）：每词元多" in text
     assert len(records.load_records(tmp_path / "out")) == 5
 
 

@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from conftest import stock_and_ours, tiny_config
@@ -14,7 +13,6 @@ from kvneox_lib.measures import perplexity
 from kvneox_lib.measures.decoding import kept_counts, kept_positions, prefill, prefill_each
 from kvneox_lib.measures.intervals import bootstrap_ci95
 from kvneox_lib.measures.perplexity import (
-    against,
     by_distance,
     continuation_nll,
     score_each,
@@ -203,18 +201,6 @@ def test_bytes_are_those_of_the_buffers(demo, pages):
     (scored,) = score_each(demo, pages, n_context=N_CONTEXT, presses=[make_press("knorm", 0.5)])
     assert scored.kv_bytes == 2 * 2 * 6 * 75 * 256 * 4  # rows, keys and values, layers, half the tokens, width, float32
     assert acts(make_press("knorm")) == "hook" and (scored.kept == 75).all()
-
-
-def test_an_order_is_claimed_only_where_windows_carry_it():
-    rng = np.random.default_rng(0)
-    hard = rng.normal(3, 1, 40)
-    runs = {"random": hard, "good": hard - 0.1 + rng.normal(0, 0.01, 40), "same": hard + rng.normal(0, 0.5, 40)}
-    rows = [{"press": name, "compression_ratio": 0.5, "nll_mean": value} for name in runs for value in runs[name]]
-    table = against(pd.DataFrame(rows), "random").set_index("press")
-    assert table["verdict"].to_dict() == {"good": "better", "same": ""}
-    assert table.loc["good", "nll_difference"] == pytest.approx(-0.1, abs=0.01)
-    swapped = against(pd.DataFrame(rows), "good").set_index("press")
-    assert swapped.loc["random", "verdict"] == "worse" and "good" not in swapped.index
 
 
 def test_figures_that_do_not_exist_are_none():

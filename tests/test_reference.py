@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from conftest import REPOSITORY
 
-from kvneox_lib.measures.perplexity import against
+from kvneox_lib.pages.losses import against
 from kvneox_lib.presses.by_name import expand_presses, press_names
 from kvneox_lib.studies.records import load_records, tables_of
 from kvneox_lib.studies.streaming import compare_at_samples

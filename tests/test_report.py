@@ -1,5 +1,7 @@
 """The report builds from whatever records there are; every label, reference, citation and glyph is in its place."""
 
+import ast
+import builtins
 import importlib.util
 import json
 import re
@@ -31,6 +33,11 @@ def load(name):
 preview, fonts = load("preview"), load("fonts")
 TEXT = preview.resolve_includes((REPORT / "index.qmd").read_text(encoding="utf-8"), REPORT)
 CELLS = preview.CELL.findall(TEXT)
+PAGES = [  # but for the explorer, which no report shows
+    path.read_text(encoding="utf-8")
+    for path in sorted((REPOSITORY / "kvneox_lib" / "pages").glob("*.py"))
+    if not path.name.startswith("explore")
+]
 WITHOUT_CELLS = preview.CELL.sub("", TEXT)
 PROSE = re.sub(r"^```.*?^```$|^\$\$.*?^\$\$|^---.*?^---$", "", WITHOUT_CELLS, flags=re.M | re.S)
 
@@ -112,18 +119,43 @@ def test_prose_has_no_number_typed_by_hand():
     assert set(MEASURED.findall(plain)) <= {"95 %"}  # of an interval
 
 
-def test_cells_type_no_measured_number_into_a_sentence():
-    """A number in a string that a cell shows comes from a record: none stands in the literal part of it."""
-    for cell in CELLS:
+def test_cells_and_pages_type_no_measured_number_into_a_sentence():
+    """A number in a string that is shown comes from a record: none stands in the literal part of it."""
+    for cell in CELLS + PAGES:
         strings = re.findall(r'"((?:[^"\\]|\\.)*[\u4e00-\u9fff](?:[^"\\]|\\.)*)"', cell)
         literal = [re.sub(r"\{[^{}]*\}", "", text) for text in strings]
         found = [number for text in literal for number in MEASURED.findall(text)]
         assert set(found) <= {"95 %", "0.5"}, (found, cell[:200])  # of an interval; of a caption
 
 
+def test_no_section_needs_what_another_defines():
+    """A name that a cell binds is used in its own section, or bound by index.qmd for all."""
+    index = (REPORT / "index.qmd").read_text(encoding="utf-8")
+    known = names(preview.CELL.findall(index), ast.Store) | set(dir(builtins))
+    for path in sorted((REPORT / "sections").glob("*.qmd")):
+        cells = preview.CELL.findall(path.read_text(encoding="utf-8"))
+        inline = preview.INLINE.findall(path.read_text(encoding="utf-8"))
+        assert names(cells + inline, ast.Load) - names(cells, ast.Store) - known == set(), path.name
+
+
+def names(sources: list[str], context: type) -> set[str]:
+    """What these sources bind (ast.Store) or read (ast.Load)."""
+    found = set()
+    for node in (node for source in sources for node in ast.walk(ast.parse(source))):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, context):
+            found.add(node.id)
+        elif context is ast.Store and isinstance(node, ast.FunctionDef):
+            found.add(node.name)
+        elif context is ast.Store and isinstance(node, ast.arg):
+            found.add(node.arg)
+        elif context is ast.Store and isinstance(node, ast.alias):
+            found.add((node.asname or node.name).split(".")[0])
+    return found
+
+
 def test_no_glyph_is_missing_from_the_font():
     font = FT2Font(fonts.main_font())
-    strings = "".join(re.findall(r'"[^"]*"', "".join(CELLS)))
+    strings = "".join(re.findall(r'"[^"]*"', "".join(CELLS + PAGES)))
     unknown = {c for c in PROSE + strings if ord(c) > 126 and not font.get_char_index(ord(c))}
     assert unknown == set()
     assert not font.get_char_index(0x1F600)  # a face is not in it: the check can fail

@@ -12,6 +12,7 @@ from conftest import REPOSITORY
 from kvneox_lib.inputs.weights import PYTHIA, _pythia_config
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
 from kvneox_lib.pages import report as reporting
+from kvneox_lib.pages.shapes import bytes_read
 from kvneox_lib.pages.words import with_interval
 from kvneox_lib.studies.records import all_records, tables_of, write_table
 
@@ -129,6 +130,8 @@ def test_a_missing_study_leaves_a_note_in_place_of_everything(tmp_path):
     assert note in reporting.tabulate(records.runs).data
     text = reporting.sentences(lambda: records.run().model, lambda: "甲。", lambda: records.run().press).data
     assert text == note + "甲。"
+    assert reporting.sentences((reporting.named, records), (str, "乙。")).data == note + "乙。"
+    assert reporting.draw(reporting.pressed, records).axes[0].texts[0].get_text() == note
 
 
 def test_a_table_keeps_words_whole_and_quotes_straight():
@@ -159,4 +162,4 @@ def test_bytes_of_a_step_are_those_of_the_model(name):
     numbers = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
     config = model.config
     cache = 2 * config.num_hidden_layers * 3 * config.num_key_value_heads * 100 * config.head_dim * 2
-    assert reporting.bytes_read(PYTHIA[name], 100, batch=3) == (2 * numbers, cache)
+    assert bytes_read(PYTHIA[name], 100, batch=3) == (2 * numbers, cache)

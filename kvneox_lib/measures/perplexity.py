@@ -163,23 +163,3 @@ def by_distance(nll: np.ndarray, baseline: np.ndarray) -> pd.DataFrame:
         row = {"from_token": start + 1, "to_token": end, "nll_mean": part.mean(), "delta_nll": delta.mean()}
         rows.append(row | {"delta_nll_ci95_low": low, "delta_nll_ci95_high": high})
     return pd.DataFrame(rows)
-
-
-def against(table: pd.DataFrame, other: str) -> pd.DataFrame:
-    """Each press against `other` at the same ratio, window by window: `nll_difference` with its 95 % interval, and
-    `verdict`: better or worse where the interval leaves out zero, else "" (no order can be claimed).
-
-    `table` is the study's table `windows`; its windows are the same for every run.
-    """
-    rows = []
-    for ratio, part in table.groupby("compression_ratio"):
-        by_press = {name: runs["nll_mean"].to_numpy() for name, runs in part.groupby("press")}
-        for name in by_press.keys() - {other} if other in by_press else ():
-            difference = by_press[name] - by_press[other]
-            low, high = bootstrap_ci95(difference, np.ones(len(difference)))
-            verdict = "better" if high < 0 else "worse" if low > 0 else ""
-            row = {"press": name, "compression_ratio": ratio, "nll_difference": difference.mean(), "verdict": verdict}
-            rows.append(row | {"nll_difference_ci95_low": low, "nll_difference_ci95_high": high})
-    columns = ["press", "compression_ratio", "nll_difference", "verdict"]
-    columns += ["nll_difference_ci95_low", "nll_difference_ci95_high"]
-    return pd.DataFrame(rows, columns=columns).sort_values(["compression_ratio", "nll_difference"], ignore_index=True)

@@ -14,6 +14,9 @@ import torch
 from matplotlib import font_manager, pyplot
 from matplotlib.figure import Figure
 
+from kvneox_lib.pages.words import CONTROL
+from kvneox_lib.presses.registry import ROWS
+
 CHINESE_FONTS = (
     "Noto Sans CJK SC",
     "Source Han Sans SC",
@@ -106,16 +109,26 @@ def kept_heat_maps(kept: dict[str, torch.Tensor], n_bins: int = 64) -> Figure:
 # -- one line, one panel a press --------------------------------------------------------------------------------------
 
 
+PLACES = {row.name: place for place, row in enumerate(ROWS[1:])}  # the first row is the baseline
+FIXED = {
+    **dict.fromkeys(("no_press", "不压缩"), {"color": "0.25", "marker": "", "linestyle": ":"}),
+    CONTROL: {"color": "black", "marker": "", "linestyle": "-", "linewidth": 2.5, "alpha": 0.6},
+}
+
+
 def _line_style(name: str, names: list[str]) -> dict:
-    """Colour, marker and dash together tell a press, so that grey print and colour-blind eyes do too."""
-    if name == "no_press":
-        return {"color": "0.25", "marker": "", "linestyle": ":"}
-    index = [n for n in names if n != "no_press"].index(name)
+    """Colour, marker and dash together tell a line, so that grey print and colour-blind eyes do too. Those of a press
+    follow from its place in the registry: they are the same in every figure. Other lines are told apart in theirs."""
+    if name in FIXED:
+        return FIXED[name]
+    others = [other for other in names if other not in PLACES and other not in FIXED]
+    first_free = len(PLACES) if any(other in PLACES for other in names) else 0
+    place = PLACES[name] if name in PLACES else first_free + others.index(name)
     palette, markers, dashes = seaborn.color_palette("colorblind"), "os^DvP*X<>hd", ("-", "--", "-.")
     return {
-        "color": palette[index % len(palette)],
-        "marker": markers[index % len(markers)],
-        "linestyle": dashes[index // len(palette) % len(dashes)],
+        "color": palette[place % len(palette)],
+        "marker": markers[place % len(markers)],
+        "linestyle": dashes[place // len(palette) % len(dashes)],
     }
 
 
@@ -132,15 +145,15 @@ def press_lines(
 
 
 def _press_lines_on(axes, frame: pd.DataFrame, x: str, y: str, names: list[str], log_x: bool = False) -> None:
-    """A line for each of `names` that the frame has; a press looks the same wherever it is drawn among these."""
+    """A line for each of `names` that the frame has; `names` tells apart the lines that are no presses."""
     for i, name in enumerate(names):
         rows = frame[frame["press"] == name].sort_values(x)
         if rows.empty:
             continue
-        style = {**_line_style(name, names), "markersize": 5, "linewidth": 1.4, "label": name}
+        style = {"markersize": 5, "linewidth": 1.4, "label": name} | _line_style(name, names)
         if f"{y}_ci95_low" in frame:
-            bars = rows[y] - rows[f"{y}_ci95_low"], rows[f"{y}_ci95_high"] - rows[y]
-            bars = [bar.clip(lower=0).to_numpy() for bar in bars]
+            low, high = (pd.to_numeric(rows[f"{y}_ci95_{end}"]) for end in ("low", "high"))  # None from few windows
+            bars = [bar.clip(lower=0).to_numpy() for bar in (rows[y] - low, high - rows[y])]
             aside = (i - (len(names) - 1) / 2) / 400  # so that bars do not hide each other
             places = rows[x] * 8**aside if log_x else rows[x] + aside * (frame[x].max() - frame[x].min())
             axes.errorbar(places.to_numpy(), rows[y].to_numpy(), yerr=bars, capsize=2, **style)

@@ -5,7 +5,9 @@ Of a study the records in results/ count, else the committed ones in results/ref
 what it needs; what is not there raises `Missing`, whose text `say`, `draw` and `tabulate` put in the place of it.
 """
 
+import inspect
 import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +17,8 @@ import pandas as pd
 from IPython.display import Markdown
 from matplotlib.figure import Figure
 
-from kvneox_lib.pages import figures
-from kvneox_lib.pages.words import WEIGHTS
+from kvneox_lib.pages import figures, selecting
+from kvneox_lib.pages.words import STUDY_NAMES, WEIGHTS, listed, model_in_words
 from kvneox_lib.studies.records import load_records, tables_of
 from kvneox_lib.studies.table import STUDIES
 
@@ -163,26 +165,56 @@ def read(study: str, root: Path | None = None) -> Records:
     return found[0] if found else Records(study, folder, root or repository(), pd.DataFrame())
 
 
+# ---- what sentences ask of records ----------------------------------------------------------------------------------
+
+
+def pressed(records: Records) -> pd.DataFrame:
+    """The runs with a ratio, without the baseline."""
+    found = selecting.pressed(records.runs())
+    if found.empty:
+        raise Missing(records.study, "有压缩率的 press")
+    return found
+
+
+def middle_ratio(records: Records) -> float:
+    return selecting.middle_ratio(pressed(records))
+
+
+def named(records: Records) -> str:
+    """The study's name, and the text that it really used."""
+    return f"{STUDY_NAMES[records.study]}（{records.run().dataset}）"
+
+
+def models(*several: Records) -> str:
+    """The models of these studies, in words."""
+    frames = [records.frame for records in several if len(records.frame)]
+    if not frames:
+        raise Missing(several[0].study)
+    pairs = pd.concat(frames)[["model", "weights"]].drop_duplicates().itertuples(index=False)
+    return listed(dict.fromkeys(model_in_words(*pair) for pair in pairs))
+
+
 # ---- what survives a missing record ---------------------------------------------------------------------------------
 
 
-def say(sentence: Callable[[], str]) -> str:
+def say(sentence: Callable[..., str], *of) -> str:
+    """`sentence(*of)`, or what it misses."""
     try:
-        return sentence()
+        return sentence(*of)
     except Missing as missing:
         return str(missing)
 
 
-def draw(picture: Callable[[], Figure]) -> Figure:
+def draw(picture: Callable[..., Figure], *of) -> Figure:
     try:
-        return picture()
+        return picture(*of)
     except Missing as missing:
         return figures.note(str(missing))
 
 
-def tabulate(rows: Callable[[], pd.DataFrame]) -> Markdown:
+def tabulate(rows: Callable[..., pd.DataFrame], *of) -> Markdown:
     try:
-        frame = rows()
+        frame = rows(*of)
     except Missing as missing:
         frame = pd.DataFrame({"缺少": [str(missing)]})
     text = frame.map(lambda cell: re.sub(r"[|']", r"\\\g<0>", str(cell)))  # a quote stays straight: no gap in Chinese
@@ -204,18 +236,13 @@ def _width(text: str) -> int:
     return sum(2 if east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
-def sentences(*parts: Callable[[], str]) -> Markdown:
-    """A paragraph of several sentences, each of which may miss its record."""
-    return Markdown("".join(dict.fromkeys(say(part) for part in parts)))  # a note once
+def sentences(*parts: Callable[[], str] | tuple) -> Markdown:
+    """A paragraph of several sentences, each of which may miss its record: a function, or one and what it is of."""
+    asked = [part if isinstance(part, tuple) else (part,) for part in parts]
+    return Markdown("".join(dict.fromkeys(say(*part) for part in asked)))  # a note once
 
 
-# ---- arithmetic of the shapes ---------------------------------------------------------------------------------------
-
-
-def bytes_read(shape: tuple[int, int, int, int], tokens: int, batch: int = 1, itemsize: int = 2) -> tuple[int, int]:
-    """What a decoding step reads of a Pythia of this shape (layers, hidden size, heads, vocabulary): bytes of weights,
-    but for the input embedding, of which it looks up a row, and bytes of a cache of so many tokens."""
-    layers, hidden, _, vocabulary = shape
-    of_a_layer = 12 * hidden * hidden + 13 * hidden  # attention 4, MLP 8; biases 3 + 1 + 4 + 1, two norms 4
-    weights = layers * of_a_layer + 2 * hidden + vocabulary * hidden
-    return weights * itemsize, 2 * layers * hidden * tokens * batch * itemsize
+def code(*objects) -> Markdown:
+    """Our own code as it is installed."""
+    texts = [textwrap.dedent(inspect.getsource(item)).rstrip() for item in objects]
+    return Markdown("\n\n".join(f"```python\n{text}\n```" for text in texts))

@@ -1,5 +1,7 @@
 """Tables for README and report that follow from the code."""
 
+import pandas as pd
+
 from kvneox_lib.presses.by_name import make_press
 from kvneox_lib.presses.facts import acts, attention_needed, rows_independent
 from kvneox_lib.presses.registry import RATIO_PER_LAYER, ROWS, UNAVAILABLE
@@ -22,6 +24,11 @@ def press_table() -> str:
     missing = "、".join(f"`{name}`" for name in UNAVAILABLE)
     lines += ["", f"{missing} 要用训练出来的权重，只为别的模型发布过，这里无从算出；`make_press` 会说明各缺什么。"]
     return "\n".join(lines)
+
+
+def core_presses() -> pd.DataFrame:
+    """The core of the registry, for the report."""
+    return pd.DataFrame([{"press": row.name, "来源": row.paper or "—", "做法": row.about} for row in ROWS if row.core])
 
 
 def _linked(paper: str) -> str:

@@ -4,7 +4,7 @@ import pandas as pd
 
 ENGINES = {"ours": "本库", "stock": "transformers", "kvpress": "kvpress 循环"}
 READINGS = {"dense": "全部保留", "window": "只留窗口", "sinks": "汇聚点加窗口", "recompute": "窗口重算"}
-STUDIES = {
+STUDY_NAMES = {
     "adapter": "适配检查",
     "wikitext_ppl": "短文实验",
     "pg19_ppl": "长书实验",
@@ -13,6 +13,7 @@ STUDIES = {
     "recall": "检索",
     "explore": "看一看",
 }
+CONTROL = "教师强制（对照）"
 WEIGHTS = {"pretrained": "预训练的权重", "bundled": "随包附带的权重", "random": "随机权重"}
 
 
@@ -22,6 +23,20 @@ def with_interval(row: pd.Series, column: str, digits: int = 3) -> str:
     if pd.isna(value):
         return "—"
     return f"{value:.{digits}f}" + ("" if pd.isna(low) else f" [{low:.{digits}f}, {high:.{digits}f}]")
+
+
+def number(value, spec: str) -> str:
+    """A number as text; a dash where there is none."""
+    return "—" if pd.isna(value) else format(float(value), spec)
+
+
+def numbers(values: pd.Series, spec: str) -> list[str]:
+    return [number(value, spec) for value in values]
+
+
+def bullets(lines) -> str:
+    """A list in Markdown."""
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def tiny(difference: float) -> str:

@@ -1,0 +1,255 @@
+"""What compression costs in perplexity: figures, tables and words from a study's runs and its tables of windows,
+distances and heads. Notebooks 01 and 02 show these, and the report builds on them.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from kvneox_lib.measures.intervals import bootstrap_ci95
+from kvneox_lib.pages import figures
+from kvneox_lib.pages.selecting import numeric, pressed
+from kvneox_lib.pages.words import CONTROL, listed, number, numbers, with_interval
+
+LOW, HIGH = "delta_nll_ci95_low", "delta_nll_ci95_high"
+DELTA = "nll 与不压缩之差（nat）"
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+def described(study) -> str:
+    """Of a study: model, text, how much was scored, and on which machine."""
+    first = study.records.iloc[0]
+    titles = "、".join(filter(None, study.text.titles)) if len(study.text.titles) <= 3 else ""
+    return (
+        f"模型 **{study.loaded.name}**（权重：{study.loaded.weights}），文本 **{study.text.name}**"
+        f"{titles and f'（{titles}）'}，{first.n_windows} 个窗口，每个窗口上下文 {first.context_tokens} 个词元，"
+        f"共计分 {first.n_tokens} 个词元；设备 {first.device}（{first.device_name}），{first['dtype']}。"
+    )
+
+
+def summary(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row a run, in words."""
+    return pd.DataFrame(
+        {
+            "press": runs["press"],
+            "压缩率": numbers(runs["compression_ratio"], ".2f"),
+            "实际保留": numbers(runs["kept_fraction"], ".3f"),
+            "困惑度": _with_intervals(runs, "ppl", 2),
+            "与不压缩之差": _with_intervals(runs, "delta_nll", 3),
+            "每字节比特": _with_intervals(runs, "bits_per_byte", 3),
+            "词级困惑度": _with_intervals(runs, "word_ppl", 0),
+            "KV缓存MB": numbers(runs["kv_bytes"] / 1e6, ".2f"),
+            "对照之差": numbers(runs["control_delta_nll"], "+.6f"),
+        }
+    )
+
+
+def _with_intervals(runs: pd.DataFrame, column: str, digits: int) -> list[str]:
+    return [with_interval(row, column, digits) for _, row in runs.iterrows()]
+
+
+def placed(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs under a press with their `ratio`: what was asked to go, or was measured as gone where the strength is
+    the press' own."""
+    found = numeric(runs[runs["press"] != "no_press"])
+    return found.assign(ratio=pd.to_numeric(found["compression_ratio"]).fillna(1 - found["kept_fraction"]))
+
+
+def moved(runs: pd.DataFrame) -> pd.DataFrame:
+    """How far the control moves at each ratio, under the press that moves it most: a line beside those of presses."""
+    control = placed(runs).assign(delta_nll=lambda found: found["control_delta_nll"].abs())
+    return control.groupby("ratio", as_index=False)["delta_nll"].max().assign(press=CONTROL)
+
+
+def loss_lines(runs: pd.DataFrame, control: pd.DataFrame | None = None) -> Figure:
+    """Loss against ratio, a line a press; `control` is what `moved` gives."""
+    shown = placed(runs)
+    if shown.empty:
+        return figures.note("只测了不压缩，没有可画的损失")
+    shown = shown[["press", "ratio", "delta_nll", *(name for name in (LOW, HIGH) if name in shown)]]
+    lines = shown if control is None else pd.concat([control, shown])
+    return figures.press_lines(lines, "ratio", "delta_nll", xlabel="压缩率", ylabel=DELTA)
+
+
+def rising(runs: pd.DataFrame) -> pd.Series:
+    """For each press with intervals at several ratios, whether that at the highest lies above that at the lowest."""
+    found = {}
+    for press, rows in pressed(numeric(runs)).dropna(subset=[LOW, HIGH]).groupby("press", sort=False):
+        rows = rows.sort_values("compression_ratio")
+        if rows["compression_ratio"].nunique() > 1:
+            found[press] = bool(rows[LOW].iloc[-1] > rows[HIGH].iloc[0])
+    return pd.Series(found, dtype=bool)
+
+
+def at_highest(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs at the highest ratio measured, with `ppl_ratio` as floats."""
+    found = pressed(runs)
+    found = found[found["compression_ratio"] == found["compression_ratio"].max()]
+    return found.assign(ppl_ratio=pd.to_numeric(found["ppl_ratio"]))
+
+
+def still(runs: pd.DataFrame) -> str:
+    return f"对照的最大变动是 {runs['control_delta_nll'].abs().max():.1e} nat：**教师强制的困惑度与 press 无关**。"
+
+
+def findings(runs: pd.DataFrame, windows: pd.DataFrame) -> list[str]:
+    """What the runs of a study show, a sentence each; `windows` is its table of that name."""
+    lines = [still(runs)]
+    rises = rising(runs)
+    if len(rises):
+        flat = "、".join(rises.index[~rises])
+        lines.append(
+            f"测了多个压缩率的 {len(rises)} 种 press 中，{rises.sum()} 种在最高压缩率下的损失高于最低压缩率，且两个区间"
+            + (f"不重叠；例外：{flat}。" if flat else "不重叠。")
+        )
+    better = numeric(runs)[lambda found: found[HIGH] < 0]
+    if len(better):
+        which = listed(f"{row.press} {number(row.compression_ratio, '.2f')}" for row in better.itertuples())
+        lines.append(f"值得再看一眼，比不压缩还好且区间不含零的：{which}。")
+    return lines + _against_random(windows)
+
+
+def _against_random(windows: pd.DataFrame) -> list[str]:
+    lines, found = [], against(windows, "random").dropna(subset="nll_difference_ci95_low")  # none from few windows
+    for ratio, part in found[found["press"] != "no_press"].groupby("compression_ratio"):
+        better, unclear, worse = (
+            listed(part.loc[part["verdict"] == verdict, "press"], "无") for verdict in ("better", "", "worse")
+        )
+        lines.append(
+            f"压缩率 {ratio:.2f}，与随机淘汰逐窗口相比：显著更好的有 {better}；分不出的有 {unclear}；"
+            f"显著更差的有 {worse}。"
+        )
+    return lines
+
+
+def highest_losses(runs: pd.DataFrame) -> list[str]:
+    """What each press costs at the highest ratio measured, or at its own strength."""
+    shown = placed(runs)
+    shown = shown[shown["compression_ratio"].isna() | (shown["ratio"] == pressed(runs)["compression_ratio"].max())]
+    return [
+        f"{row.press}（压缩率 {row.ratio:.2f}）：每词元多 {with_interval(row, 'delta_nll')} nat，困惑度乘以 "
+        f"{number(row.ppl_ratio, '.3f')}。"
+        for _, row in shown.iterrows()
+    ]
+
+
+# ---- windows --------------------------------------------------------------------------------------------------------
+
+
+def against(table: pd.DataFrame, other: str) -> pd.DataFrame:
+    """Each press against `other` at the same ratio, window by window: `nll_difference` with its 95 % interval, and
+    `verdict`: better or worse where the interval leaves out zero, else "" (no order can be claimed).
+
+    `table` is the study's table `windows`; its windows are the same for every run.
+    """
+    rows = []
+    for ratio, part in table.groupby("compression_ratio"):
+        by_press = {name: runs["nll_mean"].to_numpy() for name, runs in part.groupby("press")}
+        for name in by_press.keys() - {other} if other in by_press else ():
+            difference = by_press[name] - by_press[other]
+            low, high = bootstrap_ci95(difference, np.ones(len(difference)))
+            verdict = "better" if high < 0 else "worse" if low > 0 else ""
+            row = {"press": name, "compression_ratio": ratio, "nll_difference": difference.mean(), "verdict": verdict}
+            rows.append(row | {"nll_difference_ci95_low": low, "nll_difference_ci95_high": high})
+    columns = ["press", "compression_ratio", "nll_difference", "verdict"]
+    columns += ["nll_difference_ci95_low", "nll_difference_ci95_high"]
+    return pd.DataFrame(rows, columns=columns).sort_values(["compression_ratio", "nll_difference"], ignore_index=True)
+
+
+def of_one_book(windows: pd.DataFrame) -> pd.DataFrame:
+    """The windows of the first document, with `ppl`: without compression, and at the highest ratio measured."""
+    windows = windows.dropna(subset="compression_ratio")
+    shown = windows["compression_ratio"].isin([0.0, pressed(windows)["compression_ratio"].max()])
+    book = windows[(windows["document"] == windows["document"].min()) & shown]
+    return book.assign(ppl=np.exp(book["nll_mean"]))
+
+
+def book_lines(windows: pd.DataFrame, y: str) -> Figure:
+    """`ppl` or `delta_nll` along a book."""
+    book = of_one_book(windows)
+    ratio, ylabel = pressed(book)["compression_ratio"].max(), {"ppl": "困惑度", "delta_nll": DELTA}[y]
+    title = "" if pd.isna(ratio) else f"压缩率 {ratio:.2f}"
+    return figures.press_lines(book, "position", y, xlabel="窗口在书中的位置（词元）", ylabel=ylabel, title=title)
+
+
+def along_book(windows: pd.DataFrame) -> str:
+    """Where the book is hard, and where compression hurts."""
+    book = of_one_book(windows)
+    plain = book[book["press"] == "no_press"].set_index("position")["ppl"]
+    text = (
+        f"不压缩时困惑度最低的窗口在第 {plain.idxmin()} 个词元处（{plain.min():.1f}），最高的在第 {plain.idxmax()} 个"
+        f"词元处（{plain.max():.1f}）。"
+    )
+    under = pressed(book)
+    if under.empty:
+        return text
+    loss = under.groupby("position")["delta_nll"].mean()
+    return text + (
+        f"压缩率 {under['compression_ratio'].max():.2f} 时，各 press 平均损失最大的窗口在第 {loss.idxmax()} 个词元处"
+        f"（{loss.max():+.3f} nat），最小的在第 {loss.idxmin()} 个词元处（{loss.min():+.3f} nat）。"
+    )
+
+
+# ---- distances and heads --------------------------------------------------------------------------------------------
+
+
+def distance_lines(table: pd.DataFrame, ratio: float | None) -> Figure:
+    """Loss against the distance from the cut, at one ratio; `table` is the study's table `distance`."""
+    shown = table[table["compression_ratio"] == ratio]
+    if shown.empty:
+        return figures.note("没有由压缩率决定强度的 press，这一节略去")
+    return figures.press_lines(
+        shown.assign(middle=(shown["from_token"] * shown["to_token"]) ** 0.5),
+        "middle",
+        "delta_nll",
+        xlabel="切口之后第几个计分的词元",
+        ylabel=DELTA,
+        title=f"压缩率 {ratio:.2f}",
+        log_x=True,
+    )
+
+
+@dataclass(frozen=True)
+class NearAndFar:
+    """Mean loss of presses near the cut and in the farthest bin, in nat a token."""
+
+    near: float
+    far: float
+    from_token: int  # of the farthest bin
+    to_token: int
+
+
+def near_and_far(table: pd.DataFrame, near: int = 16) -> NearAndFar:
+    """Of the table `distance` at one ratio: bins up to `near`, and the last."""
+    tokens, last = table["to_token"] - table["from_token"] + 1, table["to_token"] == table["to_token"].max()
+    means = [
+        (table["delta_nll"] * tokens)[part].sum() / max(tokens[part].sum(), 1)
+        for part in (table["to_token"] <= near, last)
+    ]
+    farthest = table[last].iloc[0]
+    return NearAndFar(*map(float, means), int(farthest["from_token"]), int(farthest["to_token"]))
+
+
+def lasting(table: pd.DataFrame, ratio: float | None) -> str:
+    """How long the loss lasts, at one ratio."""
+    shown = table[table["compression_ratio"] == ratio]
+    if shown.empty:
+        return "没有由压缩率决定强度的 press，这一节略去。"
+    found = near_and_far(shown)
+    share = f"，是前者的 {found.far / found.near:.0%}" if found.near > 0 else ""
+    return (
+        f"压缩率 {ratio:.2f}，各方法平均：切口之后头 16 个计分的词元每个损失 {found.near:.3f} nat，第 "
+        f"{found.from_token}–{found.to_token} 个每个损失 {found.far:.3f} nat{share}。"
+        "续文取多长会影响平均损失：比较两份结果，先要看计分的范围是否一样。"
+    )
+
+
+def kept_maps(heads: pd.DataFrame) -> Figure:
+    """What each layer and head kept; `heads` is the study's table of that name, for one strength of each press."""
+    if heads.empty:
+        return figures.note("只测了不压缩，没有可画的保留比例")
+    return figures.heat_maps(heads, "layer", "head", "kept", ylabel="层", xlabel="头", label="保留比例")

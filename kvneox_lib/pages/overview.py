@@ -1,0 +1,164 @@
+"""What the report says of all studies together: abstract, settings, limits, versions."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+import kvneox_lib
+from kvneox_lib.pages.report import NOTEBOOKS, Missing, Records, middle_ratio, models, setting, settings
+from kvneox_lib.pages.selecting import with_strength
+from kvneox_lib.pages.timings import corner
+from kvneox_lib.pages.words import STUDY_NAMES, listed
+
+# ---- abstract -------------------------------------------------------------------------------------------------------
+
+
+def best_recall(recall: Records) -> str:
+    ratio = middle_ratio(recall)
+    outside = recall.runs(query_aware=False, compression_ratio=ratio).set_index("press")["accuracy"]
+    return (
+        f"检索：困惑度看不见的损失，口令检索看得见。压缩率 {ratio:.2f}、压缩时还不知道问题，{len(outside)} 种方法中"
+        f"准确率最高的是 {outside.idxmax()}（{outside.max():.2f}），有 {(outside < 0.05).sum()} 种答对不到二十分之一。"
+    )
+
+
+def best_speed(speed: Records) -> str:
+    cell = corner(speed.runs())
+    ours = cell[(cell["engine"] == "ours") & (cell["press"] != "no_press")]
+    stock = cell[cell["engine"] == "stock"]
+    if ours.empty or stock.empty:
+        raise Missing(speed.study, "本库与 transformers 的对照")
+    best, stock = ours.loc[ours["step_s"].idxmin()], stock.iloc[0]
+    return (
+        f"速度：{best.model}、上下文 {best.context_tokens}、批 {best.batch_size}（{best.device_name}），压缩后每秒解码 "
+        f"{best.decode_tok_per_s:.0f} 个词元（{with_strength(best)}），是原版 transformers 不压缩时的 "
+        f"{stock.step_s / best.step_s:.1f} 倍，每步用时是内存带宽所给下界的 {best.times_floor:.1f} 倍。"
+    )
+
+
+def evidence(*studies: Records) -> str:
+    return (
+        f"一篇报告只能说到证据为止：这里的质量数字来自{models(*studies)}，"
+        "它们能说明测量方法对不对、各方法的损失怎样产生，不能说明别的模型上各方法的名次。"
+    )
+
+
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+
+def setup_table(*studies: Records) -> pd.DataFrame:
+    return pd.DataFrame([{"实验": STUDY_NAMES[records.study], "设置": _setup(records)} for records in studies])
+
+
+def _setup(records: Records) -> str:
+    try:
+        runs = records.runs()
+    except Missing as missing:
+        return str(missing)
+    lengths = "、".join(f"{length:.0f}" for length in sorted(runs["context_tokens"].dropna().unique()))
+    tokens = pd.to_numeric(runs["n_tokens"]).max()
+    return f"{len(runs)} 份记录；{setting(runs.iloc[0])}；上下文 {lengths}；每份至多 {tokens:.0f} 个词元"
+
+
+def demo_model() -> str:
+    demo = json.loads((Path(kvneox_lib.__file__).parent / "demo" / "config.json").read_text())
+    return (
+        f"**模型。** 随包附带的演示模型（demo）是一个从头训练的 GPT-NeoX：{demo['num_hidden_layers']} 层，"
+        f"每层 {demo['num_attention_heads']} 个头，隐层宽 {demo['hidden_size']}，"
+        f"训练长度 {demo['max_position_embeddings']}。"
+        "它读过公有领域的英文小说、技术手册、WikiText-2 的验证集，以及带口令的合成段落，因此能抄出一串口令；"
+        "参考记录所用的评测文本它没有读过。"
+        "真实的 Pythia 权重换一个参数就能测，但本文的记录里只有 @tbl-setup 写明的那些。"
+    )
+
+
+def protocol_of_perplexity(wiki: Records) -> str:
+    run = wiki.run(press="no_press")
+    return (
+        f"**困惑度。** 每个窗口的前 {run.context_length} 个词元是上下文，由 press 压缩；后 {run.continuation_length} "
+        "个是续文，接着读压缩后的缓存，位置从真实长度续起。续文的第一个词元由预填充预测，不计分。短文实验共 "
+        f"{run.n_windows} 个窗口、{run.n_tokens} 个计分的词元。"
+        "差值都是同一窗口上压缩与不压缩之差，区间是对窗口做自助法得到的 95 % 区间。"
+        f"对照在前 {run.control_windows} 个窗口上做一次教师强制。"
+    )
+
+
+def protocol_of_recall(recall: Records) -> str:
+    run = recall.run()
+    return (
+        f"\n\n**检索。** 在 {run.context_length} 个词元的上下文里藏几句口令，压缩之后再问；{run.n_keys} 个口令，"
+        "五位数字的每个词元都是模型的首选才算答对，区间是 Wilson 95 % 区间。"
+    )
+
+
+def protocol_of_speed(speed: Records) -> str:
+    run = speed.run()
+    return (
+        f"\n\n**速度。** 同一格里的各种实现轮流运行 {run.repeats} 轮，先热身，报告中位数与四分位数；"
+        f"读带宽在同一次运行里测得，下界由 @eq-floor 算出。{run.n_threads} 个线程。"
+    )
+
+
+# ---- limits ---------------------------------------------------------------------------------------------------------
+
+
+def can_say(*studies: Records) -> str:
+    return (
+        f"质量的数字来自{models(*studies)}。"
+        "它们能说明：测量方法测到了东西没有（@sec-artefact 的对照，@sec-books 的曲线）；损失从哪里来"
+        "（@sec-distance 的近处与远处，@sec-copying 的抄写的头）；困惑度为什么看不见检索的失败（@sec-blind）。"
+    )
+
+
+def not_general(recall: Records) -> str:
+    heads = recall.table("heads", query_aware=False, press="no_press")["copy_attention"]
+    runs = recall.runs(query_aware=False, compression_ratio=middle_ratio(recall)).nlargest(2, "accuracy")
+    return (
+        f"检索所用的模型（{models(recall).strip()}）共有 {len(heads)} 个头，"
+        f"其中抄写的注意力至少有最大者一半的是 {(heads >= heads.max() / 2).sum()} 个（@fig-heads）；"
+        "头的多少与分工因模型而异，同一方法保住这些头的机会也就不同。"
+        f"因此**各方法的名次不能推广**：{listed(runs['press'])} 在这里检索得最好，"
+        "换一个模型、一种口令，次序就可能不同。"
+    )
+
+
+def every_setting() -> list[Records]:
+    found = [records for study in NOTEBOOKS for records in settings(study)]
+    if not found:
+        raise Missing("wikitext_ppl")
+    return found
+
+
+def devices() -> str:
+    runs = pd.concat([records.frame[["device_name", "device", "weights"]] for records in every_setting()])
+    names = sorted({f"{name}（{device}）" for name, device in zip(runs["device_name"], runs["device"])})
+    text = f"本文用到的全部记录来自 {listed(names)}。"
+    if not (runs["device"] == "cuda").any():
+        text += "没有 CUDA 显卡上的记录：显存峰值与 GPU 上的吞吐都没有测到，CPU 上的倍数不能照搬。"
+    if not (runs["weights"] == "pretrained").any():
+        text += "没有真实 Pythia 权重的记录：质量的数字都不是 Pythia 的。"
+    return text
+
+
+def texts(*studies: Records) -> str:
+    used = sorted({name for records in studies if len(records.frame) for name in records.frame["dataset"]})
+    if not used:
+        raise Missing("pg19_ppl")
+    return f"\n\n质量与流式实验的文本是 {listed(used)}" + ("。" if "PG-19" in used else "，**PG-19 本身**没有用到。")
+
+
+# ---- versions -------------------------------------------------------------------------------------------------------
+
+
+def version_table() -> pd.DataFrame:
+    """The software that made the records, a row for each setting and set of versions."""
+    columns = {f"{name}_version": name for name in ("python", "torch", "transformers", "kvpress")}
+    rows = []
+    for records in every_setting():
+        for _, part in records.frame.groupby([*columns], dropna=False):
+            commits = sorted({commit[:7] for commit in part["git_commit"].dropna()})
+            used = {name: part[column].iloc[0] for column, name in columns.items()}
+            counted = {"记录": f"{len(part)}", "提交": "、".join(commits) or "不详"}
+            rows.append({"实验": STUDY_NAMES[records.study], **used, **counted})
+    return pd.DataFrame(rows).rename(columns={"python": "Python"})

@@ -1,0 +1,174 @@
+"""What notebooks and report say of perplexity, on small frames computed by hand."""
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import pyplot
+
+from kvneox_lib.pages import losses, quality
+from kvneox_lib.pages import report as reporting
+from kvneox_lib.pages.selecting import at_ratio, middle_ratio
+from kvneox_lib.pages.shapes import cache_shares
+from kvneox_lib.pages.timings import corner
+from kvneox_lib.pages.words import CONTROL
+
+matplotlib.use("agg")
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    pyplot.close("all")
+
+
+def study(ends=0.01) -> pd.DataFrame:
+    """The runs of a study: (press, ratio, loss, how far the control moves); without intervals if `ends` is None."""
+    runs = [
+        ("no_press", 0.0, 0.0, 0.0),
+        *(("snapkv", ratio, loss, -2e-6) for ratio, loss in ((0.25, 0.1), (0.5, 0.2), (0.75, 0.4))),
+        *(("random", ratio, loss, 1e-6) for ratio, loss in ((0.75, 0.3), (0.25, 0.295), (0.5, 0.3))),
+        ("think", None, -0.5, 0.0),
+    ]
+    frame = pd.DataFrame(runs, columns=["press", "compression_ratio", "delta_nll", "control_delta_nll"])
+    low, high = (None if ends is None else frame["delta_nll"] + end for end in (-(ends or 0), ends or 0))
+    frame = frame.assign(delta_nll_ci95_low=low, delta_nll_ci95_high=high)
+    values = {"ppl": 20.0, "bits_per_byte": 1.5, "word_ppl": None, "kept_fraction": 0.9, "kv_bytes": 2e6}
+    return frame.assign(ppl_ratio=np.exp(frame["delta_nll"]), **values)
+
+
+def windows(n: int) -> pd.DataFrame:
+    """Of two documents; snapkv's loss grows along the book, random is worse everywhere."""
+    presses = ("no_press", 0.0, 0), ("snapkv", 0.75, 0.1), ("random", 0.75, 0.3), ("think", None, 9)
+    rows = [
+        {"press": press, "compression_ratio": ratio, "document": i // 3, "position": 100 * i, "nll_mean": 2 + loss}
+        | {"delta_nll": loss}
+        for press, ratio, slope in presses
+        for i, loss in enumerate(slope * (np.arange(n) % 3 + 1))
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_an_order_is_claimed_only_where_windows_carry_it():
+    rng = np.random.default_rng(0)
+    hard = rng.normal(3, 1, 40)
+    runs = {"random": hard, "good": hard - 0.1 + rng.normal(0, 0.01, 40), "same": hard + rng.normal(0, 0.5, 40)}
+    rows = [{"press": name, "compression_ratio": 0.5, "nll_mean": value} for name in runs for value in runs[name]]
+    table = losses.against(pd.DataFrame(rows), "random").set_index("press")
+    assert table["verdict"].to_dict() == {"good": "better", "same": ""}
+    assert table.loc["good", "nll_difference"] == pytest.approx(-0.1, abs=0.01)
+    swapped = losses.against(pd.DataFrame(rows), "good").set_index("press")
+    assert swapped.loc["random", "verdict"] == "worse" and "good" not in swapped.index
+
+
+def test_presses_rise_where_the_intervals_part():
+    assert losses.rising(study(0.01)).to_dict() == {"snapkv": True, "random": False}
+    assert losses.rising(study(0.2)).to_dict() == {"snapkv": False, "random": False}
+    assert losses.rising(study(None)).empty
+
+
+def test_what_a_study_shows_in_words():
+    first, rise, better, verdict = losses.findings(study(), windows(9))
+    assert "2.0e-06 nat" in first and "2 种 press 中，1 种" in rise and "例外：random。" in rise
+    assert better.endswith("区间不含零的：think —。")
+    assert verdict.startswith("压缩率 0.75，") and "显著更好的有 snapkv；分不出的有 无；显著更差的有 无" in verdict
+
+
+def test_four_windows_have_no_intervals_and_no_claims():
+    runs = study(None)
+    assert len(losses.findings(runs, windows(4))) == 1
+    assert losses.summary(runs)["与不压缩之差"].tolist()[:2] == ["0.000", "0.100"]
+    figure = losses.loss_lines(runs, losses.moved(runs))
+    assert [container.get_label() for container in figure.axes[0].containers] == [CONTROL, "snapkv", "random", "think"]
+
+
+def test_a_strength_of_its_own_stands_at_what_it_evicted():
+    placed = losses.placed(study()).set_index("press")
+    assert placed.loc["think", "ratio"] == pytest.approx(0.1) and "no_press" not in placed.index
+    assert losses.moved(study())["ratio"].tolist() == pytest.approx([0.1, 0.25, 0.5, 0.75])
+    assert losses.moved(study())["delta_nll"].tolist() == [0, 2e-6, 2e-6, 2e-6]
+    assert losses.highest_losses(study())[0] == (
+        "snapkv（压缩率 0.75）：每词元多 0.400 [0.390, 0.410] nat，困惑度乘以 1.492。"
+    )
+    assert [line.split("（")[0] for line in losses.highest_losses(study())] == ["snapkv", "random", "think"]
+    assert losses.summary(study()).iloc[-1][["压缩率", "词级困惑度", "KV缓存MB"]].tolist() == ["—", "—", "2.00"]
+
+
+def test_no_press_alone_leaves_notes_in_place_of_pictures():
+    runs = study()[:1]
+    table = pd.DataFrame({"press": ["no_press"], "compression_ratio": 0.0, "from_token": 1, "to_token": 1})
+    notes = [losses.loss_lines(runs, losses.moved(runs)), losses.distance_lines(table, middle_ratio(runs))]
+    notes.append(losses.kept_maps(at_ratio(table, None)))
+    assert all(figure.axes[0].texts for figure in notes)
+    assert losses.lasting(table, None) == "没有由压缩率决定强度的 press，这一节略去。"
+
+
+def test_near_and_far_weigh_each_bin_by_its_tokens():
+    edges = [(1, 1), (2, 2), (3, 16), (17, 40)]
+    rows = [
+        {"press": press, "compression_ratio": 0.5, "from_token": a, "to_token": b, "delta_nll": loss * (1 + (b < 3))}
+        for press, loss in (("snapkv", 0.1), ("random", 0.3))
+        for a, b in edges
+    ]
+    found = losses.near_and_far(pd.DataFrame(rows))
+    assert found.near == pytest.approx((2 * 0.4 + 14 * 0.2) / 16) and found.far == pytest.approx(0.2)
+    assert (found.from_token, found.to_token) == (17, 40)
+    assert "头 16 个计分的词元每个损失 0.225 nat，第 17–40 个每个损失 0.200 nat，是前者的 89%" in losses.lasting(
+        pd.DataFrame(rows), 0.5
+    )
+
+
+def test_along_the_first_book():
+    text = losses.along_book(windows(6))
+    assert "困惑度最低的窗口在第 0 个词元处（7.4）" in text
+    assert "压缩率 0.75 时，各 press 平均损失最大的窗口在第 200 个词元处（+0.600 nat），最小的在第 0 个" in text
+    figure = losses.book_lines(windows(6), "ppl")
+    assert list(figure.axes[0].get_lines()[1].get_ydata()) == pytest.approx(np.exp([2.1, 2.2, 2.3]))
+    own = windows(6)[lambda table: table["press"].isin(["no_press", "think"])]
+    assert "压缩率" not in losses.along_book(own) and len(losses.of_one_book(own)) == 3
+
+
+def records(name: str, frame: pd.DataFrame) -> reporting.Records:
+    return reporting.Records(name, None, None, frame.assign(dataset="a letter"))
+
+
+def test_texts_are_compared_at_what_both_have():
+    wiki, books = records("wikitext_ppl", study()), records("pg19_ppl", study()[lambda runs: runs["press"] != "random"])
+    books.frame["delta_nll"] *= 2
+    said = quality.same_cost(wiki, books)
+    assert said == (
+        "压缩率同为 0.50，两个实验都测了的 1 种方法，平均损失在长书实验（a letter）里是 0.400 nat，"
+        "在短文实验（a letter）里是 0.200 nat。"
+    )
+    table = quality.loss_table(wiki, books)
+    assert table.columns.tolist() == ["实验", "press", "0.25", "0.5", "0.75"]
+    assert table["press"].tolist() == ["snapkv", "random", "snapkv"] and table["0.75"].iloc[2] == "+0.800"
+    assert quality.extremes(wiki).endswith("snapkv（0.200 [0.190, 0.210]），最大的是 random（0.300 [0.290, 0.310]）。")
+    with pytest.raises(reporting.Missing, match="wikitext_ppl 的 有压缩率的 press"):
+        quality.rising(records("wikitext_ppl", study()[:1]))
+    with pytest.raises(reporting.Missing, match="多个压缩率的区间"):
+        quality.rising(records("wikitext_ppl", study(None)))
+
+
+def test_an_infinite_perplexity_is_named():
+    runs = study().astype({"ppl_ratio": object})
+    runs.loc[(runs["press"] == "random") & (runs["compression_ratio"] == 0.75), "ppl_ratio"] = None
+    assert "有的不是有限的数" in quality.breaking(records("wikitext_ppl", runs))
+    said = quality.breaking(records("wikitext_ppl", study()))
+    assert "只留 25%：困惑度乘以 1.350（random）到 1.492（snapkv），都是有限的数" in said and "2e-06 nat" in said
+
+
+def test_the_share_of_the_cache_grows_with_length_and_batch():
+    shares = cache_shares(1).set_index(["press", "tokens"])["share"]
+    cache = 2 * 6 * 512 * 2048  # two tensors, layers, width, tokens
+    weights = 6 * (12 * 512**2 + 13 * 512) + 2 * 512 + 50304 * 512
+    assert shares["pythia-70m", 2048] == pytest.approx(cache / (cache + weights))
+    assert (cache_shares(16)["share"] > cache_shares(1)["share"]).all()
+
+
+def test_the_corner_is_the_longest_context_that_was_timed():
+    cells = [(512, 4, None), (1024, 1, None), (1024, 2, None), (2048, 1, "out of memory")]
+    runs = pd.DataFrame(cells, columns=["context_tokens", "batch_size", "failure"])
+    runs = runs.assign(press="snapkv", compression_ratio=0.5, engine="ours")
+    assert corner(runs)[["context_tokens", "batch_size"]].to_numpy().tolist() == [[1024, 2]]
+    assert corner(runs[3:]).empty
