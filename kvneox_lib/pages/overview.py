@@ -1,11 +1,10 @@
 """What the report says of all studies together: abstract, settings, limits, versions."""
 
 import json
-from pathlib import Path
 
 import pandas as pd
 
-import kvneox_lib
+from kvneox_lib.inputs.weights import demo_folder
 from kvneox_lib.pages.report import NOTEBOOKS, Missing, Records, middle_ratio, models, setting, settings
 from kvneox_lib.pages.selecting import with_strength
 from kvneox_lib.pages.timings import corner
@@ -62,7 +61,7 @@ def _setup(records: Records) -> str:
 
 
 def demo_model() -> str:
-    demo = json.loads((Path(kvneox_lib.__file__).parent / "demo" / "config.json").read_text())
+    demo = json.loads((demo_folder() / "config.json").read_text())
     return (
         f"**模型。** 随包附带的演示模型（demo）是一个从头训练的 GPT-NeoX：{demo['num_hidden_layers']} 层，"
         f"每层 {demo['num_attention_heads']} 个头，隐层宽 {demo['hidden_size']}，"
