@@ -106,7 +106,7 @@ def test_presses_without_a_ratio_are_measured_once_and_those_that_need_eager_get
     ("wrong", "message"),
     [
         ({"press": ["knorm", "adakv_snapkv"], "attn_implementation": "eager"}, "'eager' cannot serve AdaKVPress"),
-        ({"press": ["knorm", "snapvk"]}, "press 'snapvk' is unknown; nearest: snapkv"),
+        ({"press": ["knorm", "snapvk"]}, "press 'snapvk' is unknown; did you mean snapkv"),
         ({"context_limit": 32}, "context_limit=32: must be above 32"),
         ({"compression_ratio": 1.5}, "compression_ratio=1.5; allowed is"),
         ({"max_windows": 0}, "max_windows=0: must be a whole number of at least 1"),

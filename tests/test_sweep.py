@@ -191,7 +191,7 @@ studies:
     ("fixed", "line", "message"),
     [
         ("contxt_length: 64", 7, "parameter 'contxt_length' is unknown; did you mean context_length"),
-        ("press: snapk", 7, "press 'snapk' is unknown; nearest: snapkv"),
+        ("press: snapk", 7, "press 'snapk' is unknown; did you mean snapkv"),
         ("press: kvzap", 7, "press 'kvzap' needs trained surrogate weights"),
         ("press: []", 7, "press: []; a list must not be empty"),
         ("compression_ratio: 1.0", 7, "compression_ratio: 1.0; allowed is a number from 0 to below 1"),

@@ -91,6 +91,11 @@ def acts(press: BasePress | None) -> str:
     return "exit" if _is(press, ACTS_AT_EXIT) else "hook"
 
 
+def decoding_part(press: BasePress | None) -> BasePress | None:
+    """What must stay applied while decoding: the press, if it acts then."""
+    return press if acts(press) == "decoding" else None
+
+
 def rows_independent(press: BasePress | None) -> bool:
     """Whether a row of a batch is compressed as it would be alone; if not, rows must be run one by one."""
     return press is None or not _is(press, MIXES_ROWS)
@@ -102,3 +107,27 @@ def rerotates(press: BasePress | None) -> bool:
         isinstance(part, kvpress.KeyRerotationPress) or getattr(part, "rerotate_keys", False) is True
         for part in parts_of(press)
     )
+
+
+# What a prefill must be longer than, by the option that says so: kvpress asserts it when it scores.
+LONGER_THAN = {
+    kvpress.SnapKVPress: "window_size",
+    kvpress.StreamingLLMPress: "n_sink",
+    kvpress.ExpectedAttentionPress: "n_sink",
+}
+
+
+def window(press: BasePress | None) -> tuple[str, int]:
+    """What a context must be longer than, as "window_size=64 of SnapKVPress" and as a number; ("", 0): any will do."""
+    if press is None or isinstance(press, kvpress.DecodingPress):  # the latter sees the tokens decoded
+        return "", 0
+    if isinstance(press, kvpress.PrefillDecodingPress):
+        return window(press.prefilling_press)
+    found = [("", 0)]
+    # These score whatever the ratio of the press inside; others do not score at ratio 0
+    always = isinstance(press, kvpress.DMSPress) or any(getattr(press, "compression_ratios", None) or [])
+    for part in parts_of(press):
+        name = next((name for kind, name in LONGER_THAN.items() if isinstance(part, kind)), None)
+        if name and (always or part.compression_ratio > 0):
+            found.append((f"{name}={getattr(part, name)} of {type(part).__name__}", getattr(part, name)))
+    return max(found, key=lambda option: option[1])
