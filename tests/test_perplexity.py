@@ -11,7 +11,6 @@ from torch.nn.functional import cross_entropy
 
 import kvneox_lib
 from kvneox_lib.measures import perplexity
-from kvneox_lib.measures.decoding import kept_counts, kept_positions, prefill, prefill_each
 from kvneox_lib.measures.intervals import bootstrap_ci95
 from kvneox_lib.measures.perplexity import (
     against,
@@ -21,6 +20,8 @@ from kvneox_lib.measures.perplexity import (
     summarize,
     teacher_forced_nll,
 )
+from kvneox_lib.measures.prefill import prefill, prefill_each
+from kvneox_lib.measures.survivors import kept_counts, kept_positions
 from kvneox_lib.measures.verify import masked_stock_logits
 from kvneox_lib.neox.modeling import stock_twin
 from kvneox_lib.presses.applying import attention

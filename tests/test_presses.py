@@ -11,7 +11,9 @@ from conftest import hooks_of_presses, stock_and_ours, tiny_config
 from transformers import DynamicCache
 
 from kvneox_lib import check_press, make_press, press_names
-from kvneox_lib.measures.decoding import greedy, kept_counts, kept_positions, prefill, with_delimiter
+from kvneox_lib.measures.prefill import prefill, with_delimiter
+from kvneox_lib.measures.survivors import kept_counts, kept_positions
+from kvneox_lib.measures.verify import answer
 from kvneox_lib.pages.tables import press_table
 from kvneox_lib.presses.applying import applied
 from kvneox_lib.presses.by_name import expand_presses, layer_ramp, ratio_for
@@ -45,7 +47,7 @@ def test_every_press_of_kvpress_is_here_or_refused_with_a_reason():
 
 
 def test_wrong_arguments_are_refused_before_any_work():
-    with pytest.raises(ValueError, match=r"'snapvk' is unknown; nearest: snapkv"):
+    with pytest.raises(ValueError, match=r"'snapvk' is unknown; did you mean snapkv"):
         make_press("snapvk")
     for ratio in (-0.1, 1, 1.0, "0.5", True, None, float("nan"), [0.5]):
         with pytest.raises(ValueError, match="compression_ratio=.*; allowed"):
@@ -342,8 +344,9 @@ def test_a_rerotated_key_is_the_key_of_its_new_position(demo, reading):
 def test_a_decoding_press_can_be_used_for_one_text_after_another(demo, reading):
     press = make_press("decoding_knorm", compression_interval=4, target_size=40)
     fresh = make_press("decoding_knorm", compression_interval=4, target_size=40)
-    greedy(demo, reading[:, :150], press, 10)
-    assert torch.equal(greedy(demo, reading[:, 300:360], press, 10)[1], greedy(demo, reading[:, 300:360], fresh, 10)[1])
+    answer(demo, reading[:, :150], press, 10)
+    again, first = (answer(demo, reading[:, 300:360], one, 10).logits for one in (press, fresh))
+    assert torch.equal(again, first)
 
 
 def test_parts_and_traits_of_presses_built_by_hand():
@@ -360,7 +363,7 @@ def test_parts_and_traits_of_presses_built_by_hand():
 def test_greedy_without_a_press_is_stock_generation():
     stock, ours = stock_and_ours(tiny_config())
     ids = torch.randint(1, 97, (2, 30))
-    tokens, _ = greedy(ours, ids, None, 10)
+    tokens = answer(ours, ids, None, 10).tokens
     expected = stock.generate(ids, max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(tokens, expected[:, 30:])
 
@@ -375,8 +378,7 @@ def test_greedy_answers_as_the_kvpress_pipeline(demo, tokenizer, reading, name):
     cache = prefill(demo, ids[:, :-1], make_press(name))
     length = cache.get_seq_length() if name in ("key_rerotation_knorm", "finch") else 299
     answer = pipe.generate_answer(ids[:, -1:], cache, length, max_new_tokens=12)
-    tokens, _ = greedy(demo, ids, make_press(name), 12)
-    tokens = tokens[0].tolist()
+    tokens = answer(demo, ids, make_press(name), 12).tokens[0].tolist()
     if tokenizer.eos_token_id in tokens:
         tokens = tokens[: tokens.index(tokenizer.eos_token_id) + 1]
     assert tokenizer.decode(tokens, skip_special_tokens=True) == answer

@@ -6,8 +6,8 @@ import torch
 from kvneox_lib.inputs.passkeys import recall_samples
 from kvneox_lib.inputs.text import load_text
 from kvneox_lib.measures import recall
-from kvneox_lib.measures.decoding import kept_positions
 from kvneox_lib.measures.recall import ask_each, copy_attention, recall_accuracy
+from kvneox_lib.measures.survivors import kept_positions
 from kvneox_lib.neox.modeling import stock_twin
 from kvneox_lib.presses.by_name import make_press
 

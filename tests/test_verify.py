@@ -101,7 +101,7 @@ def test_recall_of_a_passkey_collapses_when_nearly_nothing_is_kept(demo, tokeniz
 
 @torch.no_grad()
 def read_question(model, context, question, press) -> list[int]:
-    from kvneox_lib.measures.decoding import prefill
+    from kvneox_lib.measures.prefill import prefill
 
     cache, length, tokens = prefill(model, context, press), context.shape[1], []
     logits = model(
@@ -130,7 +130,7 @@ def test_no_cell_of_the_matrix_is_blank(demo, tokenizer, reading):
 
 @pytest.mark.slow
 def test_the_command_line_ends_with_a_verdict(tmp_path):
-    command = [sys.executable, "-m", "kvneox_lib.measures.verify", "--smoke"]
+    command = [sys.executable, "-m", "kvneox_lib", "verify", "--smoke"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("VERDICT: all checks passed") and "continuation under knorm" in done.stdout
@@ -138,6 +138,5 @@ def test_the_command_line_ends_with_a_verdict(tmp_path):
 
 def test_the_command_line_fails_when_a_check_fails(monkeypatch, capsys):
     monkeypatch.setattr(verify, "run_checks", lambda *_: iter([verify.Check("made up", 2.0, 1.0)]))
-    monkeypatch.setattr(sys, "argv", ["verify", "--smoke"])
-    assert verify.main() == 1
+    assert verify.verify(smoke=True) == 1
     assert "FAIL  made up: 2 (<= 1)" in capsys.readouterr().out
