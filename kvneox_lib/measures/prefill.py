@@ -65,19 +65,19 @@ def prefill_each(model: KVNeoXForCausalLM, input_ids: torch.Tensor, presses: lis
     if len(sharing) < 2:
         return [prefill(model, input_ids, press) for press in presses]
 
-    dice = [{} for _ in sharing]  # device to the state of its generator: each press draws what it would draw alone
+    dice = [{} for _ in sharing]  # a device's generator to its state: each press draws what it would draw alone
 
     def fork(module, args, kwargs, output):
         read = kwargs["past_key_values"].layers[module.layer_idx]
-        device, generator = read.keys.device, _generator(read.keys.device)
+        generator = _generator(read.keys.device)
         untouched = generator.get_state()  # where this is the first layer on its device
         for (press, cache), states in zip(sharing, dice):
             cache.update(read.keys, read.values, module.layer_idx)
             module._last_cache = weakref.ref(cache)  # where evictions per head are written down
             if press is not None:
-                generator.set_state(states.get(device, untouched))
+                generator.set_state(states.get(generator, untouched))
                 press.forward_hook(module, args, {**kwargs, "past_key_values": cache}, output)
-                states[device] = generator.get_state()
+                states[generator] = generator.get_state()
         batch, heads, _, dim = read.keys.shape
         read.keys = read.values = read.keys.new_empty(batch, heads, 0, dim)  # no layer above needs them
 

@@ -262,6 +262,11 @@ class KVNeoXPreTrainedModel(GPTNeoXPreTrainedModel):
         r"attention\.rotary_emb\.inv_freq",
     ]
 
+    @in_turn
+    def __call__(self, *args, **kwargs):
+        """In a turn, lest a press of another thread act on this pass. Not in `forward`, which a press may replace."""
+        return super().__call__(*args, **kwargs)
+
     def _flash_attn_2_can_dispatch(self, is_init_check: bool = False) -> bool:
         try:
             return super()._flash_attn_2_can_dispatch(is_init_check)
@@ -283,7 +288,6 @@ class KVNeoXModel(KVNeoXPreTrainedModel, GPTNeoXModel):
         # The layers were built stock; see them as ours.
         _see_as_llama(self)
 
-    @in_turn  # a press that another thread applies must not act on this pass
     @merge_with_config_defaults
     @capture_outputs
     def forward(

@@ -9,7 +9,7 @@ from kvpress import BasePress
 
 from kvneox_lib.neox.hooks import turn
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
-from kvneox_lib.presses.facts import attention_needed, rows_independent, window
+from kvneox_lib.presses.facts import attention_needed, not_scored, rows_independent
 
 
 def check_press(press: BasePress | None, model: KVNeoXForCausalLM) -> None:
@@ -32,12 +32,12 @@ def check_press(press: BasePress | None, model: KVNeoXForCausalLM) -> None:
 
 
 def check_context(press: BasePress | None, n_tokens: int) -> None:
-    """Refuse a context that the press' own window fills."""
-    option, longest = window(press)
-    if n_tokens <= longest:
+    """Refuse a context that is all window or sinks."""
+    what, n_not_scored = not_scored(press)
+    if n_tokens <= n_not_scored:
         raise ValueError(
-            f"input_ids: a context of {n_tokens} tokens should be greater than {option}; allowed is one of at least "
-            f"{longest + 1}"
+            f"input_ids: a context of {n_tokens} tokens should be greater than {what}; allowed is one of at least "
+            f"{n_not_scored + 1}"
         )
 
 

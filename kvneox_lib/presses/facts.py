@@ -109,25 +109,30 @@ def rerotates(press: BasePress | None) -> bool:
     )
 
 
-# What a prefill must be longer than, by the option that says so: kvpress asserts it when it scores.
-LONGER_THAN = {
-    kvpress.SnapKVPress: "window_size",
-    kvpress.StreamingLLMPress: "n_sink",
-    kvpress.ExpectedAttentionPress: "n_sink",
+# What is never scored in a prefill, by the options that say how much; kvpress fails where nothing else is left.
+NOT_SCORED = {
+    kvpress.SnapKVPress: ("window_size",),
+    kvpress.StreamingLLMPress: ("n_sink",),
+    kvpress.ExpectedAttentionPress: ("n_sink",),
+    kvpress.CapPress: ("n_sink",),
+    kvpress.CompactorPress: ("sink_size_start", "sink_size_end"),
+    kvpress.TOVAPress: (),  # the last token
 }
 
 
-def window(press: BasePress | None) -> tuple[str, int]:
-    """What a context must be longer than, as "window_size=64 of SnapKVPress" and as a number; ("", 0): any will do."""
+def not_scored(press: BasePress | None) -> tuple[str, int]:
+    """What a context must be longer than: "window_size=64 of SnapKVPress", 64; ("", 0) where any length will do."""
     if press is None or isinstance(press, kvpress.DecodingPress):  # the latter sees the tokens decoded
         return "", 0
     if isinstance(press, kvpress.PrefillDecodingPress):
-        return window(press.prefilling_press)
-    found = [("", 0)]
+        return not_scored(press.prefilling_press)
     # These score whatever the ratio of the press inside; others do not score at ratio 0
     always = isinstance(press, kvpress.DMSPress) or any(getattr(press, "compression_ratios", None) or [])
+    found = [("", 0)]
     for part in parts_of(press):
-        name = next((name for kind, name in LONGER_THAN.items() if isinstance(part, kind)), None)
-        if name and (always or part.compression_ratio > 0):
-            found.append((f"{name}={getattr(part, name)} of {type(part).__name__}", getattr(part, name)))
+        names = next((names for kind, names in NOT_SCORED.items() if isinstance(part, kind)), None)
+        if names is not None and (always or part.compression_ratio > 0):
+            said = " + ".join(f"{name}={getattr(part, name)}" for name in names) or "the last token"
+            total = sum(getattr(part, name) for name in names) if names else 1
+            found.append((f"{said} of {type(part).__name__}", total))
     return max(found, key=lambda option: option[1])
