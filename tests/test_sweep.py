@@ -238,7 +238,7 @@ PLAIN = STUDY.format(fixed="max_windows: 2", grid="seed: [0, 1]")
         ),
         (PLAIN.replace("    grid", "    grids"), 8, "key 'grids' is unknown; did you mean grid"),
         (PLAIN.replace("seed: [0, 1]", "seed: 1"), 9, "seed: 1; in grid stands a list of values"),
-        (PLAIN.replace("seed: [0, 1]", "press: [snapkv, tofa]"), 9, "press 'tofa' is unknown; nearest: tova"),
+        (PLAIN.replace("seed: [0, 1]", "press: [snapkv, tofa]"), 9, "press 'tofa' is unknown; did you mean tova"),
         (PLAIN + "    resources: {gpu: 1}\n", 10, "resource 'gpu' is unknown; did you mean gpus"),
         (PLAIN + "    resources: {cores: 0}\n", 10, "cores: 0; allowed is a whole number, 1 or above"),
         (PLAIN + "name: x\n", 10, "key 'name' is unknown; Allowed: studies"),
