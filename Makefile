@@ -40,7 +40,7 @@ test: $(STAMP) ## run all tests, the slow ones too
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 smoke: $(STAMP) ## check the adapter against the stock model, and generate a few tokens
-	$(BIN)/python -m kvneox_lib.measures.verify --smoke
+	$(BIN)/python -m kvneox_lib verify --smoke
 
 report: $(STAMP) ## render report/ from the records: HTML, PDF and docx with Quarto, without it a preview
 	@export PATH="$(CURDIR)/$(BIN):$$PATH" QUARTO_PYTHON="$(CURDIR)/$(BIN)/python"; \

@@ -67,12 +67,9 @@ def print_peak(engine: str, name: str) -> None:
     time_once(model, engine, make_press(name, 0.75), torch.randint(50_000, (1, 128)), 2)  # libraries are loaded now
     with open("/proc/self/status") as status:
         before = next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
-    from kvneox_lib.measures import decoding
-
-    whole = decoding.PeakMemory(torch.device("cpu"))
-    decoding.PeakMemory.RESET = decoding.Path("/nonexistent")  # the decoding phase shall not start anew
-    time_once(model, engine, make_press(name, 0.75), torch.randint(50_000, (1, 16_384 // SHORTER)), N_NEW)
-    print(whole.read() - before * 1024)
+    ids = torch.randint(50_000, (1, 16_384 // SHORTER))
+    timing = time_once(model, engine, make_press(name, 0.75), ids, N_NEW)
+    print(max(timing.prefill_peak_bytes, timing.peak_bytes) - before * 1024)
 
 
 def main() -> None:

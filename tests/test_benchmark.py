@@ -4,9 +4,10 @@ import pytest
 import torch
 from conftest import stock_and_ours, tiny_config
 
-from kvneox_lib.measures import speed as benchmark
+from kvneox_lib.measures.clock import PeakMemory
 from kvneox_lib.measures.speed import Timing, figures, is_out_of_memory, time_once, weight_bytes
 from kvneox_lib.presses.by_name import make_press
+from kvneox_lib.studies import speed as study_of_speed
 from kvneox_lib.studies.speed import measure_speed
 
 SMALL = {"model": "demo", "context_lengths": 150, "batch_sizes": 2, "max_new_tokens": 9, "press": "snapkv"}
@@ -67,23 +68,23 @@ def test_the_study(tmp_path, monkeypatch):
     assert row["floor_s"] == pytest.approx(read / row["bandwidth_bytes_per_s"])
     assert row["times_floor"] == pytest.approx(row["step_s"] / row["floor_s"])
     assert (row["kv_bytes_full"], row["n_tokens"], row["context_tokens"]) == (2 * 150 * 2 * 6 * 256 * 4, 18, 150)
-    monkeypatch.setattr(benchmark, "time_once", None)  # whoever measures now fails
+    monkeypatch.setattr(study_of_speed, "time_once", None)  # whoever measures now fails
     again = measure_speed(**SMALL, output_dir=str(tmp_path))
     assert again.records["step_s"].tolist() == study.records["step_s"].tolist()
 
 
 def test_what_runs_out_of_memory_is_a_row_and_the_rest_goes_on(tmp_path, monkeypatch):
-    timed = benchmark.time_once
+    timed = study_of_speed.time_once
 
     def scarce(model, engine, *rest):
         if engine == "stock":
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
         return timed(model, engine, *rest)
 
-    monkeypatch.setattr(benchmark, "time_once", scarce)
+    monkeypatch.setattr(study_of_speed, "time_once", scarce)
     rows = measure_speed(**SMALL, output_dir=str(tmp_path)).records.set_index(["engine", "press"])
     assert rows.loc[("stock", "no_press"), "failure"] == "out of memory" and rows["failure"].notna().sum() == 1
-    monkeypatch.setattr(benchmark, "time_once", lambda *_: 1 / 0)
+    monkeypatch.setattr(study_of_speed, "time_once", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         measure_speed(**{**SMALL, "overwrite": True}, output_dir=str(tmp_path))
 
@@ -108,3 +109,15 @@ def test_wrong_arguments_are_refused(tmp_path):
         with pytest.raises(ValueError, match=f"{name}=0: must be a whole number of at least 1"):
             measure_speed(**{**SMALL, **wrong}, output_dir=str(tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_highest_use_of_memory_is_told_phase_by_phase(demo, reading):
+    if (peak := PeakMemory(torch.device("cpu"))).lap() is None:
+        pytest.skip("this system does not tell")
+    before = peak.lap()
+    torch.ones(2**26)  # 256 MiB, and gone
+    high, after = peak.lap(), peak.lap()
+    assert high - before > 2**27 and high - after > 2**27
+    for engine in ("ours", "kvpress"):
+        timing = time_once(demo, engine, None, reading[:, :100], 2)
+        assert timing.prefill_peak_bytes > 0 and timing.peak_bytes > 0

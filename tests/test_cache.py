@@ -7,7 +7,8 @@ import torch
 from conftest import DEMO, relative_difference
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from kvneox_lib.measures.decoding import kept_counts, prefill
+from kvneox_lib.measures.prefill import prefill
+from kvneox_lib.measures.survivors import kept_counts
 from kvneox_lib.neox.cache import CompactCache, RaggedLayer
 from kvneox_lib.neox.modeling import evictions
 from kvneox_lib.presses.applying import applied, attention
@@ -165,7 +166,7 @@ def test_ragged_bytes_are_what_the_heads_hold(demo, reading):
 
 
 def test_wrong_headroom():
-    with pytest.raises(ValueError, match="headroom=-1: must be a whole number, 0 or above"):
+    with pytest.raises(ValueError, match="headroom=-1: must be a whole number of at least 0"):
         CompactCache(-1)
 
 

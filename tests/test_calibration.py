@@ -8,7 +8,7 @@ from conftest import DEMO
 from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 
 from kvneox_lib import make_press
-from kvneox_lib.measures.decoding import prefill
+from kvneox_lib.measures.prefill import prefill
 from kvneox_lib.neox.modeling import half_split
 from kvneox_lib.presses import calibration
 
@@ -100,7 +100,7 @@ def test_qfilter_ranks_keys_by_the_attention_they_get(demo, reading):
     with torch.no_grad():
         attentions = demo(reading[:, 5000:5400], output_attentions=True).attentions
     demo.config._attn_implementation = "sdpa"
-    from kvneox_lib.measures.decoding import kept_positions
+    from kvneox_lib.measures.survivors import kept_positions
 
     kept = kept_positions(demo, reading[:, 5000:5400], make_press("qfilter", 0.5))
     last = torch.stack(attentions)[:, :, :, -100:, :300].mean(3)  # what the last queries see of the first 300

@@ -8,7 +8,10 @@ import torch
 from conftest import stock_and_ours, tiny_config
 from transformers import pipeline
 
+from kvneox_lib import StreamingDecoder, continuation_nll, streaming_nll, teacher_forced_nll
 from kvneox_lib.measures.decoding import generate
+from kvneox_lib.measures.streaming import recomputed_nll
+from kvneox_lib.measures.survivors import kept_positions
 from kvneox_lib.neox.cache import CompactCache
 from kvneox_lib.presses.by_name import make_press, press_names
 from kvneox_lib.presses.facts import acts, attention_needed, rows_independent
@@ -150,3 +153,51 @@ def test_wrong_arguments_are_refused(demo, pages, wrong, message):
 def test_going_past_the_trained_length_is_said(demo, reading):
     with pytest.warns(UserWarning, match="max_new_tokens=3 goes on to position 2050, the model was trained on 2048"):
         generate(demo, reading[:, :2047], max_new_tokens=3)
+
+
+def test_logits_are_those_that_chose_the_tokens(demo, pages):
+    with torch.no_grad():
+        first = demo(pages).logits[:, -1]
+    made = generate(demo, pages, max_new_tokens=6, stop_at_eos=False, with_logits=True)
+    assert made.logits.shape == (2, 6, demo.config.vocab_size)
+    assert torch.allclose(made.logits[:, 0], first, atol=1e-4)
+    assert torch.equal(made.logits.argmax(-1), made.tokens)
+    assert generate(demo, pages, max_new_tokens=1).logits is None
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([[1, 2, 3]], "is a list; must be a tensor"),
+        (torch.ones(1, 300), "has dtype torch.float32; must be whole numbers"),
+        (torch.ones(1, 300, dtype=torch.bool), "has dtype torch.bool; must be whole numbers"),
+        (torch.ones(300, dtype=torch.long), "has shape (300,); must be (batch, T)"),
+        (torch.ones(0, 300, dtype=torch.long), "has shape (0, 300); must be (batch, T)"),
+        (torch.ones(1, 0, dtype=torch.long), "has shape (1, 0); must be (batch, T)"),
+        (torch.full((1, 300), -1), "has the id -1; must be from 0 to 8191"),
+        (torch.full((1, 300), 8192), "has the id 8192; must be from 0 to 8191"),
+    ],
+)
+def test_ids_that_are_none_are_refused_before_any_work(demo, pages, ids, message, monkeypatch):
+    monkeypatch.setattr(demo.model, "forward", lambda *_, **__: pytest.fail("the model was called"))
+    decoder = StreamingDecoder(4, 40)
+    calls = [
+        lambda: generate(demo, ids, max_new_tokens=2),
+        lambda: continuation_nll(demo, ids, n_context=100),
+        lambda: teacher_forced_nll(demo, ids),
+        lambda: streaming_nll(demo, ids, n_sink=4, window=40),
+        lambda: recomputed_nll(demo, ids, window=40, positions=torch.tensor([1])),
+        lambda: decoder.stream(demo, ids),
+        lambda: decoder.read(demo, ids),
+        lambda: kept_positions(demo, ids, None),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=re.escape(f"input_ids {message}")):
+            call()
+    with pytest.raises(ValueError, match="question_ids "):
+        generate(demo, pages, question_ids=ids, max_new_tokens=2)
+
+
+def test_ids_of_any_whole_type_will_do(demo, pages):
+    expected = continuation_nll(demo, pages[:1, :60], n_context=40)
+    assert torch.equal(continuation_nll(demo, pages[:1, :60].int(), n_context=40), expected)

@@ -8,8 +8,8 @@ import torch
 from kvneox_lib import continuation_nll, make_press
 from kvneox_lib.inputs.text import Text
 from kvneox_lib.inputs.weights import LoadedModel
-from kvneox_lib.measures.decoding import prefill
 from kvneox_lib.measures.explore import CHANGED, LATER, ROTATED, excerpt, explore, token_texts
+from kvneox_lib.measures.prefill import prefill
 from kvneox_lib.pages import explore_page
 from kvneox_lib.pages.explorer import OWN_TEXT, Explorer
 from kvneox_lib.studies import records

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import json
 import pickle
 import shutil
@@ -407,3 +408,35 @@ def test_pipeline_with_a_quantized_cache(demo, tokenizer):
         demo(ids, past_key_values=caches[1])
     assert caches[1].get_seq_length() == ids.shape[1] // 2
     assert caches[1].layers[0]._quantized_keys.qtype.bits == 4
+
+
+def test_what_was_evicted_can_be_read_after_its_cache_is_gone_and_acts_on_no_other(demo, reading):
+    attentions = [layer.self_attn for layer in demo.model.layers]
+    ids, longer = reading[:, :120], reading[:, 200:420]
+    other = DynamicCache()
+    with torch.no_grad():
+        demo(longer, past_key_values=other)
+        expected = demo(reading[:, :1], past_key_values=copy.deepcopy(other)).logits
+        cache = DynamicCache()
+        with make_press("adakv_snapkv", 0.5)(demo):
+            demo(ids, past_key_values=cache)
+        evicted = [attention.masked_key_indices for attention in attentions]
+        assert all(len(indices[0]) == 4 * 60 for indices in evicted)
+        del cache
+        gc.collect()
+        for attention, indices in zip(attentions, evicted):
+            assert attention.masked_key_indices is indices
+        assert torch.equal(demo(reading[:, :1], past_key_values=other).logits, expected)
+        demo(ids)
+    assert all(attention.masked_key_indices is None for attention in attentions)  # a new prefill
+
+
+def test_a_copy_of_a_model_has_read_nothing():
+    _, model = stock_and_ours(tiny_config())
+    ids = torch.randint(0, 97, (1, 100))
+    with torch.no_grad(), make_press("adakv_snapkv", 0.5)(model):
+        model(ids)
+    assert model.model.layers[0].self_attn.masked_key_indices is not None
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.model.layers[0].self_attn.masked_key_indices is None
+        assert torch.equal(twin(ids).logits, model(ids).logits)

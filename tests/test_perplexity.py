@@ -1,7 +1,9 @@
 """What a compressed cache costs, computed a second way: the stock model with a mask over what was evicted."""
 
+import itertools
 import math
 
+import kvpress
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import kvneox_lib
 from kvneox_lib.measures import perplexity
-from kvneox_lib.measures.decoding import kept_counts, kept_positions, prefill, prefill_each
+from kvneox_lib.measures import prefill as prefill_module
 from kvneox_lib.measures.intervals import bootstrap_ci95
 from kvneox_lib.measures.perplexity import (
     by_distance,
@@ -19,6 +21,8 @@ from kvneox_lib.measures.perplexity import (
     summarize,
     teacher_forced_nll,
 )
+from kvneox_lib.measures.prefill import prefill, prefill_each
+from kvneox_lib.measures.survivors import kept_counts, kept_positions
 from kvneox_lib.measures.verify import masked_stock_logits
 from kvneox_lib.neox.modeling import stock_twin
 from kvneox_lib.presses.applying import attention
@@ -125,6 +129,29 @@ def test_one_pass_for_many_presses_is_a_pass_for_each(demo, pages):
         assert all(
             torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values) for a, b in zip(one.layers, other.layers)
         ), press
+
+
+def test_draws_are_those_of_a_pass_each_on_every_device(demo, pages, monkeypatch):
+    """Layers that take turns on two devices, each with a generator of its own."""
+    dice = [torch.Generator(), torch.Generator()]
+
+    class Drawing(kvpress.ScorerPress):
+        def score(self, module, hidden_states, keys, *_):
+            return torch.rand(keys.shape[:3], generator=dice[module.layer_idx % 2])
+
+    def seed():
+        for i, generator in enumerate(dice):
+            generator.manual_seed(i)
+
+    alone, presses = [], [Drawing(0.3), Drawing(0.6)]
+    for press in presses:
+        seed()
+        alone.append(prefill(demo, pages[:1], press))
+    seed()
+    of_layers = itertools.cycle(dice)
+    monkeypatch.setattr(prefill_module, "_generator", lambda device: next(of_layers))
+    for one, other in zip(alone, prefill_each(demo, pages[:1], presses)):
+        assert all(torch.equal(a.keys, b.keys) for a, b in zip(one.layers, other.layers))
 
 
 def test_chunks_of_logits_and_of_the_continuation_change_nothing(demo, pages, monkeypatch):

@@ -2,6 +2,8 @@
 
 import inspect
 import logging
+import re
+from functools import partial
 
 import kvpress
 import numpy as np
@@ -10,10 +12,12 @@ import torch
 from conftest import hooks_of_presses, stock_and_ours, tiny_config
 from transformers import DynamicCache
 
-from kvneox_lib import check_press, make_press, press_names
-from kvneox_lib.measures.decoding import greedy, kept_counts, kept_positions, prefill, with_delimiter
+from kvneox_lib import check_press, continuation_nll, generate, make_press, press_names, teacher_forced_nll
+from kvneox_lib.measures.prefill import prefill, with_delimiter
+from kvneox_lib.measures.survivors import kept_counts, kept_positions
+from kvneox_lib.measures.verify import answer
 from kvneox_lib.pages.tables import press_table
-from kvneox_lib.presses.applying import applied
+from kvneox_lib.presses.applying import applied, attention, check_context
 from kvneox_lib.presses.by_name import expand_presses, layer_ramp, ratio_for
 from kvneox_lib.presses.facts import acts, attention_needed, parts_of, rerotates, rows_independent
 from kvneox_lib.presses.registry import REGISTRY, ROWS, UNAVAILABLE
@@ -45,7 +49,7 @@ def test_every_press_of_kvpress_is_here_or_refused_with_a_reason():
 
 
 def test_wrong_arguments_are_refused_before_any_work():
-    with pytest.raises(ValueError, match=r"'snapvk' is unknown; nearest: snapkv"):
+    with pytest.raises(ValueError, match=r"'snapvk' is unknown; did you mean snapkv"):
         make_press("snapvk")
     for ratio in (-0.1, 1, 1.0, "0.5", True, None, float("nan"), [0.5]):
         with pytest.raises(ValueError, match="compression_ratio=.*; allowed"):
@@ -342,8 +346,9 @@ def test_a_rerotated_key_is_the_key_of_its_new_position(demo, reading):
 def test_a_decoding_press_can_be_used_for_one_text_after_another(demo, reading):
     press = make_press("decoding_knorm", compression_interval=4, target_size=40)
     fresh = make_press("decoding_knorm", compression_interval=4, target_size=40)
-    greedy(demo, reading[:, :150], press, 10)
-    assert torch.equal(greedy(demo, reading[:, 300:360], press, 10)[1], greedy(demo, reading[:, 300:360], fresh, 10)[1])
+    answer(demo, reading[:, :150], press, 10)
+    again, first = (answer(demo, reading[:, 300:360], one, 10).logits for one in (press, fresh))
+    assert torch.equal(again, first)
 
 
 def test_parts_and_traits_of_presses_built_by_hand():
@@ -360,7 +365,7 @@ def test_parts_and_traits_of_presses_built_by_hand():
 def test_greedy_without_a_press_is_stock_generation():
     stock, ours = stock_and_ours(tiny_config())
     ids = torch.randint(1, 97, (2, 30))
-    tokens, _ = greedy(ours, ids, None, 10)
+    tokens = answer(ours, ids, None, 10).tokens
     expected = stock.generate(ids, max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(tokens, expected[:, 30:])
 
@@ -374,19 +379,82 @@ def test_greedy_answers_as_the_kvpress_pipeline(demo, tokenizer, reading, name):
     ids = reading[:, :300]
     cache = prefill(demo, ids[:, :-1], make_press(name))
     length = cache.get_seq_length() if name in ("key_rerotation_knorm", "finch") else 299
-    answer = pipe.generate_answer(ids[:, -1:], cache, length, max_new_tokens=12)
-    tokens, _ = greedy(demo, ids, make_press(name), 12)
-    tokens = tokens[0].tolist()
+    expected = pipe.generate_answer(ids[:, -1:], cache, length, max_new_tokens=12)
+    tokens = answer(demo, ids, make_press(name), 12).tokens[0].tolist()
     if tokenizer.eos_token_id in tokens:
         tokens = tokens[: tokens.index(tokenizer.eos_token_id) + 1]
-    assert tokenizer.decode(tokens, skip_special_tokens=True) == answer
+    assert tokenizer.decode(tokens, skip_special_tokens=True) == expected
 
 
 def test_positions_that_cannot_be_read_off_are_not_guessed(demo, reading):
-    with pytest.raises(ValueError, match="press inside"):
-        kept_positions(demo, reading[:, :200], make_press("key_rerotation_knorm"))
+    with pytest.raises(ValueError, match="FinchPress rotates the keys"):
+        kept_positions(demo, reading[:, :200], make_press("finch"))
     with pytest.raises(ValueError, match="changes the keys"):
         kept_positions(demo, reading[:, :200], make_press("composed_snapkv_think"))
+
+
+def test_positions_before_a_rotation_are_those_of_the_press_inside(demo, reading):
+    ids = reading[:, :400].view(2, 200)
+    rotated, inside = (kept_positions(demo, ids, make_press(name, 0.7)) for name in ("key_rerotation_knorm", "knorm"))
+    assert torch.equal(rotated, inside) and inside.float().mean() == pytest.approx(0.3)
+
+
+def test_positions_of_kvcompose_are_where_its_values_are(demo, reading):
+    """Values are looked up instead of keys, above the first layer, where no two are alike."""
+    ids, press = reading[:, :200], make_press("kvcompose", 0.5)
+    kept = kept_positions(demo, ids, press)
+    with attention(demo, "eager"):
+        full = prefill(demo, ids, None)
+    cache = prefill(demo, ids, press)
+    for layer in range(1, 6):
+        whole, some = (held.layers[layer].values[0] for held in (full, cache))
+        for head in range(4):
+            found = (some[head][:, None] == whole[head]).all(-1).any(0)
+            assert torch.equal(kept[layer, 0, head], found)
+
+
+@pytest.mark.parametrize("name", [row.name for row in ROWS[1:] if row.name != "finch"])
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_a_context_is_refused_where_kvpress_fails_and_nowhere_else(demo, reading, name, ratio):
+    """At lengths around every window that a row has."""
+    made = partial(make_press, name, ratio_for(name, ratio, demo))
+
+    def read(length: int) -> None:
+        with torch.no_grad(), applied(made(), demo):
+            demo.model(input_ids=reading[:, :length], past_key_values=DynamicCache())
+
+    with attention(demo, implementation_for(name, made())):
+        for length in (1, 2, 4, 5, 8, 9, 12, 13, 64, 65):
+            refused = []
+            for call, kind in (
+                (read, (AssertionError, ValueError, RuntimeError)),
+                (partial(check_context, made()), ValueError),
+            ):
+                try:
+                    call(length)
+                    refused.append(False)
+                except kind:
+                    refused.append(True)
+            assert refused[0] == refused[1], length
+
+
+def test_a_context_that_is_too_short_is_refused_before_any_work(demo, reading, monkeypatch):
+    ids = reading[:, :70]
+    monkeypatch.setattr(demo.model, "forward", lambda *_, **__: pytest.fail("the model was called"))
+    message = re.escape(
+        "input_ids: a context of 64 tokens should be greater than window_size=64 of SnapKVPress; allowed is one of at "
+        "least 65"
+    )
+    for name in ("snapkv", "adakv_snapkv", "prefill_decoding_snapkv_knorm", "key_rerotation_snapkv"):
+        press = make_press(name, 0.5)
+        for call in (
+            lambda p: generate(demo, ids[:, :64], press=p, max_new_tokens=2),
+            lambda p: continuation_nll(demo, ids, n_context=64, press=p),
+            lambda p: teacher_forced_nll(demo, ids[:, :64], press=p),
+            lambda p: kept_positions(demo, ids[:, :64], p),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call(press)
 
 
 def test_kept_positions_of_streaming_llm(demo, reading):

@@ -6,8 +6,8 @@ import torch
 from kvneox_lib.inputs.passkeys import recall_samples
 from kvneox_lib.inputs.text import load_text
 from kvneox_lib.measures import recall
-from kvneox_lib.measures.decoding import kept_positions
 from kvneox_lib.measures.recall import ask_each, copy_attention, recall_accuracy
+from kvneox_lib.measures.survivors import kept_positions
 from kvneox_lib.neox.modeling import stock_twin
 from kvneox_lib.presses.by_name import make_press
 
@@ -114,8 +114,18 @@ def test_what_is_kept_around_a_key_is_what_kept_positions_says(demo, samples):
         assert row.digits_kept == pytest.approx(float(kept[..., slice(*key.digits_span)].mean()))
         assert row.statement_kept == pytest.approx(float(kept[..., slice(*key.span)].mean()))
         assert row.kept_fraction == pytest.approx(0.4) and row.depth == key.depth
-    (row,) = next(ask_each(demo, sample, [make_press("key_rerotation_knorm")]))
-    assert row.digits_kept is None and row.kept_fraction == 0.5
+    (row,) = next(ask_each(demo, sample, [make_press("think")]))
+    assert row.digits_kept is None and row.kept_fraction == 1
+
+
+def test_rerotated_keys_are_told_by_the_press_inside_and_those_of_kvcompose_by_counting(demo, samples):
+    sample = samples[0]
+    inside, rotated, composed = next(
+        ask_each(demo, sample, [make_press(n) for n in ("knorm", "key_rerotation_knorm", "kvcompose")])
+    )
+    assert rotated.digits_kept == inside.digits_kept > 0 and rotated.statement_kept == inside.statement_kept
+    kept = kept_positions(demo, sample.context_ids[None], make_press("kvcompose"))
+    assert 0 < composed.digits_kept < 1 and composed.kept_fraction == pytest.approx(float(kept.float().mean()))
 
 
 @torch.no_grad()

@@ -388,3 +388,18 @@ def test_presses_that_act_while_decoding_hold_their_size(demo, reading, name):
     made = generate(demo, reading[:, :120], press=press, max_new_tokens=400, stop_at_eos=False)
     entry = 2 * 6 * 4 * 64 * 4  # keys and values, layers, heads, dimensions, bytes
     assert made.tokens.shape[1] == 400 and made.kv_bytes <= (48 + 2 * 16) * entry
+
+
+def test_a_stream_builds_no_graph_and_leaves_the_callers_mode_alone(reading):
+    _, model = stock_and_ours(tiny_config())
+    graphs = []
+    handle = model.embed_out.register_forward_hook(lambda module, args, output: graphs.append(output.requires_grad))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            decoder = StreamingDecoder(2, 10)
+            for token in decoder.stream(model, torch.randint(1, 97, (1, 20)), max_new_tokens=3, stop_at_eos=False):
+                assert not token.requires_grad and torch.is_grad_enabled() == grad
+            assert not decoder.read(model, torch.randint(1, 97, (1, 3))).requires_grad
+            assert torch.is_grad_enabled() == grad
+    handle.remove()
+    assert graphs == [False] * 8

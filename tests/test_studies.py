@@ -109,7 +109,7 @@ def test_presses_without_a_ratio_are_measured_once_and_those_that_need_eager_get
     ("wrong", "message"),
     [
         ({"press": ["knorm", "adakv_snapkv"], "attn_implementation": "eager"}, "'eager' cannot serve AdaKVPress"),
-        ({"press": ["knorm", "snapvk"]}, "press 'snapvk' is unknown; nearest: snapkv"),
+        ({"press": ["knorm", "snapvk"]}, "press 'snapvk' is unknown; did you mean snapkv"),
         ({"context_limit": 32}, "context_limit=32: the 32 tokens after the context leave no room"),
         ({"compression_ratio": 1.5}, "compression_ratio=1.5: allowed is a number from 0 to below 1"),
         ({"max_windows": 0}, "max_windows=0: must be a whole number of at least 1"),

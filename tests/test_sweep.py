@@ -201,7 +201,7 @@ studies:
     ("fixed", "line", "message"),
     [
         ("contxt_length: 64", 7, "parameter 'contxt_length' is unknown; did you mean context_length"),
-        ("press: snapk", 7, "press 'snapk' is unknown; nearest: snapkv"),
+        ("press: snapk", 7, "press 'snapk' is unknown; did you mean snapkv"),
         ("press: kvzap", 7, "press 'kvzap' needs trained surrogate weights"),
         ("press: []", 7, "press=[]: a list must not be empty"),
         ("compression_ratio: 1.0", 7, "compression_ratio=1.0: allowed is a number from 0 to below 1"),
@@ -248,7 +248,7 @@ PLAIN = STUDY.format(fixed="max_windows: 2", grid="seed: [0, 1]")
         ),
         (PLAIN.replace("    grid", "    grids"), 8, "key 'grids' is unknown; did you mean grid"),
         (PLAIN.replace("seed: [0, 1]", "seed: 1"), 9, "seed: 1; in grid stands a list of values"),
-        (PLAIN.replace("seed: [0, 1]", "press: [snapkv, tofa]"), 9, "press 'tofa' is unknown; nearest: tova"),
+        (PLAIN.replace("seed: [0, 1]", "press: [snapkv, tofa]"), 9, "press 'tofa' is unknown; did you mean tova"),
         (PLAIN + "    resources: {gpu: 1}\n", 10, "resource 'gpu' is unknown; did you mean gpus"),
         (PLAIN + "    resources: {cores: 0}\n", 10, "cores: 0; allowed is a whole number, 1 or above"),
         (PLAIN + "name: x\n", 10, "key 'name' is unknown; Allowed: studies"),

@@ -8,8 +8,10 @@ import torch
 from conftest import DEMO, stock_and_ours, tiny_config
 from transformers import AutoModelForCausalLM
 
+from kvneox_lib import __main__
 from kvneox_lib.measures import verify
 from kvneox_lib.neox import modeling
+from kvneox_lib.pages.tables import press_table
 from kvneox_lib.presses.registry import REGISTRY
 
 
@@ -101,7 +103,7 @@ def test_recall_of_a_passkey_collapses_when_nearly_nothing_is_kept(demo, tokeniz
 
 @torch.no_grad()
 def read_question(model, context, question, press) -> list[int]:
-    from kvneox_lib.measures.decoding import prefill
+    from kvneox_lib.measures.prefill import prefill
 
     cache, length, tokens = prefill(model, context, press), context.shape[1], []
     logits = model(
@@ -130,14 +132,20 @@ def test_no_cell_of_the_matrix_is_blank(demo, tokenizer, reading):
 
 @pytest.mark.slow
 def test_the_command_line_ends_with_a_verdict(tmp_path):
-    command = [sys.executable, "-m", "kvneox_lib.measures.verify", "--smoke"]
+    command = [sys.executable, "-m", "kvneox_lib", "verify", "--smoke"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("VERDICT: all checks passed") and "continuation under knorm" in done.stdout
 
 
+def test_the_command_line_prints_the_presses(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kvneox_lib", "presses"])
+    assert __main__.main() == 0
+    assert capsys.readouterr().out.strip() == press_table().strip()
+
+
 def test_the_command_line_fails_when_a_check_fails(monkeypatch, capsys):
     monkeypatch.setattr(verify, "run_checks", lambda *_: iter([verify.Check("made up", 2.0, 1.0)]))
-    monkeypatch.setattr(sys, "argv", ["verify", "--smoke"])
-    assert verify.main() == 1
+    monkeypatch.setattr(sys, "argv", ["kvneox_lib", "verify", "--smoke"])
+    assert __main__.main() == 1
     assert "FAIL  made up: 2 (<= 1)" in capsys.readouterr().out

@@ -21,24 +21,32 @@ class Clock:
 
 
 class PeakMemory:
-    """The highest use of memory from here on."""
+    """The highest use of memory: the allocator's on CUDA, resident memory on Linux, else None."""
 
     STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
     def __init__(self, device: torch.device):
-        self.device, self.known = device, True
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        self.device = device
+        self._begin()
+
+    def lap(self) -> int | None:
+        """Since the last call."""
+        if self.device.type == "cuda":
+            highest = torch.cuda.max_memory_allocated(self.device)
+        elif self.known:
+            line = next(line for line in self.STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+            highest = int(line.split()[1]) * 1024
+        else:
+            return None
+        self._begin()
+        return highest
+
+    def _begin(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
             return
         try:
             self.RESET.write_text("5")  # Linux: from now on VmHWM counts anew
+            self.known = True
         except OSError:
             self.known = False
-
-    def read(self) -> int | None:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        if not self.known:
-            return None
-        line = next(line for line in self.STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024

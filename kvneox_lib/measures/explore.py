@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from kvneox_lib.inputs.text import Text
 from kvneox_lib.inputs.weights import LoadedModel
 from kvneox_lib.inputs.windows import tokenize
-from kvneox_lib.measures.decoding import generate, greedy, positions_in, prefill, prefill_each
+from kvneox_lib.measures.decoding import generate
 from kvneox_lib.measures.perplexity import score_each
+from kvneox_lib.measures.survivors import prefill_and_find
 from kvneox_lib.neox.checks import check_int
-from kvneox_lib.neox.modeling import KVNeoXForCausalLM
-from kvneox_lib.presses.applying import attention
-from kvneox_lib.presses.facts import acts, rerotates
+from kvneox_lib.neox.modeling import KVNeoXForCausalLM, with_model
+from kvneox_lib.presses.facts import decoding_part, rerotates
 
 ROTATED = "这种方法把留下的键旋转到了新的位置，与原来的键对不上，所以没有图。"
 CHANGED = "这种方法改动了留下的键（例如把一些通道置零），与原来的键对不上，所以没有图。"
@@ -58,6 +58,7 @@ class Exploration:
 
 
 @torch.no_grad()
+@with_model
 def explore(
     model: KVNeoXForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -88,35 +89,28 @@ def explore(
 
 def _map(model: KVNeoXForCausalLM, context: torch.Tensor, press) -> tuple[torch.Tensor | None, str]:
     """(layers, heads, T), or None, and what is to be said about it."""
-    remark = LATER if acts(press) == "decoding" else ""
+    ((_, kept),) = prefill_and_find(model, context, [press])
+    if kept is None:
+        return None, ROTATED if rerotates(press) else CHANGED
     if isinstance(press, kvpress.KeyRerotationPress):
-        press, remark = press.press, ROTATED_AFTERWARDS
-    if rerotates(press):
-        return None, ROTATED
-    compressed, full = prefill_each(model, context, [press, None])
-    if isinstance(press, kvpress.KVComposePress):  # it reads the context with eager attention, which rounds otherwise
-        with attention(model, "eager"):
-            full = prefill(model, context, None)
-    try:
-        return positions_in(compressed, full)[:, 0], remark
-    except ValueError:
-        return None, CHANGED
+        return kept[:, 0], ROTATED_AFTERWARDS
+    return kept[:, 0], "" if decoding_part(press) is None else LATER
 
 
 def _read(model: KVNeoXForCausalLM, tokenizer, input_ids: torch.Tensor, n_context: int, press) -> Reading:
     (scored,) = score_each(model, input_ids, n_context=n_context, presses=[press])
     given = input_ids[:, n_context : n_context + 1]
-    _, logits = greedy(model, input_ids[:, : n_context + 1], press, 1)
     made = generate(  # last, when everything is warm: it is timed
         model,
         input_ids[:, :n_context],
         press=press,
         question_ids=given,
         max_new_tokens=input_ids.shape[1] - n_context - 1,
+        with_logits=True,
     )
     n_steps = made.tokens.shape[1] - 1
     return Reading(
-        next_token=logits[0, 0].float().softmax(-1).cpu(),
+        next_token=made.logits[0, 0].float().softmax(-1).cpu(),
         continuation=token_texts(tokenizer, made.tokens[0].tolist()),
         nll=float(scored.nll.double().mean()),
         kept_fraction=float(scored.kept.double().mean()) / n_context,
@@ -160,6 +154,3 @@ def excerpt(
     n_tokens = n_context + continuation_length
     start = round(position * (len(ids) - n_tokens))
     return torch.from_numpy(ids[start : start + n_tokens].astype("int64"))[None], n_context
-
-
-# ---- as a run that is kept ------------------------------------------------------------------------------------------

@@ -15,11 +15,14 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import Cache, DynamicCache
 
-from kvneox_lib.measures.decoding import first_position, kept_counts, prefill_each, with_delimiter
 from kvneox_lib.measures.intervals import bootstrap_ci95
-from kvneox_lib.neox.modeling import KVNeoXForCausalLM, adapt
-from kvneox_lib.presses.applying import applied
-from kvneox_lib.presses.facts import acts, rows_independent
+from kvneox_lib.measures.prefill import first_position, free_evicted, prefill_each, with_delimiter
+from kvneox_lib.measures.survivors import kept_counts
+from kvneox_lib.neox.checks import check_ids
+from kvneox_lib.neox.hooks import in_turn
+from kvneox_lib.neox.modeling import KVNeoXForCausalLM, with_model
+from kvneox_lib.presses.applying import applied, check_context, readable_at_once
+from kvneox_lib.presses.facts import decoding_part
 
 LOGITS_AT_ONCE = 2**24  # numbers, 64 MiB in float32: a window's logits are never in memory as a whole
 ROWS_AT_ONCE = 512  # of them: more leave the processor's cache
@@ -45,39 +48,41 @@ def continuation_nll(model, input_ids: torch.Tensor, *, n_context: int, press=No
 
 
 @torch.no_grad()
+@with_model
 def score_each(model, input_ids: torch.Tensor, *, n_context: int, presses: list) -> list[Scored]:
     """`continuation_nll` under each press, with what it kept; the context is read once for all that allow it."""
-    model, input_ids = checked(model, input_ids)
-    if not 1 <= n_context <= input_ids.shape[1] - 2:
+    input_ids = check_ids("input_ids", input_ids, model, least=3)
+    if isinstance(n_context, bool) or not isinstance(n_context, int) or not 1 <= n_context <= input_ids.shape[1] - 2:
         raise ValueError(
             f"n_context={n_context!r}: must be from 1 to {input_ids.shape[1] - 2}, so that of these tokens"
             " one is read after compression and one is scored"
         )
-    if len(input_ids) > 1 and not all(map(rows_independent, presses)):
-        rows = [score_each(model, row[None], n_context=n_context, presses=presses) for row in input_ids]
-        return [_stacked(scored) for scored in zip(*rows)]
+    parts = [_score_at_once(model, rows, n_context, presses) for rows in readable_at_once(input_ids, *presses)]
+    return [_stacked(scored) for scored in zip(*parts)]
+
+
+def _score_at_once(model: KVNeoXForCausalLM, input_ids: torch.Tensor, n_context: int, presses: list) -> list[Scored]:
     caches = prefill_each(model, input_ids[:, :n_context], presses)
     scored = []
     for press in presses:
         cache = caches.pop(0)  # freed when it is done with
         kept, position = kept_counts(cache), first_position(cache, n_context, press)
-        decoding = acts(press) == "decoding"
-        if not decoding:
-            cache.make_ragged()
-            kv_bytes = cache.kv_bytes
+        free_evicted(cache, press)
+        kv_bytes = cache.kv_bytes
         nll, _ = read_on(model, cache, input_ids[:, n_context:], position, press)
-        if decoding:  # what it evicted while reading on is gone only now
+        if decoding_part(press) is not None:  # what it evicted while reading on is gone only now
             kept, kv_bytes = kept_counts(cache).clamp(max=n_context), cache.kv_bytes
         scored.append(Scored(nll, kept, kv_bytes))
     return scored
 
 
-def _stacked(rows: list[Scored]) -> Scored:
-    nll, kept = torch.cat([row.nll for row in rows]), torch.cat([row.kept for row in rows], dim=1)
-    return Scored(nll, kept, sum(row.kv_bytes for row in rows))
+def _stacked(parts: list[Scored]) -> Scored:
+    nll, kept = torch.cat([part.nll for part in parts]), torch.cat([part.kept for part in parts], dim=1)
+    return Scored(nll, kept, sum(part.kv_bytes for part in parts))
 
 
 @torch.no_grad()
+@in_turn
 def read_on(
     model: KVNeoXForCausalLM, cache: Cache, input_ids: torch.Tensor, position: int, press
 ) -> list[torch.Tensor]:
@@ -86,10 +91,9 @@ def read_on(
 
     A press that acts while decoding goes on doing so, which takes a step for each token.
     """
-    decoding = acts(press) == "decoding"
-    scored, last = [], input_ids.shape[1] - 1
-    with applied(press if decoding else None, model):
-        step = 1 if decoding else TOKENS_AT_ONCE
+    decoding, scored, last = decoding_part(press), [], input_ids.shape[1] - 1
+    step = TOKENS_AT_ONCE if decoding is None else 1
+    with applied(decoding, model):
         for start in range(0, last, step):
             fed = input_ids[:, start : min(start + step, last)]
             positions = torch.arange(start, start + fed.shape[1], device=fed.device)[None] + position
@@ -99,22 +103,18 @@ def read_on(
 
 
 @torch.no_grad()
+@with_model
 def teacher_forced_nll(model, input_ids: torch.Tensor, *, press=None) -> torch.Tensor:
     """(batch, T - 1): the control, all tokens in one pass inside the press. No press can move it; see above."""
-    model, input_ids = checked(model, input_ids)
-    if len(input_ids) > 1 and not rows_independent(press):
-        return torch.cat([teacher_forced_nll(model, row[None], press=press) for row in input_ids])
-    fed = with_delimiter(press, input_ids)
-    with applied(press, model):
-        hidden = model.model(input_ids=fed, past_key_values=DynamicCache()).last_hidden_state
-        return score(model, hidden[:, :-1], input_ids[:, 1:])[0]
-
-
-def checked(model, input_ids: torch.Tensor) -> tuple[KVNeoXForCausalLM, torch.Tensor]:
-    if input_ids.dim() != 2 or input_ids.shape[1] < 2:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; must be (batch, T) with T of at least 2")
-    model = adapt(model)
-    return model, input_ids.to(model.model.embed_tokens.weight.device)
+    input_ids = check_ids("input_ids", input_ids, model, least=2)
+    check_context(press, input_ids.shape[1])
+    nll = []
+    for rows in readable_at_once(input_ids, press):
+        fed = with_delimiter(press, rows)
+        with applied(press, model):
+            hidden = model.model(input_ids=fed, past_key_values=DynamicCache()).last_hidden_state
+            nll.append(score(model, hidden[:, :-1], rows[:, 1:])[0])
+    return torch.cat(nll)
 
 
 def score(model: KVNeoXForCausalLM, hidden: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:

@@ -13,11 +13,13 @@ import torch
 from transformers import Cache
 
 from kvneox_lib.inputs.passkeys import RecallKey, RecallSample, recall_samples
-from kvneox_lib.measures.decoding import first_position, kept_counts, positions_in, prefill, prefill_each
 from kvneox_lib.measures.perplexity import read_on
-from kvneox_lib.neox.modeling import KVNeoXForCausalLM, adapt
+from kvneox_lib.measures.prefill import first_position, free_evicted, prefill
+from kvneox_lib.measures.survivors import kept_counts, prefill_and_find
+from kvneox_lib.neox.hooks import in_turn
+from kvneox_lib.neox.modeling import KVNeoXForCausalLM, adapt, with_model
 from kvneox_lib.presses.applying import attention
-from kvneox_lib.presses.facts import acts
+from kvneox_lib.presses.facts import decoding_part
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,12 @@ def ask_each(model, sample: RecallSample, presses: list, query_aware: bool = Fal
     model = adapt(model)
     device = model.model.embed_tokens.weight.device
     for context, keys, n_fed in _contexts(sample, query_aware):
-        full, *caches = prefill_each(model, context[None].to(device), [None, *presses])
-        kept = [_kept(cache, full, press) for cache, press in zip(caches, presses)]
+        found = prefill_and_find(model, context[None].to(device), presses)
         for key in keys:
             read = torch.cat([key.question_ids[n_fed:], key.answer_ids])[None].to(device)
             yield [
-                _ask(model, copy.deepcopy(cache), len(context), read, key, press, positions)
-                for cache, press, positions in zip(caches, presses, kept)
+                _ask(model, copy.deepcopy(cache), len(context), read, key, press, kept)
+                for press, (cache, kept) in zip(presses, found)
             ]
 
 
@@ -103,24 +104,18 @@ def _contexts(sample: RecallSample, query_aware: bool) -> Iterator[tuple[torch.T
         yield torch.cat([sample.context_ids, key.question_ids[:-1]]), [key], len(key.question_ids) - 1
 
 
-def _kept(cache: Cache, full: Cache, press) -> torch.Tensor | None:
-    try:
-        return None if press is None else positions_in(cache, full)[:, 0].float()  # (layers, heads, T)
-    except ValueError:  # this press changes keys, so nobody can tell which are left
-        return None
-
-
-def _ask(model: KVNeoXForCausalLM, cache: Cache, n_context: int, read: torch.Tensor, key: RecallKey, press, positions):
+@in_turn
+def _ask(model: KVNeoXForCausalLM, cache: Cache, n_context: int, read: torch.Tensor, key: RecallKey, press, kept):
     kept_fraction = float(kept_counts(cache).float().mean()) / n_context
-    if acts(press) == "decoding":
+    if decoding_part(press) is not None:
         press = copy.deepcopy(press)  # its counters are of one question
-    else:
-        cache.make_ragged()
+    free_evicted(cache, press)
     kv_bytes = cache.kv_bytes
     nll, hit = read_on(model, cache, read, first_position(cache, n_context, press), press)
     answer = slice(-len(key.answer_ids), None)
     digits_kept = statement_kept = by_head = None
-    if positions is not None:
+    if press is not None and kept is not None:
+        positions = kept[:, 0].float()  # (layers, heads, T)
         by_head = positions[..., slice(*key.digits_span)].mean(-1)
         digits_kept, statement_kept = float(by_head.mean()), float(positions[..., slice(*key.span)].mean())
     return RecallRow(
@@ -137,12 +132,12 @@ def _ask(model: KVNeoXForCausalLM, cache: Cache, n_context: int, read: torch.Ten
 
 
 @torch.no_grad()
+@with_model
 def copy_attention(model, samples: Sequence[RecallSample]) -> torch.Tensor:
     """(layers, heads): how much each head of the uncompressed model looks at a digit when it has to say that digit.
 
     Recall hangs on few heads. A press that keeps the digits there can drop them everywhere else.
     """
-    model = adapt(model)
     device, seen = model.model.embed_tokens.weight.device, []
     with attention(model, "eager"):
         for sample in samples:

@@ -11,10 +11,13 @@ import torch
 from transformers import Cache, DynamicCache
 
 from kvneox_lib.measures.clock import Clock, PeakMemory
-from kvneox_lib.measures.decoding import first_position, generate, kept_counts, with_delimiter
+from kvneox_lib.measures.decoding import generate
+from kvneox_lib.measures.prefill import first_position, with_delimiter
+from kvneox_lib.measures.survivors import kept_counts
+from kvneox_lib.neox.hooks import in_turn
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM, stock_twin
-from kvneox_lib.presses.applying import applied
-from kvneox_lib.presses.facts import acts, rows_independent
+from kvneox_lib.presses.applying import applied, check_context
+from kvneox_lib.presses.facts import decoding_part, rows_independent
 
 WARM_UP = 128  # tokens of context
 ENGINES = {
@@ -35,6 +38,7 @@ class Timing:
     kv_bytes_compressed: int  # of the entries held then, masked ones included
     kv_bytes: int  # allocated when it ends
     peak_bytes: int | None  # of decoding
+    prefill_peak_bytes: int | None = None
 
     @property
     def step_s(self) -> float:
@@ -47,26 +51,30 @@ def time_once(model: KVNeoXForCausalLM, engine: str, press, input_ids: torch.Ten
         made = generate(model, input_ids, press=press, max_new_tokens=n_new + 1, stop_at_eos=False)
         compressed = int(made.kv_lengths.sum()) * 2 * model.config.head_dim * model.dtype.itemsize
         kept = float(made.kv_lengths.float().mean()) / input_ids.shape[1]
-        return Timing(made.prefill_s, made.decode_s, n_new, kept, compressed, made.kv_bytes, made.peak_bytes)
+        peaks = made.peak_bytes, made.prefill_peak_bytes
+        return Timing(made.prefill_s, made.decode_s, n_new, kept, compressed, made.kv_bytes, *peaks)
     stock = engine == "stock"
     return _time_loop(stock_twin(model, model.config._attn_implementation) if stock else model, press, input_ids, n_new)
 
 
 @torch.no_grad()
+@in_turn
 def _time_loop(model, press, input_ids: torch.Tensor, n_new: int) -> Timing:
-    clock, cache = Clock(input_ids.device), DynamicCache()
+    check_context(press, input_ids.shape[1])
+    peak, clock, cache = PeakMemory(input_ids.device), Clock(input_ids.device), DynamicCache()
     with applied(press, model):
         read = with_delimiter(press, input_ids)
         hidden = model.base_model(input_ids=read, past_key_values=cache).last_hidden_state[:, -1:]
     token = model.embed_out(hidden).argmax(-1)
     prefill_s, compressed = clock.lap(), _bytes(cache)
-    kept, peak = float(kept_counts(cache).float().mean()) / input_ids.shape[1], PeakMemory(input_ids.device)
+    kept, prefill_peak = float(kept_counts(cache).float().mean()) / input_ids.shape[1], peak.lap()
     position = first_position(cache, input_ids.shape[1], press)
-    with applied(press if acts(press) == "decoding" else None, model):
+    with applied(decoding_part(press), model):
         for step in range(n_new):
             positions = torch.full((1, 1), position + step, device=token.device)
             token = model(token, past_key_values=cache, position_ids=positions).logits.argmax(-1)
-    return Timing(prefill_s, clock.lap(), n_new, kept, compressed, _bytes(cache), peak.read())
+    decode_s, kv_bytes = clock.lap(), _bytes(cache)
+    return Timing(prefill_s, decode_s, n_new, kept, compressed, kv_bytes, peak.lap(), prefill_peak)
 
 
 def _bytes(cache: Cache) -> int:
@@ -92,7 +100,7 @@ def figures(timings: list[Timing], batch_size: int, max_new_tokens: int, decode_
 
 def can_batch(engine: str, press, batch_size: int) -> bool:
     """kvpress' loop has no way to run row by row what mixes the rows of a batch; nor has ours while decoding."""
-    return batch_size == 1 or rows_independent(press) or (engine == "ours" and acts(press) != "decoding")
+    return batch_size == 1 or rows_independent(press) or (engine == "ours" and decoding_part(press) is None)
 
 
 def read_bandwidth(device: torch.device, repeats: int = 5) -> float:
@@ -116,6 +124,3 @@ def weight_bytes(model: KVNeoXForCausalLM) -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text
-
-
-# ---- the study ----

@@ -7,17 +7,19 @@ from collections.abc import Iterator
 import torch
 from tokenizers.decoders import DecodeStream
 
-from kvneox_lib.measures.decoding import Ends, checked_prompt, choose
-from kvneox_lib.measures.perplexity import checked, score
-from kvneox_lib.neox.checks import check_int
+from kvneox_lib.measures.decoding import Ends, choose
+from kvneox_lib.measures.perplexity import score
+from kvneox_lib.neox.checks import check_ids, check_int, check_temperature
+from kvneox_lib.neox.hooks import turn
 from kvneox_lib.neox.kernels import linear_of_few_rows
-from kvneox_lib.neox.modeling import KVNeoXForCausalLM, adapt
+from kvneox_lib.neox.modeling import KVNeoXForCausalLM, adapt, with_model
 from kvneox_lib.neox.ring import StreamingCache, check_settings
 
 TOKENS_AT_ONCE = 1024  # of a text that is read
 
 
 @torch.no_grad()
+@with_model
 def streaming_nll(
     model, input_ids: torch.Tensor, *, n_sink: int, window: int, rerotate: bool = True, chunk: int = TOKENS_AT_ONCE
 ) -> torch.Tensor:
@@ -27,7 +29,7 @@ def streaming_nll(
     rerotate: a sink's distance is that between slots, n_sink + window at most; else the true one. chunk: tokens read at
     once, which changes time and memory alone.
     """
-    model, input_ids = checked(model, input_ids)
+    input_ids = check_ids("input_ids", input_ids, model, least=2)
     check_int("chunk", chunk, 1)
     cache, nll = StreamingCache(model, n_sink, window, rerotate), []
     for start in range(0, input_ids.shape[1] - 1, chunk):
@@ -38,10 +40,11 @@ def streaming_nll(
 
 
 @torch.no_grad()
+@with_model
 def recomputed_nll(model, input_ids: torch.Tensor, *, window: int, positions: torch.Tensor) -> torch.Tensor:
     """(batch, n): nll of the token after each of `positions` (n,), from keys computed anew from the `window` tokens
     before it and itself, at positions from 0 on. It costs a pass over a window for every token, hence the choice."""
-    model, input_ids = checked(model, input_ids)
+    input_ids = check_ids("input_ids", input_ids, model, least=2)
     check_settings(0, window)
     if window + 1 > model.config.max_position_embeddings:
         raise ValueError(f"window={window}: must be below {model.config.max_position_embeddings}, the trained length")
@@ -56,7 +59,7 @@ def recomputed_nll(model, input_ids: torch.Tensor, *, window: int, positions: to
     return torch.cat(nll, dim=1)
 
 
-def _read(model: KVNeoXForCausalLM, input_ids: torch.Tensor, cache: "StreamingCache") -> torch.Tensor:
+def _read(model: KVNeoXForCausalLM, input_ids: torch.Tensor, cache: StreamingCache) -> torch.Tensor:
     """The last hidden states (batch, n, d)."""
     return model.model(input_ids=input_ids, **cache.arguments(input_ids.shape[1], input_ids.device)).last_hidden_state
 
@@ -125,11 +128,10 @@ class StreamingDecoder:
         Settings and ids are checked now, the ids are read when the first token is asked for.
         """
         model = adapt(model)
-        input_ids, _ = checked_prompt(model, input_ids, None, None)
+        input_ids = check_ids("input_ids", input_ids, model)
         if max_new_tokens is not None:
             check_int("max_new_tokens", max_new_tokens, 1)
-        if not temperature >= 0:
-            raise ValueError(f"temperature={temperature!r}: must be 0 (greedy) or above")
+        check_temperature(temperature)
         if tokenizer is not None and len(input_ids) > 1:
             raise ValueError(f"tokenizer: text is streamed for one row, input_ids has {len(input_ids)}")
         self._continue(model).check(len(input_ids))
@@ -143,22 +145,21 @@ class StreamingDecoder:
         while n != max_new_tokens and not ends.all_ended:
             if turn != self._turn:
                 raise ValueError("this turn is over: another one, or another stream, has begun on its decoder")
-            hidden = self._read_in_chunks(model, input_ids)
-            self._unread = ends.apply(choose(model, hidden, ends, temperature))  # with what is read next
+            logits = self._read_in_chunks(model, input_ids)
+            self._unread = ends.apply(choose(logits, ends, temperature))  # to be read before what comes next
             yield self._unread
             input_ids, n = input_ids[:, :0], n + 1
 
-    @torch.no_grad()
     def read(self, model, input_ids: torch.Tensor) -> torch.Tensor:
         """Read (batch, n) on from where the stream is; logits (batch, vocabulary) of what follows."""
         model = adapt(model)
-        input_ids, _ = checked_prompt(model, input_ids, None, None)
+        input_ids = check_ids("input_ids", input_ids, model)
         self._turn += 1
-        return linear_of_few_rows(model.embed_out, self._read_in_chunks(model, input_ids))
+        return self._read_in_chunks(model, input_ids)
 
     @torch.no_grad()
     def _read_in_chunks(self, model: KVNeoXForCausalLM, input_ids: torch.Tensor) -> torch.Tensor:
-        """The last hidden states (batch, d), once what was said last is read too."""
+        """Logits (batch, vocabulary) of what follows, once what was said last is read too."""
         cache = self._continue(model)
         cache.check(len(input_ids))
         if self._interrupted:
@@ -166,10 +167,11 @@ class StreamingDecoder:
         if self._unread is not None:
             input_ids = torch.cat([self._unread[:, None], input_ids], dim=1)
         self._interrupted = True
-        for part in input_ids.split(TOKENS_AT_ONCE, dim=1):
-            hidden = _read(model, part, cache)[:, -1]
-        self._unread, self._interrupted = None, False
-        return hidden
+        with turn(model):
+            for part in input_ids.split(TOKENS_AT_ONCE, dim=1):
+                hidden = _read(model, part, cache)[:, -1]
+            self._unread, self._interrupted = None, False
+            return linear_of_few_rows(model.embed_out, hidden)
 
     def _continue(self, model: KVNeoXForCausalLM) -> StreamingCache:
         if self.cache is None:

@@ -1,12 +1,11 @@
 """The proof: our model against the stock one, every press against an independent computation.
 
-    python -m kvneox_lib.measures.verify [--model demo] [--smoke]
+    python -m kvneox_lib verify [--model demo] [--smoke]
 
 Each check returns a `Check` with the figure it measured and the limit it had to keep; tests, notebook 00 and the
 command line share them. Stock figures come from transformers' own `GPTNeoXForCausalLM` with the same weights.
 """
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,12 +13,17 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, GPTNeoXForCausalLM, pipeline
 
-from kvneox_lib.measures.decoding import greedy, kept_positions
+from kvneox_lib.inputs.weights import load_model
+from kvneox_lib.measures.decoding import Generation, generate
+from kvneox_lib.measures.prefill import prefill
+from kvneox_lib.measures.survivors import kept_positions
+from kvneox_lib.neox.hooks import hooked
+from kvneox_lib.neox.masks import as_additive
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM, half_split, stock_twin
 from kvneox_lib.presses.applying import applied, attention, check_press
 from kvneox_lib.presses.by_name import make_press, press_row, ratio_for
 from kvneox_lib.presses.calibration import standard_library_docstrings
-from kvneox_lib.presses.facts import acts
+from kvneox_lib.presses.facts import acts, decoding_part
 from kvneox_lib.presses.registry import REGISTRY
 
 POSITIONS_CHECKED = ("snapkv", "tova", "knorm", "observed_attention", "streaming_llm", "pyramidkv")
@@ -66,13 +70,11 @@ def check_projections(model: KVNeoXForCausalLM, input_ids: torch.Tensor) -> list
     stock, heads, dim = stock_twin(model), model.config.num_attention_heads, model.config.head_dim
     inside, worst, contiguous = [], 0.0, float("inf")
 
-    def hook(module, args, output):
+    def note(module, args, kwargs, output):
         inside.append((args[0], output))
 
-    handles = [layer.attention.query_key_value.register_forward_hook(hook) for layer in stock.gpt_neox.layers]
-    stock(input_ids)
-    for handle in handles:
-        handle.remove()
+    with hooked([layer.attention.query_key_value for layer in stock.gpt_neox.layers], note):
+        stock(input_ids)
     for layer, (hidden, fused) in zip(model.model.layers, inside):
         ours = layer.self_attn
         per_head = fused.unflatten(-1, (heads, 3, dim)).unbind(-2)  # each (batch, T, heads, D)
@@ -170,34 +172,49 @@ def masked_stock_logits(model, input_ids: torch.Tensor, tokens: torch.Tensor, ke
     stock, sequence = stock_twin(model), torch.cat([input_ids, tokens[:, :-1]], dim=1)
     context, total = kept.shape[-1], sequence.shape[1]
     causal = torch.ones(total, total, dtype=torch.bool).tril()
-    handles = []
-    for layer, keep in zip(stock.gpt_neox.layers, kept):
+
+    def put_in(module, args, kwargs):
+        keep = kept[module.layer_idx]
         visible = causal.expand(*keep.shape[:2], total, total).clone()
         visible[:, :, context:, :context] &= keep[:, :, None]
-        hidden = torch.finfo(model.dtype).min
-        mask = torch.zeros(visible.shape, dtype=model.dtype).masked_fill(~visible, hidden).to(model.device)
+        return args, {**kwargs, "attention_mask": as_additive(visible, model.dtype).to(model.device)}
 
-        def hook(module, args, kwargs, mask=mask):
-            return args, {**kwargs, "attention_mask": mask}
-
-        handles.append(layer.attention.register_forward_pre_hook(hook, with_kwargs=True))
-    logits = stock(sequence).logits
-    for handle in handles:
-        handle.remove()
-    return logits[:, context:]
+    with hooked([layer.attention for layer in stock.gpt_neox.layers], put_in, before=True):
+        return stock(sequence).logits[:, context:]
 
 
+def answer(model: KVNeoXForCausalLM, input_ids: torch.Tensor, press, n_new: int) -> Generation:
+    """Greedy, and never ending early. The last token of the prompt is read after compression, so that all logits have
+    seen the compressed cache."""
+    return generate(
+        model,
+        input_ids[:, :-1],
+        press=press,
+        question_ids=input_ids[:, -1:],
+        max_new_tokens=n_new,
+        stop_at_eos=False,
+        with_logits=True,
+    )
+
+
+@torch.no_grad()
 def check_generation(
     model: KVNeoXForCausalLM, input_ids: torch.Tensor, name: str, ratio=0.5, n_new: int = 12
 ) -> list[Check]:
-    tokens, logits = greedy(model, input_ids, make_press(name, ratio), n_new)
-    kept = kept_positions(model, input_ids[:, :-1], make_press(name, ratio))
-    expected = masked_stock_logits(model, input_ids, tokens, kept)
-    unlike = float((expected.argmax(-1) != tokens).sum())
+    """Token by token after evicted entries were given back, and in one pass where they are masked."""
+    context, length = input_ids[:, :-1], input_ids.shape[1] - 1
+    made = answer(model, input_ids, make_press(name, ratio), n_new)
+    kept = kept_positions(model, context, make_press(name, ratio))
+    expected = masked_stock_logits(model, input_ids, made.tokens, kept)
+    unlike = float((expected.argmax(-1) != made.tokens).sum())
+    read = torch.cat([input_ids[:, -1:], made.tokens[:, :-1]], dim=1)
+    positions = torch.arange(length, length + n_new, device=read.device)[None]
+    cache = prefill(model, context, make_press(name, ratio))
+    masked = model(read, past_key_values=cache, position_ids=positions).logits
     return [
         Check(
             f"generation under {name}: logits, relative difference to stock with masked positions",
-            _relative(logits, expected),
+            max(_relative(made.logits, expected), _relative(masked, expected)),
             1e-4,
         ),
         Check(f"generation under {name}: tokens that differ", unlike, 0),
@@ -206,8 +223,7 @@ def check_generation(
 
 def check_breaking(model: KVNeoXForCausalLM, input_ids: torch.Tensor, name: str = "knorm") -> Check:
     """Keep 1 %: the next logits must move by far more than any numerical error, or the press does nothing."""
-    _, full = greedy(model, input_ids, None, 1)
-    _, starved = greedy(model, input_ids, make_press(name, 0.99), 1)
+    full, starved = (answer(model, input_ids, press, 1).logits for press in (None, make_press(name, 0.99)))
     return Check(
         f"{name} keeping 1 %: logits move, in units of 1e-5", _relative(starved, full) / 1e-5, 1000, at_least=True
     )
@@ -239,13 +255,13 @@ def run_cell(model: KVNeoXForCausalLM, tokenizer, name: str, implementation: str
     # Decoding presses get a target below the context and enough steps to act.
     options = {"target_size": 128} if "target_size" in press_row(name).defaults else {}
     press = make_press(name, ratio_for(name, 0.5, model), **options)
-    n_new = 36 if acts(press) == "decoding" else 3
+    n_new = 3 if decoding_part(press) is None else 36
     with attention(model, implementation):
         try:
             check_press(press, model)
             if mode == "generation":
                 ids = tokenizer(context, return_tensors="pt").input_ids.to(model.device)
-                greedy(model, ids, press, n_new)
+                answer(model, ids, press, n_new)
                 return "ok"
             if name == "finch":
                 # FINCH scores by a question inside the context, behind a delimiter of the tokenizer's own
@@ -272,7 +288,7 @@ def press_matrix(model, tokenizer, context: str, names: list[str] | None = None)
         yield row
 
 
-# -- command line ----------------------------------------------------------------------------------------------------
+# -- all of it -------------------------------------------------------------------------------------------------------
 
 
 def run_checks(model: KVNeoXForCausalLM, input_ids: torch.Tensor) -> Iterator[Check]:
@@ -290,18 +306,11 @@ def run_checks(model: KVNeoXForCausalLM, input_ids: torch.Tensor) -> Iterator[Ch
     yield check_hooks_gone(model, input_ids)
 
 
-def main() -> int:
-    from kvneox_lib.inputs.weights import load_model
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo", help="alias, hub id or local folder (default: the bundled demo)")
-    parser.add_argument("--context-length", type=int, default=400)
-    parser.add_argument("--smoke", action="store_true", help="192 tokens, and a continuation instead of the matrix")
-    arguments = parser.parse_args()
-
-    loaded = load_model(arguments.model, attn_implementation="sdpa", dtype="float32")
+def verify(model_name: str = "demo", context_length: int = 400, smoke: bool = False) -> int:
+    """Print all checks, then what comes of every press; 0 if all passed. smoke: 192 tokens, and no table of presses."""
+    loaded = load_model(model_name, attn_implementation="sdpa", dtype="float32")
     model, tokenizer = loaded.model, loaded.tokenizer
-    length = 192 if arguments.smoke else arguments.context_length
+    length = 192 if smoke else context_length
     ids = tokenizer(standard_library_docstrings(), return_tensors="pt", verbose=False).input_ids
     input_ids = ids[:, : 2 * length].view(2, length).to(model.device)
     print(f"{loaded.name}, {loaded.weights} weights from {loaded.source}; 2 x {length} tokens; {model.device}")
@@ -310,8 +319,8 @@ def main() -> int:
     for check in run_checks(model, input_ids):
         print(check, flush=True)
         failed += not check.passed
-    if arguments.smoke:
-        tokens, _ = greedy(model, input_ids[:1], make_press("knorm", 0.5), 12)
+    if smoke:
+        tokens = answer(model, input_ids[:1], make_press("knorm", 0.5), 12).tokens
         print("continuation under knorm 0.5:", repr(tokenizer.decode(tokens[0])))
     else:
         print("\npress, when it acts, then eager and sdpa, each: " + ", ".join(MODES))
@@ -326,7 +335,3 @@ def _matrix_line(row: dict) -> str:
     reasons = sorted({cell for cell in cells if cell != "ok"})
     marks = " ".join("ok" if cell == "ok" else "--" for cell in cells)
     return f"{row['press']:36}{row['acts']:10}{marks}  {' | '.join(reasons)}"
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

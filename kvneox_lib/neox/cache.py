@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from kvneox_lib.neox.checks import check_int
 from kvneox_lib.neox.modeling import evictions
 
 
@@ -101,8 +102,7 @@ class CompactCache(Cache):
     """A transformers Cache on CompactLayers. `headroom`: how many tokens follow, if that is known."""
 
     def __init__(self, headroom: int = 128):
-        if isinstance(headroom, bool) or not isinstance(headroom, int) or headroom < 0:
-            raise ValueError(f"headroom={headroom!r}: must be a whole number, 0 or above")
+        check_int("headroom", headroom, 0)
         super().__init__(layer_class_to_replicate=partial(CompactLayer, headroom))
 
     @property

@@ -8,6 +8,8 @@ the frequencies are padded with zeros, and from then on everything that kvpress 
 
 import copy
 import weakref
+from collections.abc import Callable
+from functools import wraps
 
 import torch
 from torch import nn
@@ -25,6 +27,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
 
+from kvneox_lib.neox.hooks import in_turn, turn
 from kvneox_lib.neox.kernels import (
     attend_with_one_query,
     is_plain,
@@ -115,6 +118,7 @@ class KVNeoXAttention(GPTNeoXAttention):
 
     num_key_value_groups = 1
     _last_cache = None  # a weak reference to the cache that the last forward used
+    _last_written: tuple[torch.Tensor, ...] | None = None
 
     head_dim = property(lambda self: self.head_size)
     q_proj = property(lambda self: FusedSlice(self, 0))
@@ -126,22 +130,23 @@ class KVNeoXAttention(GPTNeoXAttention):
     def masked_key_indices(self) -> tuple[torch.Tensor, ...] | None:
         """(batch, head, position) of entries that a head-wise press evicted but left in place; see `_attend`.
 
-        kvpress keeps them in the module. Here they are kept with the cache that they are about, so that a model can
-        hold several conversations, and a copied cache takes them along.
+        kvpress keeps them in the module. Here those that act are kept with the cache that they are about, so that a
+        model can hold several conversations, and a copied cache takes them along. Who asks when that cache is gone
+        reads what was written last.
         """
         cache = self._last_cache and self._last_cache()
-        return evictions(cache).get(self.layer_idx) if cache is not None else None
+        return self._last_written if cache is None else evictions(cache).get(self.layer_idx)
 
     @masked_key_indices.setter
     def masked_key_indices(self, indices):
+        self._last_written = indices
         cache = self._last_cache and self._last_cache()
         if cache is not None:
             evictions(cache)[self.layer_idx] = indices
 
     def __getstate__(self):
-        state = dict(self.__dict__)
-        state.pop("_last_cache", None)  # a weak reference cannot be pickled
-        return state
+        """A copy has read nothing; nor can a weak reference be pickled."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_last_cache", "_last_written")}
 
     def forward(
         self,
@@ -165,7 +170,7 @@ class KVNeoXAttention(GPTNeoXAttention):
         else:
             if past_key_values is not None:
                 key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
-            output, weights = self._attend(query, key, value, attention_mask, **kwargs)
+            output, weights = self._attend(query, key, value, attention_mask, past_key_values, **kwargs)
         return linear_of_few_rows(self.dense, output.flatten(2)), weights
 
     def _project(self, hidden_states, cos, sin):
@@ -186,13 +191,13 @@ class KVNeoXAttention(GPTNeoXAttention):
             rotated.append(torch.cat(turned, dim=-1))
         return *rotated, value
 
-    def _attend(self, query, key, value, attention_mask, **kwargs):
+    def _attend(self, query, key, value, attention_mask, cache, **kwargs):
         implementation = self.config._attn_implementation
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         kv_len = key.shape[2]
         if query.shape[2] == kv_len:
             self.masked_key_indices = None  # a new prefill: what was evicted from this cache before no longer counts
-        evicted = self.masked_key_indices
+        evicted = None if cache is None else evictions(cache).get(self.layer_idx)
         masks_itself = not implementation.startswith("flash")
         if isinstance(attention_mask, LayerMasks):
             attention_mask = attention_mask.for_layer(query, kv_len, evicted if masks_itself else None)
@@ -256,6 +261,11 @@ class KVNeoXPreTrainedModel(GPTNeoXPreTrainedModel):
         r"attention\.masked_bias",
         r"attention\.rotary_emb\.inv_freq",
     ]
+
+    @in_turn
+    def __call__(self, *args, **kwargs):
+        """In a turn, lest a press of another thread act on this pass. Not in `forward`, which a press may replace."""
+        return super().__call__(*args, **kwargs)
 
     def _flash_attn_2_can_dispatch(self, is_init_check: bool = False) -> bool:
         try:
@@ -396,7 +406,19 @@ def adapt(model: nn.Module) -> KVNeoXForCausalLM:
         return model
     if type(model) is not GPTNeoXForCausalLM:
         raise ValueError(f"model is a {type(model).__name__}; allowed is transformers' GPTNeoXForCausalLM itself")
-    return _see_as_llama(model)
+    with turn(model):
+        return _see_as_llama(model)
+
+
+def with_model(function: Callable) -> Callable:
+    """`function(model, ...)` for any GPT-NeoX causal LM: adapted on the way in, and in a turn of the model's."""
+
+    @wraps(function)
+    def on_adapted(model, *args, **kwargs):
+        with turn(adapt(model)):
+            return function(model, *args, **kwargs)
+
+    return on_adapted
 
 
 def _see_as_llama(model: nn.Module) -> nn.Module:

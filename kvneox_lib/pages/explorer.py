@@ -15,7 +15,8 @@ from kvneox_lib.measures.explore import excerpt, explore
 from kvneox_lib.pages import explore_page
 from kvneox_lib.presses.by_name import press_names, press_row
 from kvneox_lib.studies.explore import Explored
-from kvneox_lib.studies.runs import made_presses, own_ratios
+from kvneox_lib.studies.plan import own_ratios
+from kvneox_lib.studies.runs import made_presses
 
 OWN_TEXT = "自己输入"
 EVERY = "全部"

@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import kvpress
+import torch
 from kvpress import BasePress
 
+from kvneox_lib.neox.hooks import turn
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
-from kvneox_lib.presses.facts import attention_needed
+from kvneox_lib.presses.facts import attention_needed, not_scored, rows_independent
 
 
 def check_press(press: BasePress | None, model: KVNeoXForCausalLM) -> None:
@@ -29,22 +31,46 @@ def check_press(press: BasePress | None, model: KVNeoXForCausalLM) -> None:
         )
 
 
+def check_context(press: BasePress | None, n_tokens: int) -> None:
+    """Refuse a context that is all window or sinks."""
+    what, n_not_scored = not_scored(press)
+    if n_tokens <= n_not_scored:
+        raise ValueError(
+            f"input_ids: a context of {n_tokens} tokens should be greater than {what}; allowed is one of at least "
+            f"{n_not_scored + 1}"
+        )
+
+
+def readable_at_once(input_ids: torch.Tensor, *presses: BasePress | None) -> tuple[torch.Tensor, ...]:
+    """The batch, whole; row by row where a press would mix its rows."""
+    return (input_ids,) if all(map(rows_independent, presses)) else input_ids.split(1)
+
+
 @contextmanager
 def attention(model: KVNeoXForCausalLM, implementation: str) -> Iterator[KVNeoXForCausalLM]:
-    before, model.config._attn_implementation = model.config._attn_implementation, implementation
-    try:
-        yield model
-    finally:
-        model.config._attn_implementation = before
+    """Another implementation for a while, in a turn of the model's."""
+    with turn(model):
+        before, model.config._attn_implementation = model.config._attn_implementation, implementation
+        try:
+            yield model
+        finally:
+            model.config._attn_implementation = before
 
 
 @contextmanager
 def applied(press: BasePress | None, model: KVNeoXForCausalLM):
-    """`with press(model)`, checked before and leaving nothing behind when something raises inside."""
-    if press is None:
-        yield
-        return
-    check_press(press, model)
+    """`with press(model)` in a turn of the model's, checked before and leaving nothing behind when something raises."""
+    with turn(model):
+        if press is None:
+            yield
+            return
+        check_press(press, model)
+        with _left_as_found(press, model):
+            yield
+
+
+@contextmanager
+def _left_as_found(press: BasePress, model: KVNeoXForCausalLM):
     implementation = model.config._attn_implementation
     forward = model.model.__dict__.get("forward")  # accelerate's wrapper, or none
     hooks = [set(layer.self_attn._forward_hooks) for layer in model.model.layers]

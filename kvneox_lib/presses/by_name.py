@@ -1,10 +1,10 @@
 """Every kvpress method by name. The names are the rows of `registry`."""
 
-import difflib
 import numbers
 
 from kvpress import BasePress
 
+from kvneox_lib.neox.checks import did_you_mean
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
 from kvneox_lib.presses.registry import RATIO_PER_LAYER, REGISTRY, ROWS, UNAVAILABLE, PressRow
 
@@ -26,9 +26,8 @@ def press_row(name: str) -> PressRow:
     if isinstance(name, str) and name in UNAVAILABLE:
         raise ValueError(f"press {name!r} {UNAVAILABLE[name]}")
     if not isinstance(name, str) or name not in REGISTRY:
-        near = difflib.get_close_matches(str(name), REGISTRY, n=4, cutoff=0.4)
-        hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise ValueError(f"press {name!r} is unknown{hint}. press_names() lists all {len(REGISTRY)}.")
+        near = did_you_mean(name, REGISTRY, most=4)
+        raise ValueError(f"press {name!r} is unknown; {near}press_names() lists all {len(REGISTRY)}")
     return REGISTRY[name]
 
 

@@ -8,7 +8,6 @@ kept in a cache folder, keyed by the weights; all are in the dimension order of 
 import ast
 import hashlib
 import importlib.util
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save
 from transformers import AutoTokenizer
 
 from kvneox_lib.inputs.files import cache_folder, write_atomically
+from kvneox_lib.neox.hooks import hooked
 
 DOCSTRINGS_OF = (
     "argparse asyncio.streams datetime decimal difflib inspect logging optparse subprocess tarfile turtle typing"
@@ -109,7 +109,7 @@ def _measure(model, windows: list[torch.Tensor]) -> QueryStatistics:
         plain_square[layer] += query.mT @ query
         rotated_square[layer] += rotated.mT @ rotated
 
-    with _hooked([layer.self_attn for layer in model.model.layers], collect):
+    with hooked([layer.self_attn for layer in model.model.layers], collect):
         for window in windows:
             model.model(input_ids=window.to(model.device), use_cache=False)
             count += max(window.shape[1] - N_SINK, 0)
@@ -120,16 +120,6 @@ def _measure(model, windows: list[torch.Tensor]) -> QueryStatistics:
     direction = direction * torch.where((direction * rotated_sum).sum(-1, keepdim=True) < 0, -1, 1)
     reach = _reach(model, mean, key_sum / count)
     return QueryStatistics(mean.float(), covariance.float(), direction.float(), reach.float())
-
-
-@contextmanager
-def _hooked(modules, hook):
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -91,6 +91,11 @@ def acts(press: BasePress | None) -> str:
     return "exit" if _is(press, ACTS_AT_EXIT) else "hook"
 
 
+def decoding_part(press: BasePress | None) -> BasePress | None:
+    """What must stay applied while decoding: the press, if it acts then."""
+    return press if acts(press) == "decoding" else None
+
+
 def rows_independent(press: BasePress | None) -> bool:
     """Whether a row of a batch is compressed as it would be alone; if not, rows must be run one by one."""
     return press is None or not _is(press, MIXES_ROWS)
@@ -102,3 +107,32 @@ def rerotates(press: BasePress | None) -> bool:
         isinstance(part, kvpress.KeyRerotationPress) or getattr(part, "rerotate_keys", False) is True
         for part in parts_of(press)
     )
+
+
+# What is never scored in a prefill, by the options that say how much; kvpress fails where nothing else is left.
+NOT_SCORED = {
+    kvpress.SnapKVPress: ("window_size",),
+    kvpress.StreamingLLMPress: ("n_sink",),
+    kvpress.ExpectedAttentionPress: ("n_sink",),
+    kvpress.CapPress: ("n_sink",),
+    kvpress.CompactorPress: ("sink_size_start", "sink_size_end"),
+    kvpress.TOVAPress: (),  # the last token
+}
+
+
+def not_scored(press: BasePress | None) -> tuple[str, int]:
+    """What a context must be longer than: "window_size=64 of SnapKVPress", 64; ("", 0) where any length will do."""
+    if press is None or isinstance(press, kvpress.DecodingPress):  # the latter sees the tokens decoded
+        return "", 0
+    if isinstance(press, kvpress.PrefillDecodingPress):
+        return not_scored(press.prefilling_press)
+    # These score whatever the ratio of the press inside; others do not score at ratio 0
+    always = isinstance(press, kvpress.DMSPress) or any(getattr(press, "compression_ratios", None) or [])
+    found = [("", 0)]
+    for part in parts_of(press):
+        names = next((names for kind, names in NOT_SCORED.items() if isinstance(part, kind)), None)
+        if names is not None and (always or part.compression_ratio > 0):
+            said = " + ".join(f"{name}={getattr(part, name)}" for name in names) or "the last token"
+            total = sum(getattr(part, name) for name in names) if names else 1
+            found.append((f"{said} of {type(part).__name__}", total))
+    return max(found, key=lambda option: option[1])

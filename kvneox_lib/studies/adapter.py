@@ -7,14 +7,15 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from kvneox_lib.inputs.weights import DTYPES, LoadedModel, demo_folder, find_device, find_target
+from kvneox_lib.inputs.weights import ATTENTION, DTYPES, LoadedModel, demo_folder, find_device, find_target
 from kvneox_lib.measures.decoding import generate
-from kvneox_lib.measures.verify import kept_positions, press_matrix, run_checks
+from kvneox_lib.measures.survivors import kept_positions
+from kvneox_lib.measures.verify import press_matrix, run_checks
 from kvneox_lib.presses.by_name import expand_presses, make_press
 from kvneox_lib.presses.calibration import standard_library_docstrings
 from kvneox_lib.presses.facts import attention_needed
 from kvneox_lib.presses.registry import REGISTRY
-from kvneox_lib.studies.arguments import ATTENTION, Count, Device, Model, OutputDir, Presses, Rule, one_of, rule_of
+from kvneox_lib.studies.arguments import Count, Device, Model, OutputDir, Presses, Rule, one_of, rule_of
 from kvneox_lib.studies.plan import Planned
 from kvneox_lib.studies.provenance import provenance
 from kvneox_lib.studies.runs import Runs

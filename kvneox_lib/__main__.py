@@ -1,0 +1,34 @@
+"""`python -m kvneox_lib`: the proof that model and presses are right, and the table of presses."""
+
+import argparse
+
+
+def verify(arguments) -> int:
+    from kvneox_lib.measures.verify import verify
+
+    return verify(arguments.model, arguments.context_length, arguments.smoke)
+
+
+def presses(arguments) -> int:
+    from kvneox_lib.pages.tables import press_table
+
+    print(press_table())
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m kvneox_lib", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    about = "check the model against the stock one, and every press against an independent computation"
+    command = commands.add_parser("verify", help=about, description=about)
+    command.add_argument("--model", default="demo", help="alias, hub id or local folder (default: the bundled demo)")
+    command.add_argument("--context-length", type=int, default=400)
+    command.add_argument("--smoke", action="store_true", help="192 tokens, and a continuation instead of the matrix")
+    command.set_defaults(run=verify)
+    commands.add_parser("presses", help="print the table of presses").set_defaults(run=presses)
+    arguments = parser.parse_args()
+    return arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
