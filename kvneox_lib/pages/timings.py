@@ -54,8 +54,12 @@ def timed_settings(settings: list) -> list:
 
 def variants(runs: pd.DataFrame) -> pd.Series:
     """`本库，snapkv 0.75`: engine, press and ratio in words."""
+    return runs["engine"].map(ENGINES) + "，" + _presses(runs)
+
+
+def _presses(runs: pd.DataFrame) -> pd.Series:
     strength = runs["compression_ratio"].map(lambda ratio: f" {_ratio(ratio)}" if ratio and ratio == ratio else "")
-    return runs["engine"].map(ENGINES) + "，" + runs["press"].replace("no_press", "不压缩") + strength
+    return runs["press"].replace("no_press", "不压缩") + strength
 
 
 def _ratio(ratio: float) -> str:
@@ -220,7 +224,7 @@ def smallest_cache(runs: pd.DataFrame) -> str:
     least = ours[ours["kv_bytes"] == ours["kv_bytes"].min()]
     best = least.iloc[0]
     return (
-        f"缓存实际分配的字节最少的是 {listed(map(with_strength, least.itertuples()))}：{best.kv_bytes / 1e6:.1f} MB，"
+        f"缓存实际分配的字节最少的是 {listed(_presses(least))}：{best.kv_bytes / 1e6:.1f} MB，"
         f"完整的上下文是 {best.kv_bytes_full / 1e6:.1f} MB。"
     )
 
