@@ -46,5 +46,6 @@ def spread(both: pd.DataFrame) -> str:
         raise Missing("speed", "no_press")
     widest, across = (groups.max() / groups.min()).max(), groups.median().max() / plain.median()
     return (
-        f"同一压缩率下，各方法的吞吐最多相差到 {widest:.2f} 倍；吞吐最高的那个压缩率，中位数是不压缩的 {across:.2f} 倍。"
+        f"同一压缩率下，各方法的吞吐最多相差到 {widest:.2f} 倍；吞吐最高的那个压缩率，中位数是不压缩的 {across:.2f} "
+        "倍。"
     )

@@ -2,12 +2,16 @@
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from kvneox_lib.measures.intervals import bootstrap_ci95
+from kvneox_lib.pages.figures import press_lines
 from kvneox_lib.pages.report import SETTING, Missing
 from kvneox_lib.pages.words import READINGS, with_interval
 
 BOUNDED = ("window", "sinks")
+ALONG = {"ppl_so_far": "到此为止的困惑度", "ppl": "每 256 个词元的困惑度"}  # columns of `along`
+COST = {"milliseconds": "每个词元的时间（毫秒）", "megabytes": "KV 缓存（MB）"}  # columns of `costs`
 
 
 # ---- which runs -----------------------------------------------------------------------------------------------------
@@ -28,6 +32,21 @@ def main(runs: pd.DataFrame, *readings: str) -> pd.DataFrame:
     return found.sort_values("press", key=lambda names: names.map(list(READINGS).index)).reset_index(drop=True)
 
 
+def read(records, name: str, *readings: str) -> pd.DataFrame:
+    """That table of the main runs of `records` (a `Records`), with what tells the readings apart."""
+    runs = main(records.runs(timed=True), *readings)
+    tables = [
+        records.table(name, run_id=row.run_id).assign(press=row.press, n_sink=row.n_sink, window=row.window)
+        for row in runs.itertuples()
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def of_main(table: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a `Study`'s table that are of these runs."""
+    return table.merge(runs[["press", "n_sink", "window"]])
+
+
 def by_press(runs: pd.DataFrame) -> dict[str, pd.Series]:
     return {row["press"]: row for _, row in runs.iterrows()}
 
@@ -40,7 +59,9 @@ def reading_table(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "读法": READINGS[row["press"]],
-            **{name: _whole(row[of]) for name, of in (("汇聚点", "n_sink"), ("窗口", "window"), ("计分词元", "n_tokens"))},
+            "汇聚点": _whole(row["n_sink"]),
+            "窗口": _whole(row["window"]),
+            "计分词元": _whole(row["n_tokens"]),
             "训练长度之内的困惑度": with_interval(row, "within_ppl", 1),
             "之外的困惑度": with_interval(row, "beyond_ppl", 1),
             "KV 缓存（MB）": "—" if pd.isna(row["kv_bytes"]) else f"{row['kv_bytes'] / 1e6:.2f}",
@@ -66,6 +87,12 @@ def in_stretches(running: pd.DataFrame, most: int = 50) -> pd.DataFrame:
     return merged.agg({"to_token": "max", "nll_mean": "mean"}).reset_index()
 
 
+def along(running: pd.DataFrame) -> pd.DataFrame:
+    """Table `running` with the columns of ALONG. A block of recomputation has but a few tokens, and no `ppl`."""
+    single = np.exp(running["nll_mean"]).where(running["press"] != "recompute")
+    return named(running).assign(ppl=single)
+
+
 def costs(cost: pd.DataFrame) -> pd.DataFrame:
     """Table `cost` for figures: milliseconds and megabytes, by reading."""
     return named(cost).assign(milliseconds=1e3 * cost["step_s"], megabytes=cost["kv_bytes"] / 1e6)
@@ -75,7 +102,8 @@ def sinks_and_sizes(runs: pd.DataFrame) -> pd.DataFrame:
     """The bounded readings, each number of sinks and size of cache once: `size`, and `press` is the number of sinks."""
     found = runs[runs["press"].isin(BOUNDED)].drop_duplicates(["n_sink", "window"])
     found = found.assign(size=found["n_sink"] + found["window"], press=found["n_sink"].map("{:.0f} 个汇聚点".format))
-    return found.sort_values(["n_sink", "size"])
+    intervals = [name for name in found if name.endswith(("_ci95_low", "_ci95_high"))]  # of a short text there is none
+    return found.assign(**found[intervals].apply(pd.to_numeric)).sort_values(["n_sink", "size"])
 
 
 def loss_by_sinks(runs: pd.DataFrame, column: str = "nll_mean") -> pd.DataFrame:
@@ -111,6 +139,33 @@ def pieces(sample: pd.DataFrame) -> pd.DataFrame:
     columns = {"nll_mean": "重读的 nll", "distinct_4grams": "不重复的四元组"}
     table = named(sample).pivot_table(index="from_token", columns="press", values=list(columns))
     return table.rename(columns=columns).rename_axis(index="从第几个词元", columns=[None, "读法"])
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+
+def figure_along(running: pd.DataFrame, column: str, trained: int) -> Figure:
+    """A column of ALONG over the text, with a mark at the trained length."""
+    frame = along(running).dropna(subset=column)
+    figure = press_lines(frame, "to_token", column, xlabel="已读的词元", ylabel=ALONG[column])
+    (axes,) = figure.axes
+    for line in axes.lines:
+        line.set_marker("")
+    axes.axvline(trained, color="0.4", linewidth=1, linestyle="--")
+    axes.annotate("训练长度", (trained, axes.get_ylim()[1]), fontsize=8, ha="left", va="top")
+    if frame[column].max() > 10 * frame[column].median():
+        axes.set_yscale("log")
+    return figure
+
+
+def figure_of_cost(cost: pd.DataFrame, column: str) -> Figure:
+    """A column of COST over the text; times that differ much on a logarithmic scale."""
+    frame = costs(cost)
+    wide = frame[column].max() > 10 * frame[column].min() > 0
+    label = COST[column] + ("，对数刻度" if wide else "")
+    figure = press_lines(frame, "tokens_read", column, xlabel="已读的词元", ylabel=label)
+    figure.axes[0].set_yscale("log" if wide else "linear")
+    return figure
 
 
 # ---- sentences ------------------------------------------------------------------------------------------------------
@@ -157,8 +212,7 @@ def sinks_matter(runs: pd.DataFrame, running: pd.DataFrame) -> str:
     return (
         f"看见同样多的词元，去掉 {by_press(runs)['sinks'].n_sink:.0f} 个汇聚点，每个词元的负对数似然平均"
         f"{higher(difference.mean())}（差的 95 % 区间 [{low:+.3f}, {high:+.3f}]），{len(difference)} 段里有 "
-        f"{(difference > 0).sum()} 段更高。"
-        + ("这个模型在这篇文本上看不出汇聚点的作用。" if low <= 0 <= high else "")
+        f"{(difference > 0).sum()} 段更高。" + ("这个模型在这篇文本上看不出汇聚点的作用。" if low <= 0 <= high else "")
     )
 
 

@@ -104,6 +104,13 @@ def memory(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({name: _written(pd.to_numeric(runs[of]) / 1e6, 1) for name, of in columns.items()})
 
 
+def results(runs: pd.DataFrame) -> pd.DataFrame:
+    """All that was timed, as notebook 03 shows it."""
+    timed = timed_runs(runs)
+    total = _written(timed["total_tok_per_s"], 0).rename("连首词元，词元/秒")
+    return pd.concat([cells(timed), times(timed), total, memory(timed)], axis=1)
+
+
 def at_corners(settings: list, measured) -> pd.DataFrame:
     """The corner of each setting, one below the other, with the columns that `measured` makes of runs. Machine and
     precision are shown where they differ."""
@@ -204,8 +211,8 @@ def machine(runs: pd.DataFrame) -> str:
     run = at_corner(runs).iloc[0]
     return (
         f"机器是 {run.device_name}（{run.device}，{run['dtype']}），测得的读带宽 {run.bandwidth_bytes_per_s / 1e9:.0f} "
-        f"GB/s；模型 {run.model}（{WEIGHTS[run.weights]}），每步要读 {run.weight_bytes / 1e6:.0f} MB 权重；最长的上下文 "
-        f"{run.context_tokens}、最大的批 {run.batch_size} 时，完整的缓存是 {run.kv_bytes_full / 1e6:.0f} MB。"
+        f"GB/s；模型 {run.model}（{WEIGHTS[run.weights]}），每步要读 {run.weight_bytes / 1e6:.0f} MB 权重；最长的"
+        f"上下文 {run.context_tokens}、最大的批 {run.batch_size} 时，完整的缓存是 {run.kv_bytes_full / 1e6:.0f} MB。"
     )
 
 
