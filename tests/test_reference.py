@@ -77,7 +77,7 @@ def test_a_hundred_thousand_tokens_in_constant_memory():
     hold the level; and this small model needs no sinks for that."""
     frame = runs("streaming")
     assert set(frame["dataset"]) == {TEXTS["pg19_ppl"]} and not frame["git_dirty"].any()
-    main = frame[frame["param_timed"].eq(True)].set_index("press")
+    main = frame[frame["timed"].eq(True)].set_index("press")
     assert main.loc["sinks", ["n_sink", "window", "n_tokens"]].tolist() == [4, 1020, 99_999]
     tables = [
         pd.read_csv(table_path(REFERENCE / "streaming", row.run_id, "samples")).assign(

@@ -21,7 +21,8 @@ def title(explored: Explored, press: str) -> str:
         escape, (explored.loaded.name, explored.loaded.weights, explored.text.name, press)
     )
     n, said = len(explored.exploration.context), escape(summary(explored.exploration))
-    return f"<p>模型 <b>{model}</b>（权重：{weights}），文本 <b>{text}</b>，上下文 {n} 个词元，press <b>{press}</b>。{said}</p>"
+    what = f"模型 <b>{model}</b>（权重：{weights}），文本 <b>{text}</b>，上下文 {n} 个词元，press <b>{press}</b>"
+    return f"<p>{what}。{said}</p>"
 
 
 def token_map(found: Exploration, layer: int | None = None, head: int | None = None) -> str:

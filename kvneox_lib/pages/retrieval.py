@@ -161,8 +161,8 @@ def digits_in_words(runs: pd.DataFrame) -> list[str]:
             pass  # too few runs to be in any order
         found = at_middle_ratio(runs, mode).dropna(subset=list(KEPT))
         lines += [
-            f"{mode}，压缩率 {ratio:.2f}，{row.press}：缓存留下 {row.kept_fraction:.0%}，数字留下 {row.digits_kept:.0%}，"
-            f"关键处留下 {row.digits_kept_where_read:.0%}，准确率 {row.accuracy:.2f}。"
+            f"{mode}，压缩率 {ratio:.2f}，{row.press}：缓存留下 {row.kept_fraction:.0%}，"
+            f"数字留下 {row.digits_kept:.0%}，关键处留下 {row.digits_kept_where_read:.0%}，准确率 {row.accuracy:.2f}。"
             for row in found.itertuples()
         ]
     return lines

@@ -108,7 +108,8 @@ def sinks_and_sizes(runs: pd.DataFrame) -> pd.DataFrame:
 
 def loss_by_sinks(runs: pd.DataFrame, column: str = "nll_mean") -> pd.DataFrame:
     """A row for each size of cache, a column for each number of sinks."""
-    return sinks_and_sizes(runs).pivot_table(index="size", columns="n_sink", values=column)
+    found = sinks_and_sizes(runs).astype({"size": int, "n_sink": int})
+    return found.pivot_table(index="size", columns="n_sink", values=column)
 
 
 def compare_at_samples(table: pd.DataFrame, beyond: int) -> pd.DataFrame:
@@ -131,6 +132,8 @@ def block_differences(running: pd.DataFrame, one: str, other: str) -> pd.DataFra
     """`difference` in nat between two readings on the same blocks of the text, in its order."""
     parts = [running[running["press"] == name] for name in (one, other)]
     both = parts[0].merge(parts[1], on=["from_token", "to_token"], suffixes=("", "_other")).sort_values("to_token")
+    if both.empty:
+        raise Missing("streaming", f"{READINGS[one]}与{READINGS[other]}都读过的一段")
     return both.assign(difference=both["nll_mean"] - both["nll_mean_other"])
 
 
@@ -176,14 +179,19 @@ def higher(difference: float) -> str:
     return "几乎相同" if float(shown) == 0 else f"{'高' if difference > 0 else '低'} {shown} nat"
 
 
+def _interval(low: float, high: float) -> str:
+    return "太少，没有区间" if pd.isna(low) else f"差的 95 % 区间 [{low:+.3f}, {high:+.3f}]"
+
+
 def compared(samples: pd.DataFrame, beyond: int) -> list[str]:
     """`compare_at_samples` in words."""
     lines = []
     for row in compare_at_samples(samples, beyond).itertuples():
-        verdict = "变差" if row.low > 0 else "变好" if row.high < 0 else "看不出差别"
+        verdict = f"{_interval(row.low, row.high)}，" + (
+            "变差" if row.low > 0 else "变好" if row.high < 0 else "看不出差别"
+        )
         label = READINGS[row.press] + ("" if row.press == "dense" else f"（{int(row.n_sink)} + {int(row.window)}）")
-        interval = f"95 % 区间 [{row.low:+.3f}, {row.high:+.3f}]"
-        lines.append(f"{label}：每词元差 {row.difference:+.3f} nat，{interval}，{verdict}（{row.n} 个词元）")
+        lines.append(f"{label}：每词元差 {row.difference:+.3f} nat（{row.n} 个词元），{verdict}")
     return lines
 
 
@@ -211,17 +219,20 @@ def sinks_matter(runs: pd.DataFrame, running: pd.DataFrame) -> str:
     low, high = bootstrap_ci95(difference.to_numpy(), np.ones(len(difference)))
     return (
         f"看见同样多的词元，去掉 {by_press(runs)['sinks'].n_sink:.0f} 个汇聚点，每个词元的负对数似然平均"
-        f"{higher(difference.mean())}（差的 95 % 区间 [{low:+.3f}, {high:+.3f}]），{len(difference)} 段里有 "
+        f"{higher(difference.mean())}（{_interval(low, high)}），{len(difference)} 段里有 "
         f"{(difference > 0).sum()} 段更高。" + ("这个模型在这篇文本上看不出汇聚点的作用。" if low <= 0 <= high else "")
     )
 
 
 def against_recompute(runs: pd.DataFrame, samples: pd.DataFrame) -> str:
     step = {name: row.step_s for name, row in by_press(runs).items()}
-    row = compare_at_samples(samples[samples["press"].isin(["sinks", "recompute"])], beyond=0).iloc[0]
+    found = compare_at_samples(samples[samples["press"].isin(["sinks", "recompute"])], beyond=0)
+    if found.empty:
+        raise Missing("streaming", f"{READINGS['recompute']}也计分的词元")
+    row = found.iloc[0]
     return (
-        f"{READINGS['sinks']}比每步重算窗口{higher(row.difference)}（{row.n} 个词元，差的 95 % 区间 "
-        f"[{row.low:+.3f}, {row.high:+.3f}]），而每步用时是后者的 {step['sinks'] / step['recompute']:.1%}。"
+        f"{READINGS['sinks']}比每步重算窗口{higher(row.difference)}（{row.n} 个词元，"
+        f"{_interval(row.low, row.high)}），而每步用时是后者的 {step['sinks'] / step['recompute']:.1%}。"
     )
 
 
