@@ -161,7 +161,7 @@ def test_the_map_can_be_of_a_layer_and_a_head(demo, tokenizer, ids):
         mask = found.kept if layer is None else found.kept[layer : layer + 1]
         mask = mask if head is None else mask[:, head : head + 1]
         for place in (0, 77, N_CONTEXT - 1):
-            assert f'title="第 {place} 个 token：{n} 个头中 {int(mask[:, :, place].sum())} 个留下了它"' in page
+            assert f'title="第 {place} 个词元：{n} 个头中 {int(mask[:, :, place].sum())} 个留下了它"' in page
 
 
 # -- the widgets ------------------------------------------------------------------------------------------------------

@@ -227,7 +227,7 @@ def test_speeds_of_two_machines_are_two_tables(tmp_path, monkeypatch):
 def test_the_table_of_streaming(tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "REFERENCE", tmp_path)
     ppl = {f"{part}_ppl{end}": 20.5 + i for part in ("within", "beyond") for i, end in enumerate(("", *ENDS))}
-    held = {"n_tokens": 1000, "param_timed": True}
+    held = {"n_tokens": 1000, "timed": True}
     write(tmp_path / "streaming", "a", press="sinks", n_sink=4, window=60, kv_bytes=2.5e6, step_s=0.0031, **held, **ppl)
     ppl |= {f"beyond_ppl{end}": None for end in ENDS}
     write(tmp_path / "streaming", "b", press="dense", n_sink=0, window=None, kv_bytes=9e6, step_s=None, **held, **ppl)

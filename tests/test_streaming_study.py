@@ -7,7 +7,8 @@ from kvneox_lib import streaming_nll
 from kvneox_lib.inputs.text import load_text
 from kvneox_lib.inputs.weights import load_model
 from kvneox_lib.inputs.windows import tokenize
-from kvneox_lib.studies.streaming import Reading, compare_at_samples, measure_streaming, readings_of
+from kvneox_lib.pages.streams import compare_at_samples
+from kvneox_lib.studies.streaming import Reading, measure_streaming, readings_of
 
 SMALL = {"model": "demo", "dataset": "python-docs", "device": "cpu", "dtype": "float32", "max_tokens": 700}
 SMALL |= {"window": 60, "dense_limit": 512, "recompute_samples": 20, "sample_tokens": 300}

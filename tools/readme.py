@@ -19,6 +19,7 @@ import papermill
 from matplotlib.figure import Figure
 
 from kvneox_lib import expand_presses
+from kvneox_lib.pages import streams, timings
 from kvneox_lib.pages.figures import press_lines, use_style
 from kvneox_lib.pages.tables import press_table
 from kvneox_lib.studies.records import load_records
@@ -27,8 +28,6 @@ ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "results" / "reference"
 TEXTS = {"wikitext_ppl": "WikiText", "pg19_ppl": "长书"}
 SHOWN_RATIOS = (0.5, 0.9)
-ENGINES = {"stock": "transformers", "kvpress": "kvpress 循环", "ours": "本库"}
-METHODS = {"dense": "全部保留", "window": "只留窗口", "sinks": "汇聚点加窗口", "recompute": "窗口重算"}
 SAID_IN_NO_NOTEBOOK = {
     "batch_size": "每批几个窗口",
     "batch_sizes": "批的大小；与 `context_lengths` 的每个组合都测",
@@ -144,15 +143,11 @@ def speed_table() -> str:
     runs = load_records(REFERENCE / "speed")
     if not len(runs):
         return missing("speed")
-    if "failure" in runs:
-        runs = runs[runs["failure"].isna()]
-    strength = runs["compression_ratio"].map(lambda ratio: f" {ratio:.2f}" if ratio and ratio == ratio else "")
-    runs["variant"] = runs["engine"].map(ENGINES) + "，" + runs["press"].replace("no_press", "不压缩") + strength
     parts = []
     for (model, weights, device, dtype), group in runs.groupby(["model", "weights", "device_name", "dtype"]):
-        table = group.pivot_table(index="variant", columns=["context_tokens", "batch_size"], values="decode_tok_per_s")
+        table = timings.throughput(group, ["context_tokens", "batch_size"])
         rows = [
-            [variant, *("—" if value != value else f"{value:.0f}" for value in row)]
+            [variant, *("—" if pd.isna(value) else f"{value:.0f}" for value in row)]
             for variant, row in zip(table.index, table.to_numpy())
         ]
         head = ["上下文 × 批", *(f"{context} × {batch}" for context, batch in table.columns)]
@@ -165,40 +160,13 @@ def streaming_table() -> str:
     runs = load_records(REFERENCE / "streaming")
     if not len(runs):
         return missing("streaming")
-    runs, parts = runs[runs["param_timed"].eq(True)], []  # the ablation's are not timed
-    for (model, weights, dataset, device), group in runs.groupby(["model", "weights", "dataset", "device_name"]):
-        rows = [
-            [
-                METHODS[row.press],
-                *(_whole(value) for value in (row.n_sink, row.window, row.n_tokens)),
-                *(_with_interval(row, name) for name in ("within_ppl", "beyond_ppl")),
-                f"{row.kv_bytes / 1e6:.2f}" if row.kv_bytes == row.kv_bytes else "—",
-                f"{1e3 * row.step_s:.1f}" if row.step_s == row.step_s else "—",
-            ]
-            for row in group.sort_values(["n_tokens", "press", "n_sink"]).itertuples()
-        ]
-        head = [
-            "读法",
-            "汇聚点",
-            "窗口",
-            "计分词元",
-            "训练长度之内的困惑度",
-            "之外的困惑度",
-            "KV 缓存（MB）",
-            "每步（毫秒）",
-        ]
+    timed, parts = runs[runs["timed"].eq(True)], []  # the ablation's are not timed
+    for (model, weights, dataset, device), group in timed.groupby(["model", "weights", "dataset", "device_name"]):
+        table = streams.reading_table(group.sort_values(["n_tokens", "press", "n_sink"]))
         note = "计分的词元不同的行，困惑度不能直接相比；同一批词元上的比较见笔记本和报告。"
-        parts.append(f"{model}（权重：{weights}），{dataset}，{device}。{note}\n\n{markdown(rows, head=head)}")
+        rows = markdown(table.to_numpy().tolist(), head=list(table))
+        parts.append(f"{model}（权重：{weights}），{dataset}，{device}。{note}\n\n{rows}")
     return "\n\n".join(parts)
-
-
-def _with_interval(row, name: str) -> str:
-    value, low, high = (getattr(row, f"{name}{end}") for end in ("", "_ci95_low", "_ci95_high"))
-    return f"{value:.1f}" + (f" [{low:.1f}, {high:.1f}]" if low == low else "")
-
-
-def _whole(value) -> str:
-    return "—" if value is None or value != value else f"{value:.0f}"
 
 
 BLOCKS: dict[str, Callable[[], str]] = {

@@ -6,12 +6,23 @@ from html import escape
 import torch
 
 from kvneox_lib.measures.explore import Exploration, Reading
+from kvneox_lib.studies.explore import Explored
 
 PAPER, INK, FAINT = "#ffffff", "#111111", "#767676"
 KEPT = (0x56, 0xB4, 0xE9)  # sky blue: INK stays readable on it
 BOX = f"background:{PAPER};color:{INK};border:1px solid {FAINT};padding:8px;margin:4px 0;"
 TEXT = "font:13px/1.9 sans-serif;white-space:pre-wrap;overflow-wrap:anywhere;max-height:30em;overflow:auto;"
 CELL = f"padding:2px 8px;border:0;background:{PAPER};color:{INK};vertical-align:top;"
+
+
+def title(explored: Explored, press: str) -> str:
+    """What is looked at; the names come from outside."""
+    model, weights, text, press = map(
+        escape, (explored.loaded.name, explored.loaded.weights, explored.text.name, press)
+    )
+    n, said = len(explored.exploration.context), escape(summary(explored.exploration))
+    what = f"模型 <b>{model}</b>（权重：{weights}），文本 <b>{text}</b>，上下文 {n} 个词元，press <b>{press}</b>"
+    return f"<p>{what}。{said}</p>"
 
 
 def token_map(found: Exploration, layer: int | None = None, head: int | None = None) -> str:
@@ -27,7 +38,7 @@ def token_map(found: Exploration, layer: int | None = None, head: int | None = N
 
 
 def _token(text: str, place: int, count: int, n: int) -> str:
-    title = f"第 {place} 个 token：{n} 个头中 {count} 个留下了它"
+    title = f"第 {place} 个词元：{n} 个头中 {count} 个留下了它"
     return f'<span title="{title}" style="{shade(count / n)}">{visible(text)}</span>'
 
 
@@ -44,7 +55,7 @@ def visible(text: str) -> str:
 
 def _legend() -> str:
     steps = "".join(f'<span style="{shade(i / 4)};padding:2px 6px">{i / 4:.0%}</span>' for i in range(5))
-    return f'<div style="{BOX}font:13px sans-serif">留下它的头所占的比例：{steps}　（鼠标停在 token 上看个数）</div>'
+    return f'<div style="{BOX}font:13px sans-serif">留下它的头所占的比例：{steps}　（鼠标停在词元上看个数）</div>'
 
 
 def next_tokens(found: Exploration) -> str:
@@ -53,7 +64,7 @@ def next_tokens(found: Exploration) -> str:
         f'<tr><td style="{CELL}white-space:pre">{visible(text)}</td>{_probability(before)}{_probability(after)}</tr>'
         for text, before, after in found.next_tokens
     )
-    head = "".join(f'<th style="{CELL}text-align:left">{name}</th>' for name in ("token", "不压缩", "压缩后"))
+    head = "".join(f'<th style="{CELL}text-align:left">{name}</th>' for name in ("词元", "不压缩", "压缩后"))
     return f'<div style="{BOX}"><table><tr>{head}</tr>{rows}</table></div>'
 
 
@@ -83,8 +94,8 @@ def figures(found: Exploration) -> str:
     rows = {
         "KV 缓存（MB）": lambda reading: f"{reading.kv_bytes / 1e6:.2f}",
         "看得见的比例": lambda reading: f"{reading.kept_fraction:.3f}",
-        "原文续文的 nll（nat/token）": lambda reading: f"{reading.nll:.3f}",
-        "读完上下文到首 token（毫秒）": lambda reading: f"{1e3 * reading.prefill_s:.0f}",
+        "原文续文的 nll（nat/词元）": lambda reading: f"{reading.nll:.3f}",
+        "读完上下文到首词元（毫秒）": lambda reading: f"{1e3 * reading.prefill_s:.0f}",
         "解码每步（毫秒）": _step,
     }
     cells = "".join(
@@ -109,9 +120,9 @@ def summary(found: Exploration) -> str:
             break
         same += 1
     whole = same == len(found.before.continuation) == len(found.after.continuation)
-    said = "续写与不压缩逐字相同" if whole else f"续写从第 {same + 1} 个 token 起与不压缩不同"
-    kept = "" if found.kept is None else f"{_lost(found.kept):.0%} 的 token 没有一个头留下；"
-    return f"{kept}下一个 token 的分布与不压缩相差 {found.kl_nat:.4f} nat（KL 散度），{said}。"
+    said = "续写与不压缩逐字相同" if whole else f"续写从第 {same + 1} 个词元起与不压缩不同"
+    kept = "" if found.kept is None else f"{_lost(found.kept):.0%} 的词元没有一个头留下；"
+    return f"{kept}下一个词元的分布与不压缩相差 {found.kl_nat:.4f} nat（KL 散度），{said}。"
 
 
 def _lost(kept: torch.Tensor) -> float:

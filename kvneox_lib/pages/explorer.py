@@ -15,7 +15,7 @@ from kvneox_lib.measures.explore import excerpt, explore
 from kvneox_lib.pages import explore_page
 from kvneox_lib.presses.by_name import press_names, press_row
 from kvneox_lib.studies.explore import Explored
-from kvneox_lib.studies.plan import own_ratios
+from kvneox_lib.studies.plan import at_ratios, own_ratios
 from kvneox_lib.studies.runs import made_presses
 
 OWN_TEXT = "自己输入"
@@ -31,7 +31,7 @@ class Explorer:
         self.model = _choice("模型", [asked["model"], "demo", *PYTHIA], asked["model"])
         self.dataset = _choice("文本", [asked["dataset"], "python-docs", *HUB, OWN_TEXT], asked["dataset"])
         self.own_text = widgets.Textarea(
-            placeholder="选“自己输入”后在这里粘贴文字（不少方法要求上下文至少 65 个 token），点别处即更新",
+            placeholder="选“自己输入”后在这里粘贴文字（不少方法要求上下文至少 65 个词元），点别处即更新",
             continuous_update=False,
             layout=widgets.Layout(width="98%", height="6em"),
         )
@@ -83,9 +83,8 @@ class Explorer:
                 context_length=self.context_length.value,
                 continuation_length=self.asked["continuation_length"],
             )
-            name, model = self.press.value, self.loaded.model
-            (ratio,), asked = own_ratios(name, self.ratio.value), self.asked
-            with made_presses(model, name, [ratio], asked["attn_implementation"], asked["seed"]) as (press,):
+            model, runs, asked = self.loaded.model, at_ratios(self.press.value, self.ratio.value), self.asked
+            with made_presses(model, runs, asked["attn_implementation"], asked["seed"]) as (press,):
                 self.found = explore(model, self.loaded.tokenizer, input_ids, n_context=n_context, press=press)
             self._show()
 
@@ -102,21 +101,26 @@ class Explorer:
     def _show(self) -> None:
         found, row = self.found, press_row(self.press.value)
         self.ratio.disabled = own_ratios(row.name, 0.5) != [0.5]
-        layers, heads = self.loaded.model.config.num_hidden_layers, self.loaded.model.config.num_attention_heads
-        for control, n in ((self.layer, layers), (self.head, heads)):
-            if len(control.options) != n + 1:  # another model
-                control.options = [EVERY, *range(n)]
+        self._offer_layers_and_heads()
         self._draw_map(None)
         parts = (explore_page.figures, explore_page.next_tokens, explore_page.continuations)
         self.results.value = "".join(part(found) for part in parts)
         strength = f"强度由 {row.strength} 决定。" if self.ratio.disabled and row.name != "no_press" else ""
         self.status.value = escape(
             f"模型 {self.loaded.name}（权重：{self.loaded.weights}），文本 {self.text.name}，上下文 "
-            f"{len(found.context)} 个 token。{row.name}：{row.about}。{strength}{explore_page.summary(found)}"
+            f"{len(found.context)} 个词元。{row.name}：{row.about}。{strength}{explore_page.summary(found)}"
         )
 
+    def _offer_layers_and_heads(self) -> None:
+        """Of another model all of them are shown first: a layer chosen before may not be there."""
+        config, self.drawing = self.loaded.model.config, False  # each change of a control would draw, the other one old
+        for control, n in ((self.layer, config.num_hidden_layers), (self.head, config.num_attention_heads)):
+            if len(control.options) != n + 1:
+                control.options = [EVERY, *range(n)]
+        self.drawing = True
+
     def _draw_map(self, change) -> None:
-        if self.found is None:
+        if self.found is None or not self.drawing:
             return
         layer, head = (None if control.value == EVERY else control.value for control in (self.layer, self.head))
         self.map.value = explore_page.token_map(self.found, layer, head)

@@ -1,17 +1,247 @@
-"""What was timed, from the runs of the study of speed."""
+"""What is said and shown of speed and memory: the runs of study `speed`, as tables and sentences."""
 
 import pandas as pd
 
+from kvneox_lib.pages.report import Missing
+from kvneox_lib.pages.selecting import middle_ratio, pressed, with_strength
+from kvneox_lib.pages.words import ENGINES, WEIGHTS, listed
+
+FAILURES = {"out of memory": "内存不够", "mixes the rows of a batch": "不能整批运行"}
+
+
+# ---- which runs -----------------------------------------------------------------------------------------------------
+
 
 def timed_runs(runs: pd.DataFrame) -> pd.DataFrame:
-    """Those that did not fail."""
+    """The runs without failure."""
     return runs[runs["failure"].isna()] if "failure" in runs else runs
 
 
 def corner(runs: pd.DataFrame) -> pd.DataFrame:
-    """Of the runs that were timed, those at the longest context and there the largest batch; the baseline first."""
-    runs = timed_runs(runs)
-    longest = runs[runs["context_tokens"] == runs["context_tokens"].max()]
-    largest = longest[longest["batch_size"] == longest["batch_size"].max()]
+    """Of the timed runs those at the longest context, and of these at the largest batch; the baseline first."""
+    largest = at_largest(at_largest(timed_runs(runs), "context_tokens"), "batch_size")
     plain_first = largest.assign(pressed=largest["press"] != "no_press")
-    return plain_first.sort_values(["pressed", "press", "compression_ratio", "engine"])
+    return plain_first.sort_values(["pressed", "press", "compression_ratio", "engine"]).drop(columns="pressed")
+
+
+def at_largest(runs: pd.DataFrame, column: str) -> pd.DataFrame:
+    return runs[runs[column] == runs[column].max()]
+
+
+def at_middle_ratio(runs: pd.DataFrame) -> pd.DataFrame:
+    """Without the runs at other ratios; the baseline and presses with a strength of their own stay."""
+    others = pressed(runs)
+    return runs.drop(others[others["compression_ratio"] != middle_ratio(runs)].index)
+
+
+def at_corner(runs: pd.DataFrame) -> pd.DataFrame:
+    cell = corner(runs)
+    if cell.empty:
+        raise Missing("speed", "计了时的运行")
+    return cell
+
+
+def timed_settings(settings: list) -> list:
+    """Those of a study's settings (`Records`) in which anything was timed."""
+    found = [records for records in settings if len(timed_runs(records.frame))]
+    if not found:
+        raise Missing("speed", "计了时的运行" if settings else "")
+    return found
+
+
+# ---- columns --------------------------------------------------------------------------------------------------------
+
+
+def variants(runs: pd.DataFrame) -> pd.Series:
+    """`本库，snapkv 0.75`: engine, press and ratio in words."""
+    return runs["engine"].map(ENGINES) + "，" + _presses(runs)
+
+
+def _presses(runs: pd.DataFrame) -> pd.Series:
+    strength = runs["compression_ratio"].map(lambda ratio: f" {_ratio(ratio)}" if ratio and ratio == ratio else "")
+    return runs["press"].replace("no_press", "不压缩") + strength
+
+
+def _ratio(ratio: float) -> str:
+    return f"{ratio:.2f}" if round(ratio, 2) == ratio else f"{ratio:g}"
+
+
+def milliseconds(runs: pd.DataFrame, name: str, digits: int = 1) -> list[str]:
+    """`12.3 (11.9–12.5)`: the median of the rounds and the quartiles, from seconds."""
+    values = [pd.to_numeric(runs[f"{name}{end}"]) * 1e3 for end in ("", "_q25", "_q75")]
+    return [
+        "—" if pd.isna(middle) else f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+        for middle, low, high in zip(*values)
+    ]
+
+
+def _written(values: pd.Series, digits: int) -> pd.Series:
+    return pd.to_numeric(values).map(lambda value: "—" if pd.isna(value) else f"{value:.{digits}f}")
+
+
+def cells(runs: pd.DataFrame) -> pd.DataFrame:
+    """Which run each row of a table is of."""
+    size = runs["context_tokens"].astype(str) + "×" + runs["batch_size"].astype(str)
+    return pd.DataFrame({"上下文×批": size, "变体": variants(runs)})
+
+
+def times(runs: pd.DataFrame) -> pd.DataFrame:
+    """Milliseconds to the first token and of a step, the step as a multiple of its floor, and the throughput."""
+    return pd.DataFrame(
+        {
+            "首词元": milliseconds(runs, "prefill_s", 0),
+            "每步": milliseconds(runs, "step_s"),
+            "倍数": _written(runs["times_floor"], 2),
+            "词元/秒": _written(runs["decode_tok_per_s"], 0),
+        },
+        index=runs.index,
+    )
+
+
+def memory(runs: pd.DataFrame) -> pd.DataFrame:
+    """Megabytes: of the compressed cache, allocated for it at the end, and the peak of decoding."""
+    columns = {"压缩后": "kv_bytes_compressed", "分配": "kv_bytes", "峰值": "peak_bytes"}
+    return pd.DataFrame({name: _written(pd.to_numeric(runs[of]) / 1e6, 1) for name, of in columns.items()})
+
+
+def results(runs: pd.DataFrame) -> pd.DataFrame:
+    """All that was timed, as notebook 03 shows it."""
+    timed = timed_runs(runs)
+    total = _written(timed["total_tok_per_s"], 0).rename("连首词元，词元/秒")
+    return pd.concat([cells(timed), times(timed), total, memory(timed)], axis=1)
+
+
+def at_corners(settings: list, measured) -> pd.DataFrame:
+    """The corner of each setting, one below the other, with the columns that `measured` makes of runs. Machine and
+    precision are shown where they differ."""
+    tables = []
+    for records in timed_settings(settings):
+        cell = corner(records.frame)
+        where = {"机器": cell["device_name"], "精度": cell["dtype"], "模型": cell["model"]}
+        tables.append(pd.concat([pd.DataFrame(where), cells(cell), measured(cell)], axis=1))
+    table = pd.concat(tables, ignore_index=True)
+    return table.drop(columns=[name for name in ("机器", "精度") if table[name].nunique() == 1])
+
+
+def throughput(runs: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """Decoded tokens a second: a row for each variant, a column for each value of `columns`."""
+    timed = timed_runs(runs)
+    timed = timed.assign(variant=variants(timed))
+    return timed.pivot_table(index="variant", columns=columns, values="decode_tok_per_s")
+
+
+def by_context(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The largest batch at the middle ratio, this library and the others as two panels."""
+    timed = timed_runs(runs)
+    if timed.empty:
+        raise Missing("speed", "计了时的运行")
+    shown = at_middle_ratio(at_largest(timed, "batch_size")).sort_values("press")
+    shown = shown.replace({"press": {"no_press": "不压缩"}})
+    ours = shown["engine"] == "ours"
+    panels = {ENGINES["ours"]: shown[ours], f"{ENGINES['stock']}（不压缩）与 {ENGINES['kvpress']}": shown[~ours]}
+    return {title: part for title, part in panels.items() if len(part)}
+
+
+def engine_gains(runs: pd.DataFrame) -> pd.DataFrame:
+    """For each context and batch at which both were timed without a press: the step of the stock model (`stock_s`) and
+    of this library (`plain_s`); of its fastest compressed run `best` in words, `best_s` and `times_floor`, and the same
+    compression in the loop of kvpress (`kvpress_s`)."""
+    rows = []
+    for (context, batch), cell in timed_runs(runs).groupby(["context_tokens", "batch_size"]):
+        plain = cell[cell["press"] == "no_press"].groupby("engine")["step_s"].first()
+        ours = cell[(cell["engine"] == "ours") & (cell["press"] != "no_press")].dropna(subset="step_s")
+        if not {"stock", "ours"} <= set(plain.index):
+            continue
+        row = {"context_tokens": context, "batch_size": batch, "stock_s": plain["stock"], "plain_s": plain["ours"]}
+        if len(ours):
+            best = ours.loc[ours["step_s"].idxmin()]
+            theirs = cell[(cell["engine"] == "kvpress") & (cell["press"] == best.press)]
+            theirs = theirs[theirs["compression_ratio"] == best.compression_ratio]["step_s"]
+            row |= {"best": with_strength(best), "best_s": best.step_s, "times_floor": best.times_floor}
+            row |= {"kvpress_s": theirs.iloc[0] if len(theirs) else None}
+        rows.append(row)
+    columns = ["context_tokens", "batch_size", "stock_s", "plain_s", "best", "best_s", "times_floor", "kvpress_s"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+# ---- sentences ------------------------------------------------------------------------------------------------------
+
+
+def gain_in_words(row) -> str:
+    """A row of `engine_gains`."""
+    text = f"不压缩时，本库的解码速度是 transformers 的 {row.stock_s / row.plain_s:.1f} 倍，这与压缩无关"
+    if pd.isna(row.best_s):
+        return text + "。"
+    text += (
+        f"；压缩之后最快的（{row.best}）是本库不压缩时的 {row.plain_s / row.best_s:.1f} 倍、transformers 不压缩时的 "
+        f"{row.stock_s / row.best_s:.1f} 倍，每步用时是下界的 {row.times_floor:.1f} 倍。"
+    )
+    if pd.notna(row.kvpress_s):
+        text += f"同样的压缩在 kvpress 的循环里，每步用时是本库的 {row.kvpress_s / row.best_s:.2f} 倍。"
+    return text
+
+
+def gains(runs: pd.DataFrame) -> str:
+    """At the corner."""
+    found = engine_gains(at_corner(runs))
+    if found.empty or found["best_s"].isna().all():
+        raise Missing("speed", "三种实现的对照")
+    return gain_in_words(found.iloc[0])
+
+
+def gains_everywhere(runs: pd.DataFrame) -> list[str]:
+    return [
+        f"上下文 {row.context_tokens}、批 {row.batch_size}：{gain_in_words(row)}"
+        for row in engine_gains(runs).itertuples()
+    ]
+
+
+def not_timed(runs: pd.DataFrame) -> list[str]:
+    """The runs that failed, and why."""
+    failed = runs[runs["failure"].notna()]
+    failed = failed.assign(variant=variants(failed))
+    return [
+        f"{row.variant}（上下文 {row.context_tokens}，批 {row.batch_size}）没有计时："
+        f"{FAILURES.get(row.failure, row.failure)}。"
+        for row in failed.itertuples()
+    ]
+
+
+def machine(runs: pd.DataFrame) -> str:
+    run = at_corner(runs).iloc[0]
+    return (
+        f"机器是 {run.device_name}（{run.device}，{run['dtype']}），测得的读带宽 {run.bandwidth_bytes_per_s / 1e9:.0f} "
+        f"GB/s；模型 {run.model}（{WEIGHTS[run.weights]}），每步要读 {run.weight_bytes / 1e6:.0f} MB 权重；最长的"
+        f"上下文 {run.context_tokens}、最大的批 {run.batch_size} 时，完整的缓存是 {run.kv_bytes_full / 1e6:.0f} MB。"
+    )
+
+
+def ratio_shown(runs: pd.DataFrame) -> str:
+    ratio = middle_ratio(runs)
+    if ratio is None:
+        raise Missing("speed", "有压缩率的 press")
+    return f"压缩率 {ratio:g}"
+
+
+def smallest_cache(runs: pd.DataFrame) -> str:
+    cell = at_corner(runs)
+    ours = cell[(cell["engine"] == "ours") & (cell["press"] != "no_press")]
+    if ours.empty:
+        raise Missing("speed", "本库压缩后的运行")
+    least = ours[ours["kv_bytes"] == ours["kv_bytes"].min()]
+    best = least.iloc[0]
+    return (
+        f"缓存实际分配的字节最少的是 {listed(_presses(least))}：{best.kv_bytes / 1e6:.1f} MB，"
+        f"完整的上下文是 {best.kv_bytes_full / 1e6:.1f} MB。"
+    )
+
+
+def slowest_prefill(runs: pd.DataFrame) -> str:
+    cell = at_corner(runs).assign(prefill_s=lambda cell: pd.to_numeric(cell["prefill_s"]))
+    ours = cell[(cell["engine"] == "ours") & cell["prefill_s"].notna()]
+    plain, scored = (ours[(ours["press"] == "no_press") == is_plain] for is_plain in (True, False))
+    if plain.empty or scored.empty:
+        raise Missing("speed", "首词元用时的对照")
+    slowest = scored.loc[scored["prefill_s"].idxmax()]
+    ratio = slowest.prefill_s / plain["prefill_s"].iloc[0]
+    return f"打分也要时间：首词元最慢的是 {slowest.press}，用时为不压缩的 {ratio:.2f} 倍。"

@@ -225,22 +225,6 @@ def _figures(nll: np.ndarray, positions: np.ndarray, lm: KVNeoXForCausalLM, read
     return {name: float(x) if np.isfinite(x) else None for name, x in figures.items()} | {"n_tokens": len(nll)}
 
 
-def compare_at_samples(table: pd.DataFrame, beyond: int) -> pd.DataFrame:
-    """Each reading against recomputation on the same tokens, those after the first `beyond`: `difference` in nat with
-    its 95 % interval, `low` and `high`, over `n` tokens. `table` is the study's table `samples`."""
-    rows, table = [], table[table["position"] >= beyond]
-    exact = table[table["press"] == "recompute"].set_index("position")["nll"]
-    exact = exact[~exact.index.duplicated()]
-    for (press, n_sink, window), part in table.groupby(["press", "n_sink", "window"], sort=False, dropna=False):
-        difference = (part.set_index("position")["nll"] - exact).dropna().to_numpy()
-        if press == "recompute" or not len(difference):
-            continue
-        low, high = bootstrap_ci95(difference, np.ones(len(difference)))
-        row = {"press": press, "n_sink": n_sink, "window": window, "difference": difference.mean()}
-        rows.append(row | {"low": low, "high": high, "n": len(difference)})
-    return pd.DataFrame(rows, columns=["press", "n_sink", "window", "difference", "low", "high", "n"])
-
-
 # ---- what a token costs ----
 
 
