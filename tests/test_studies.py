@@ -1,7 +1,12 @@
 """Studies: each run once, found again only for equal parameters, the same alone as among others."""
 
+import shutil
+
 import pandas as pd
 import pytest
+import torch
+from conftest import tiny_config
+from transformers import GPTNeoXForCausalLM
 
 from kvneox_lib.inputs.text import load_text
 from kvneox_lib.inputs.windows import windows
@@ -9,8 +14,10 @@ from kvneox_lib.measures.intervals import bootstrap_ci95, wilson_ci95
 from kvneox_lib.measures.perplexity import continuation_nll, teacher_forced_nll
 from kvneox_lib.presses.by_name import make_press
 from kvneox_lib.studies import perplexity as studies
+from kvneox_lib.studies.arguments import defaults_of
 from kvneox_lib.studies.explore import record_exploration
-from kvneox_lib.studies.perplexity import measure_perplexity
+from kvneox_lib.studies.perplexity import measure_perplexity, plan
+from kvneox_lib.studies.plan import declared
 from kvneox_lib.studies.recall import measure_recall
 from kvneox_lib.studies.streaming import measure_streaming
 from kvneox_lib.studies.table import STUDIES
@@ -204,3 +211,46 @@ def test_no_quality_of_random_weights_is_written(measure, tmp_path):
         measure(model="pythia-14m", weights="random", dataset="python-docs", output_dir=str(tmp_path))
     assert not list(tmp_path.iterdir())
     assert STUDIES["speed"].values_matter is False and STUDIES["recall"].values_matter
+
+
+def another_model(folder, seed: int, tokenizer):
+    """A tiny model saved in `folder`, and what it makes of some tokens."""
+    torch.manual_seed(seed)
+    model = GPTNeoXForCausalLM(tiny_config(vocab_size=len(tokenizer)))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_two_models_in_folders_of_one_name_are_never_one(tmp_path, tokenizer):
+    small = {**SMALL, "max_windows": 5, "press": "knorm", "compression_ratio": 0.5, "output_dir": str(tmp_path / "out")}
+    folders = [another_model(tmp_path / place / "m", seed, tokenizer) for seed, place in enumerate(("a", "b"))]
+    one, other = (measure_perplexity(**{**small, "model": folder}).records for folder in folders)
+    assert set(one["model"]) == set(other["model"]) == {"m"} and set(one["weights_id"]) != set(other["weights_id"])
+    assert set(one["run_id"]).isdisjoint(other["run_id"]) and (one["nll_mean"] != other["nll_mean"]).all()
+    assert measure_perplexity(**{**small, "model": folders[0]}).records["nll_mean"].tolist() == one["nll_mean"].tolist()
+
+    another_model(tmp_path / "a" / "m", 2, tokenizer)  # trained on, in place
+    anew = measure_perplexity(**{**small, "model": folders[0]}).records
+    assert (anew["nll_mean"] != one["nll_mean"]).all()
+    assert declared(measure_perplexity, plan, {**defaults_of(measure_perplexity), **small, "model": folders[0]}) == (
+        anew["run_id"].tolist()
+    )
+
+
+def test_two_texts_of_one_name_are_never_one(tmp_path):
+    small = {**SMALL, "press": "no_press", "max_windows": 5, "output_dir": str(tmp_path / "out")}
+    found = []
+    for place, word in (("a", "river"), ("b", "mountain")):
+        (tmp_path / place).mkdir()
+        path = tmp_path / place / "x.txt"
+        path.write_text(f"The {word} is long and the night is short. " * 200)
+        found.append(measure_perplexity(**{**small, "dataset": str(path)}).records.iloc[0])
+    assert found[0]["run_id"] != found[1]["run_id"] and found[0]["text_sha256"] != found[1]["text_sha256"]
+    assert len(list((tmp_path / "out").glob("*.json"))) == 2
+    (tmp_path / "c").mkdir()
+    shutil.copy(tmp_path / "a" / "x.txt", tmp_path / "c")  # the same text elsewhere is the same
+    assert (
+        measure_perplexity(**{**small, "dataset": str(tmp_path / "c" / "x.txt")}).records["run_id"][0]
+        == (found[0]["run_id"])
+    )

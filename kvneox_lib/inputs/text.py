@@ -18,6 +18,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from kvneox_lib.inputs import hub
+from kvneox_lib.inputs.files import digest_of_files
 
 WIKITEXT_SUBSETS = ("wikitext-103-v1", "wikitext-2-v1", "wikitext-103-raw-v1", "wikitext-2-raw-v1")
 SPLITS = ("test", "validation", "train")
@@ -121,10 +122,18 @@ def _name(path: Path) -> str:
     return FOLDER_NAMES.get(path.resolve().name, path.resolve().name)
 
 
-def _read_path(path: Path, split: str, name: str | None = None) -> Text:
-    name = name or _name(path)
+def digest_of_text(path: Path) -> str:
+    """Of all that could be read there, in whatever split."""
+    return digest_of_files(_files_at(path))
+
+
+def _files_at(path: Path) -> list[Path]:
     files = sorted(file for file in (path.iterdir() if path.is_dir() else [path]) if file.suffix.lower() in SUFFIXES)
-    files = [file for file in files if file.is_file() and (not file.name.startswith("README") or file == path)]
+    return [file for file in files if file.is_file() and (not file.name.startswith("README") or file == path)]
+
+
+def _read_path(path: Path, split: str, name: str | None = None) -> Text:
+    name, files = name or _name(path), _files_at(path)
     if not files:
         raise ValueError(f"{path}: no file to read; it must end in {', '.join(SUFFIXES)}, or be a folder of such")
     split_of = {file: s for file in files for s in SPLITS if re.fullmatch(rf"{s}(-\d+-of-\d+.*)?", file.stem)}

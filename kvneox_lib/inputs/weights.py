@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, GPTNeoXConfig, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from kvneox_lib.inputs import hub
+from kvneox_lib.inputs.files import digest_of_files
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
 
 # Published dimensions: layers, hidden size, heads, vocabulary. All else is the same throughout the family.
@@ -55,6 +56,19 @@ class LoadedModel:
     name: str  # the alias, hub id or folder's name; "demo" after a fallback to it
     weights: str  # "pretrained", "bundled" or "random"
     source: str  # repo@commit, a folder, or how the weights were made
+
+    @property
+    def weights_id(self) -> str | None:
+        """Tells these weights from others: the hub's commit, or a digest of the files. None for random ones, which
+        shape and seed tell."""
+        if self.weights == "random":
+            return None
+        commit = re.fullmatch(r"[^@]+/[^@]+@([0-9a-f]{16})[0-9a-f]*", self.source)
+        return (
+            commit[1]
+            if commit
+            else digest_of_weights(demo_folder() if self.weights == "bundled" else Path(self.source))
+        )
 
 
 @dataclass(frozen=True)
@@ -118,6 +132,10 @@ def load_model(
         _announce(target.name, loaded, error)
         return loaded
     return _load_folder(target, folder, spread, **options)
+
+
+def digest_of_weights(folder: Path) -> str:
+    return digest_of_files(folder / name for name in _weight_files(_names(folder)))
 
 
 def demo_folder() -> Path:

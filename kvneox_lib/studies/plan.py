@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvneox_lib.inputs.weights import PYTHIA_NAMES, find_target
+from kvneox_lib.inputs.text import HUB, digest_of_text
+from kvneox_lib.inputs.weights import PYTHIA_NAMES, demo_folder, digest_of_weights, find_target
 from kvneox_lib.presses.by_name import press_row
 from kvneox_lib.presses.registry import RATIO_PER_LAYER
 from kvneox_lib.studies import records
@@ -43,7 +44,7 @@ class Planned:
         may_be_named = [name for name in asked if name not in (*IN_THE_HEAD, *OF_A_GRID, *PLACES)]
         named = {name: asked[name] for name in may_be_named if differs(asked[name], defaults.get(name, differs))}
         named |= {"weights": weights} if weights == "random" else {}
-        named |= {name: asked[name] for name in self.always_named}
+        named |= {name: asked[name] for name in self.always_named} | ids_of_what_is_local(asked)
         text, ratio = self.settings.get("dataset", dataset), "own" if self.ratio is None else self.ratio
         return records.run_id(text, model, self.press, ratio, **named)
 
@@ -67,6 +68,16 @@ def declared(measure: Callable, plan: Callable, asked: dict) -> list[str]:
     found = {"dataset": dataset, "model": find_target(asked["model"], None).name, "weights": asked.get("weights")}
     planned = plan(asked, trained_length(asked["model"]))
     return list(dict.fromkeys(run.run_id(measure, asked, **found) for run in planned))
+
+
+def ids_of_what_is_local(asked: dict) -> dict[str, str]:
+    """What tells a folder of weights, or a text of yours, from others of that name."""
+    found, target = {}, find_target(asked["model"], None)
+    if target.folder is not None and target.folder != demo_folder():
+        found["weights_id"] = digest_of_weights(target.folder)[:8]
+    if asked.get("dataset") not in (None, *HUB, "python-docs") and Path(asked["dataset"]).expanduser().exists():
+        found["text_id"] = digest_of_text(Path(asked["dataset"]).expanduser())[:8]
+    return found
 
 
 def text_name(dataset: str) -> str:

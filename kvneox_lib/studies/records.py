@@ -33,7 +33,13 @@ KNOWN_IN_TABLES = ("press", "compression_ratio", "query_aware", "n_sink", "windo
 # Cells of a packed file that stay text, whatever they look like.
 TEXTS = (
     *("run_id", "model", "weights", "dataset", "press", "source", "device", "dtype", "engine", "failure"),
-    *("text_sha256", "attn_implementation", "depths", *(name for name in PROVENANCE if name != "git_dirty")),
+    *(
+        "weights_id",
+        "text_sha256",
+        "attn_implementation",
+        "depths",
+        *(name for name in PROVENANCE if name != "git_dirty"),
+    ),
 )
 LONGEST_ID = 150  # a file name may have 255 bytes; the names of tables come after it
 

@@ -54,6 +54,7 @@ class Runs:
         self.turned_out = {
             "model": self.loaded.name,
             "weights": self.loaded.weights,
+            "weights_id": self.loaded.weights_id,
             "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
             "device": self.device.type,
         }

@@ -23,7 +23,7 @@ class StudyRow:
         """Those in a record."""
         left_out = (*OF_A_GRID, *PLACES, *FOUND_BY)
         asked = [name for name in defaults_of(self.measure) if name not in left_out]
-        return [*asked, "text_sha256", "n_threads", "device_name"]
+        return [*asked, "weights_id", "text_sha256", "n_threads", "device_name"]
 
     @property
     def values_matter(self) -> bool:
