@@ -21,8 +21,8 @@ REFERENCE = REPOSITORY / "results" / "reference"
 
 def put(root, folder, study, press, ratio, table=None, **changes):
     """A record of `study`, made from a reference record of perplexity."""
-    name = f"gutenberg-pre1919__demo__{press}__{ratio}__max_windows=200"
-    original = all_records(REFERENCE / "pg19_ppl")[name]
+    start = f"gutenberg-pre1919__demo__{press}__{ratio}__max_windows=200"
+    name, original = next(item for item in all_records(REFERENCE / "pg19_ppl").items() if item[0].startswith(start))
     record = {key: value for key, value in original.items() if key not in ("study", "path")} | changes
     record["run_id"] = "__".join([name, *map(str, changes.values())]).replace("/", "-").replace(" ", "-")
     target = root / folder / study

@@ -13,7 +13,7 @@ from kvneox_lib.inputs.passkeys import recall_samples
 from kvneox_lib.measures.intervals import wilson_ci95
 from kvneox_lib.measures.recall import RecallResult, ask_each, copy_attention
 from kvneox_lib.presses.by_name import expand_presses, make_press, press_row
-from kvneox_lib.presses.facts import acts
+from kvneox_lib.presses.facts import decoding_part
 from kvneox_lib.presses.registry import RATIO_PER_LAYER
 from kvneox_lib.studies.arguments import (
     Attention,
@@ -58,7 +58,7 @@ def plan(asked: dict, trained: int | None) -> list[Planned]:
 def asleep_while_asked(presses: list[str]) -> list[str]:
     """Those that act while decoding: they wait for more tokens than a question has, and would pass."""
     sample = {RATIO_PER_LAYER: [0.5]}
-    return [name for name in presses if acts(make_press(name, sample.get(press_row(name).strength, 0.5))) == "decoding"]
+    return [name for name in presses if decoding_part(make_press(name, sample.get(press_row(name).strength, 0.5)))]
 
 
 def measure_recall(
