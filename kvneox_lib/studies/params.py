@@ -4,7 +4,6 @@ A sweep is refused as a whole, before anything runs: a typing error that shows i
 one. Every mistake is told with file, line, and what is allowed there.
 """
 
-import difflib
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -14,6 +13,7 @@ import yaml
 
 from kvneox_lib.inputs.text import HUB, SPLITS, WIKITEXT_SUBSETS
 from kvneox_lib.inputs.weights import ATTENTION, DTYPES, find_target
+from kvneox_lib.neox.checks import did_you_mean
 from kvneox_lib.presses.by_name import press_row
 
 ALL_PRESSES = ("all", "every")
@@ -77,9 +77,7 @@ def _build(loader: yaml.SafeLoader, node: yaml.Node, mistakes: Mistakes):
 
 def unknown(what: str, name, allowed: Iterable[str]) -> str:
     allowed = list(allowed)
-    near = difflib.get_close_matches(str(name), allowed, n=2, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return f"{what} {name!r} is unknown; {hint}Allowed: {', '.join(allowed)}"
+    return f"{what} {name!r} is unknown; {did_you_mean(name, allowed)}Allowed: {', '.join(allowed)}"
 
 
 def expand_variables(name: str, value):

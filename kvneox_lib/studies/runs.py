@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from kvneox_lib.inputs import hub
 from kvneox_lib.inputs.text import HUB, Text, load_text
 from kvneox_lib.inputs.weights import LoadedModel, load_model
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
@@ -95,7 +94,7 @@ class Runs:
 
     def _load_text(self) -> Text:
         names, dataset = ("subset", "split", "sample_idx", "data_dir"), self.asked["dataset"]
-        fallback = "python-docs" if dataset in HUB and hub.may_fall_back() else None
+        fallback = "python-docs" if dataset in HUB and self.asked["weights"] == "auto" else None
         text = load_text(dataset, **{name: self.asked[name] for name in names}, fallback=fallback)
         digest = hashlib.sha256("\0".join(text.documents).encode()).hexdigest()
         self.parameters |= {"dataset": text.name, "sample_idx": self.asked["sample_idx"], "text_sha256": digest[:16]}
