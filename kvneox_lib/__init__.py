@@ -1,6 +1,8 @@
 """Training-free KV-cache compression on GPT-NeoX models, with the presses of kvpress."""
 
+from kvneox_lib.inputs.text import load_text
 from kvneox_lib.inputs.weights import LoadedModel, load_model
+from kvneox_lib.inputs.windows import windows
 from kvneox_lib.measures.decoding import Generation, generate
 from kvneox_lib.measures.perplexity import continuation_nll, teacher_forced_nll
 from kvneox_lib.measures.recall import RecallResult, recall_accuracy
@@ -23,9 +25,11 @@ __all__ = [
     "expand_presses",
     "generate",
     "load_model",
+    "load_text",
     "make_press",
     "press_names",
     "recall_accuracy",
     "streaming_nll",
     "teacher_forced_nll",
+    "windows",
 ]

@@ -1,4 +1,5 @@
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPT
 from transformers.utils.logging import disable_progress_bar
 
 import kvneox_lib
+from kvneox_lib.studies.packing import unpack
 
 disable_progress_bar()
 
@@ -30,6 +32,17 @@ def cache_folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def loose_reference(tmp_path_factory):
+    """results/reference with a file for each record, as runs leave them."""
+    folder = tmp_path_factory.mktemp("results") / "reference"
+    shutil.copytree(REPOSITORY / "results" / "reference", folder)
+    for path in sorted(folder.glob("*.csv")):
+        if path.name.count(".") == 1:
+            unpack(folder / path.stem)
+    return folder
 
 
 def tiny_config(head_dim: int = 64, **changes) -> GPTNeoXConfig:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvneox_lib.inputs import windows
 from kvneox_lib.inputs.passkeys import recall_samples
 from kvneox_lib.inputs.text import load_text
 
@@ -52,6 +53,24 @@ def test_filler_goes_on_across_a_statement_and_sentences_stay_whole(tokenizer, a
             assert not before.isspace() and after in ("", " ", "\n")
         whole = tokenizer(tokenizer.decode(ids[:590])).input_ids  # the last token may be half of a word
         assert whole[:580] == ids[:580]
+
+
+def test_of_a_large_filler_only_the_parts_of_contexts_are_read(tokenizer, asked, filler, tmp_path, monkeypatch):
+    usual = recall_samples(tokenizer, **asked)
+    monkeypatch.setattr(windows, "LARGE", len(filler) // 2)
+    monkeypatch.setattr(windows, "PART", len(filler) // 20)
+    monkeypatch.setenv("KVNEOX_CACHE", str(tmp_path))
+    samples = recall_samples(tokenizer, **asked)
+    assert len(list(tmp_path.rglob("*.npz"))) == len(samples) == 3
+    places = []
+    for sample, other in zip(samples, usual):
+        assert [(key.name, key.digits, key.depth) for key in sample.keys] == [
+            (key.name, key.digits, key.depth) for key in other.keys
+        ]
+        holes = [key.span for key in sample.keys]
+        rest = [i for at, i in enumerate(sample.context_ids.tolist()) if not any(a <= at < b for a, b in holes)]
+        places.append(filler.index(tokenizer.decode(rest)) / len(filler))
+    assert places == sorted(places) and np.abs(np.diff(places) - 1 / 3).max() < 0.06
 
 
 def test_the_seed_decides(tokenizer, asked):

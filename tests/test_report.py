@@ -18,6 +18,7 @@ from matplotlib.ft2font import FT2Font
 from nbclient.exceptions import CellExecutionError
 
 from kvneox_lib.pages import report as reporting
+from kvneox_lib.studies.records import load_records
 
 REPORT = REPOSITORY / "report"
 REFERENCE = REPOSITORY / "results" / "reference"
@@ -266,30 +267,30 @@ def test_the_preview_fails_loudly(tmp_path, old, new, error, message):
 # ---- the whole report -----------------------------------------------------------------------------------------------
 
 
-def copied(tmp_path, results=()):
-    """The report in a repository of its own, with these reference results."""
+def copied(tmp_path):
+    """The report in a repository of its own."""
     shutil.copytree(REPORT, tmp_path / "report", ignore=shutil.ignore_patterns("_*put", "_fonts", ".quarto"))
-    for study in results:
-        shutil.copytree(REFERENCE / study, tmp_path / "results" / "reference" / study)
     return tmp_path / "report"
 
 
 @pytest.mark.slow
 def test_the_report_builds_from_the_reference_records(tmp_path):
-    folder, start = copied(tmp_path, sorted(path.name for path in REFERENCE.iterdir())), time.perf_counter()
+    folder, start = copied(tmp_path), time.perf_counter()
+    shutil.copytree(REFERENCE, tmp_path / "results" / "reference")
     text = plain(preview.build(folder, tmp_path / "report.html"))
     assert time.perf_counter() - start < 60
     assert "{python}" not in text and not re.search(r"@(fig|tbl|eq|sec)-|\bnan\b|Figure\(", text)
     for study in ("wikitext_ppl", "pg19_ppl"):
-        name = next((REFERENCE / study).glob("*no_press*max_windows=200.json"))
-        base = json.loads(name.read_text())
+        runs = load_records(REFERENCE / study)
+        base = runs[(runs["press"] == "no_press") & (runs["max_windows"] == 200)].iloc[0]
         assert (
             f"（{base['dataset']}） {base['ppl']:.1f} [{base['ppl_ci95_low']:.1f}, {base['ppl_ci95_high']:.1f}]" in text
         )
-    keydiff = json.loads(next((REFERENCE / "recall").glob("*keydiff__0.75*n_keys=200.json")).read_text())
+    runs = load_records(REFERENCE / "recall").query("press == 'keydiff' and compression_ratio == 0.75")
+    keydiff = runs[~runs["query_aware"].astype(bool)].iloc[0]
     assert f"keydiff（{keydiff['accuracy']:.2f}）" in text
     for study, notebook in reporting.NOTEBOOKS.items():
-        there = (REFERENCE / study).is_dir()
+        there = (REFERENCE / f"{study}.csv").exists()
         assert (f"（缺少记录：{study}，运行 notebooks/{notebook}.ipynb 可得）" in text) != there, study
 
 
@@ -312,7 +313,7 @@ NO_PRESS = "（缺少记录：wikitext_ppl 的 有压缩率的 press，运行 no
             ["snapkv__0.50", "snapkv__0.75"],
             ["snapkv__0.50", "snapkv__0.90"],
             "*__snapkv__*",
-            {"prefill_s": None, "param_decode_only": True},
+            {"prefill_s": None, "decode_only": True},
             ["压缩率同为 0.50，两个实验都测了的 1 种方法", NO_RANDOM],
             id="decode only",
         ),
@@ -335,22 +336,22 @@ NO_PRESS = "（缺少记录：wikitext_ppl 的 有压缩率的 press，运行 no
         ),
     ],
 )
-def test_the_report_builds_from_a_few_records(tmp_path, wiki, books, timed, changes, said):
+def test_the_report_builds_from_a_few_records(tmp_path, loose_reference, wiki, books, timed, changes, said):
     """A press or two, so few windows that there are no intervals, and incomplete timings: what a first try leaves."""
     folder = copied(tmp_path)
     for study, presses in {"wikitext_ppl": wiki, "pg19_ppl": books, "recall": ["snapkv__0.75"]}.items():
         target = tmp_path / "results" / study
         target.mkdir(parents=True)
         for name in ("no_press__0.00", *presses):
-            for path in (REFERENCE / study).glob(f"*__demo__{name}__*"):
-                if "max_windows=20." not in path.name:
+            for path in (loose_reference / study).glob(f"*__demo__{name}__*"):
+                if "max_windows=20__" not in path.name:
                     shutil.copyfile(path, target / path.name)
         for path in target.glob("*.json"):
             record = json.loads(path.read_text())
             path.write_text(json.dumps({key: None if "ci95" in key else value for key, value in record.items()}))
     target = tmp_path / "results" / "speed"
     target.mkdir()
-    for path in (REFERENCE / "speed").glob(f"{timed}.json"):
+    for path in (loose_reference / "speed").glob(f"{timed}.json"):
         record = json.loads(path.read_text())
         pressed = record["press"] != "no_press"
         (target / path.name).write_text(json.dumps(record | changes if pressed else record))

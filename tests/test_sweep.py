@@ -241,7 +241,7 @@ PLAIN = STUDY.format(fixed="max_windows: 2", grid="seed: [0, 1]")
     ("text", "line", "message"),
     [
         (PLAIN.replace("01_wikitext_ppl", "01_wikitext"), 2, "notebook '01_wikitext' is unknown; did you mean 01_wiki"),
-        (PLAIN.replace("model: demo", "model: pythia-71m"), 4, "did you mean 'pythia-70m'"),
+        (PLAIN.replace("model: demo", "model: pythia-71m"), 4, "did you mean pythia-70m"),
         (PLAIN.replace("pretrained", "auto"), 5, "weights='auto' is not for a params file: it may load another model"),
         (PLAIN.replace("weights: pretrained", "split: test"), 2, "wants weights: what is measured"),
         (PLAIN.replace("dataset: python-docs", "split: test"), 2, "wants dataset: what is measured"),
@@ -346,15 +346,16 @@ def test_reference_says_which_folder_it_wants(monkeypatch):
         read_sweep([REPOSITORY / "params" / "reference.yaml"], NOTEBOOKS)
 
 
-def test_nothing_stands_in_for_what_a_sweep_has_declared(cache, tmp_path):
-    """weights: auto is refused in a params file, and under pretrained neither weights nor text fall back."""
+def test_text_and_weights_stand_in_only_where_weights_are_auto(cache, tmp_path):
     with pytest.raises(ConnectionError):
         load_model("pythia-70m", weights="pretrained")
-    with pytest.raises(ConnectionError, match="Three ways out"):
-        measure_perplexity(
-            model="demo", weights="pretrained", dataset="wikitext", press="knorm", output_dir=str(tmp_path)
-        )
+    small = {"press": "no_press", "context_length": 64, "continuation_length": 8, "max_windows": 1}
+    asked = {"model": "demo", "dataset": "wikitext", **small, "output_dir": str(tmp_path)}
+    with pytest.raises(ConnectionError, match="Three ways out: set HF_ENDPOINT .* data_dir .* dataset='python-docs'"):
+        measure_perplexity(**asked, weights="pretrained")
     assert not list(tmp_path.rglob("*.json"))
+    with pytest.warns(UserWarning, match="python-docs .* STANDS IN for wikitext"):
+        measure_perplexity(**asked, weights="auto")
 
 
 # ---- what counts as another program ---------------------------------------------------------------------------------

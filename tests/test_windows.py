@@ -1,5 +1,9 @@
 """Tokens and windows against naive computations of the same."""
 
+import os
+import random
+import subprocess
+import sys
 import unicodedata
 
 import numpy as np
@@ -8,8 +12,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from kvneox_lib.inputs.text import Text
-from kvneox_lib.inputs.windows import tokenize, windows
+from kvneox_lib.inputs import windows as windows_module
+from kvneox_lib.inputs.text import Text, load_text
+from kvneox_lib.inputs.windows import first_tokens, part_at, parts, tokenize, windows
 
 BOOKS = ["It was a bright cold day.\nThe clocks struck.\n" * 40, "Call me Ishmael.\n\nSome years ago.\n" * 30]
 ODD = (
@@ -173,3 +178,120 @@ def test_a_text_is_cut_like_its_documents(tokenizer):
     assert torch.equal(windows(text, tokenizer, **lengths).input_ids, windows(BOOKS, tokenizer, **lengths).input_ids)
     one = windows(BOOKS[0], tokenizer, **lengths).input_ids
     assert torch.equal(one, windows([BOOKS[0]], tokenizer, **lengths).input_ids)
+
+
+# ---- large documents ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """What is large from 4,000 bytes on, so that a test is quick."""
+    monkeypatch.setattr(windows_module, "LARGE", 4_000)
+    monkeypatch.setattr(windows_module, "PART", 1_000)
+
+
+@pytest.mark.parametrize(
+    "document", [BOOKS[0] * 9, ODD * 90, "日本語のテキスト" * 900, "naïve 🙂\n" * 3000, "x" * 9000, " " * 9000]
+)
+def test_parts_are_the_document_and_have_its_tokens(tokenizer, nfc_tokenizer, small_parts, document):
+    found = parts(document)
+    assert "".join(found) == document and all(found) and len(found) == -(-len(document.encode()) // 1_000)
+    if len(document.split()) > 1:
+        assert not any(part[-1].isspace() for part in found[:-1]) and all(part[0].isspace() for part in found[1:])
+        for tok in (tokenizer, nfc_tokenizer):
+            whole = tok(document, add_special_tokens=False).input_ids
+            assert sum((tokenize(part, tok).ids.tolist() for part in found), []) == whole
+            for n in (1, 700, None):
+                assert first_tokens(document, tok, n).tolist() == whole[:n]
+
+
+def test_a_document_of_usual_size_is_one_part():
+    document = "x" * windows_module.LARGE
+    assert parts(document) == [document] and len(parts(document + "é")) == 9
+    assert part_at("one", 0.3) == ("one", 0.3)
+    assert parts("") == [""]
+
+
+def test_a_place_of_the_document_is_in_its_part(small_parts):
+    document = "".join(f"{i} " for i in range(5_000))
+    for place in (0, 0.2, 0.5, 0.77, 1):
+        part, inside = part_at(document, place)
+        assert 0 <= inside <= 1 and abs(int(part[int(inside * (len(part) - 10)) :].split()[1]) / 5_000 - place) < 0.05
+
+
+def test_windows_of_a_large_document_are_those_of_its_parts(tokenizer, small_parts):
+    rng = random.Random(0)
+    large = ["".join(rng.choice(BOOKS)[:900] + f"{rng.random()}\n" for _ in range(n)) for n in (9, 25)]
+    documents, lengths = [large[0], "too short", BOOKS[1], large[1]], {"context_length": 30, "continuation_length": 10}
+    every = windows(documents, tokenizer, **lengths)
+    naive = [
+        (d, k, p, ids[p : p + 40])
+        for d, document in enumerate(documents)
+        for k, part in enumerate(parts(document))
+        for ids in [tokenizer(part, add_special_tokens=False).input_ids]
+        for p in range(0, len(ids) - 39, 40)
+    ]
+    columns = every.document, every.part, every.position, every.input_ids
+    assert list(zip(*(column.tolist() for column in columns))) == naive
+    for d, k, p, ids in naive:
+        assert tokenizer.decode(ids) in documents[d]
+        before = tokenizer.decode(tokenizer(parts(documents[d])[k], add_special_tokens=False).input_ids[:p])
+        start = len("".join(parts(documents[d])[:k]) + before)
+        assert documents[d].startswith(tokenizer.decode(ids), start)
+    for most in (1, 2, 7, 50, len(naive) - 1, len(naive), len(naive) + 1):
+        some = windows(documents, tokenizer, **lengths, max_windows=most)
+        places = list(zip(some.document.tolist(), some.part.tolist(), some.position.tolist()))
+        at = [[row[:3] for row in naive].index(place) for place in places]
+        assert at == sorted(set(at)) and len(at) == min(most, len(naive))
+        evenly = (np.arange(len(at)) + 0.5) * len(naive) / len(at)
+        assert np.abs(np.array(at) - evenly).max() < 0.1 * len(naive)  # what is not read is counted by a guess
+        assert [naive[i][3] for i in at] == some.input_ids.tolist()
+
+
+def test_only_the_parts_of_windows_are_tokenized(tokenizer, tmp_path, monkeypatch, small_parts):
+    monkeypatch.setenv("KVNEOX_CACHE", str(tmp_path))
+    counting, document = Counting(tokenizer), "".join(f"It was day {i}.\n" for i in range(4_000))
+    assert len(parts(document)) > 60
+    windows(document, counting, context_length=20, continuation_length=4, max_windows=2)
+    assert counting.calls <= 6
+    windows(document, counting, context_length=20, continuation_length=4)
+    assert counting.calls == len(parts(document))
+    with pytest.raises(ValueError, match=r"wants 5004 tokens, the longest of \d\d document\(s\) and parts"):
+        windows(document, counting, context_length=5_000, continuation_length=4)
+
+
+MEASURE = """
+import re, sys, time
+from pathlib import Path
+from transformers import AutoTokenizer
+import kvneox_lib
+
+def most_memory():  # ru_maxrss begins with that of the process that started this one
+    return int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+tokenizer = AutoTokenizer.from_pretrained(Path(kvneox_lib.__file__).parent / "demo")
+used, start = most_memory(), time.perf_counter()
+text = kvneox_lib.load_text(sys.argv[1])
+cut = kvneox_lib.windows(text, tokenizer, context_length=1024, continuation_length=256, max_windows=2)
+print(most_memory() - used, time.perf_counter() - start, *cut.part.tolist())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from Linux' /proc")
+def test_two_windows_of_44_megabytes_cost_little(tmp_path):
+    words, rng = load_text("python-docs").documents[0].split(" "), random.Random(0)
+    starts = [rng.randrange(len(words) - 400) for _ in range(21_000)]
+    file = tmp_path / "large.txt"
+    file.write_text("\n".join(" ".join(words[start : start + 400]) for start in starts), encoding="utf-8")
+    assert file.stat().st_size > 44_000_000
+    environment = {**os.environ, "KVNEOX_CACHE": str(tmp_path / "cache")}
+    made = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(file)], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert made.returncode == 0, made.stderr
+    grown, seconds, first, second = map(float, made.stdout.split())
+    print(f"{grown / 1e9:.2f} GB, {seconds:.1f} s")
+    assert grown < 1e9
+    n = file.stat().st_size / windows_module.PART
+    assert 0.2 < first / n < 0.3 and 0.7 < second / n < 0.8

@@ -18,7 +18,6 @@ import papermill
 
 def main(notebook: str, executed: str, parameters: str, gpus: str) -> int:
     values = {name: _expanded(value) for name, value in json.loads(parameters).items()}
-    os.environ["KVNEOX_NO_FALLBACK"] = "1"  # its records are declared under the names that were asked for
     Path(executed).parent.mkdir(parents=True, exist_ok=True)
     with own_gpus(int(gpus)):
         try:

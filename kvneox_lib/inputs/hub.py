@@ -17,11 +17,6 @@ def endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
 
 
-def may_fall_back() -> bool:
-    """A sweep has declared what it measures, and forbids that anything else stands in."""
-    return "KVNEOX_NO_FALLBACK" not in os.environ
-
-
 def out_of_reach() -> str | None:
     """Why nothing can be fetched now; None if it can be tried."""
     if constants.HF_HUB_OFFLINE:

@@ -4,11 +4,12 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 
-from kvneox_lib.inputs.windows import Tokens, byte_offsets, tokenize
+from kvneox_lib.inputs.windows import Tokens, byte_offsets, part_at, tokenize
 from kvneox_lib.neox.checks import check_int
 
 
@@ -44,7 +45,8 @@ def recall_samples(
     Key number i is at depths[i % len(depths)], 0 the start of the context and 1 its end, or at a random depth each. A
     statement stands between two sentences of the filler (between two words where no sentence ends near), contexts are
     spread evenly over the filler and begin with a sentence. Filler and statements are tokenized apart and their ids
-    concatenated, so every span is exact; they meet where a word begins, so the text as a whole has the same tokens.
+    concatenated, so every span is exact; they meet where a word begins, so the text as a whole has the same tokens. Of
+    a large filler only those `parts` are tokenized in which a context lies.
     """
     check_int("n_keys", n_keys, 1)
     check_int("keys_per_context", keys_per_context, 1)
@@ -52,21 +54,22 @@ def recall_samples(
     if depths is not None and (not len(depths) or not all(0 <= depth <= 1 for depth in depths)):
         raise ValueError(f"depths={depths!r}: must be numbers from 0 to 1, at least one")
     rng = random.Random(seed)
-    text = tokenize(filler, tokenizer)
-    gaps = _gaps(filler, text, tokenizer)
+    read = lru_cache(maxsize=1)(partial(_with_gaps, tokenizer=tokenizer))
     n_samples, jitter = -(-n_keys // keys_per_context), rng.random()
     samples = []
     for i in range(n_samples):
         numbers = range(i * keys_per_context, min((i + 1) * keys_per_context, n_keys))
         wanted = [rng.random() if depths is None else float(depths[k % len(depths)]) for k in numbers]
         keys = _make_keys(tokenizer, rng, filler, wanted)
+        part, place = part_at(filler, (i + jitter) / n_samples)
+        text, gaps = read(part)
         n_filler = context_length - sum(len(statement) for _, statement in keys)
         if n_filler < 1 or n_filler > len(text.ids):
             raise ValueError(
                 f"context_length={context_length}: {len(keys)} statements have {context_length - n_filler} tokens"
                 f" and leave {n_filler} for the filler, which has {len(text.ids)}; between 1 and that is allowed"
             )
-        start = _last_at_most(gaps[0], (i + jitter) / n_samples * (len(text.ids) - n_filler))
+        start = _last_at_most(gaps[0], place * (len(text.ids) - n_filler))
         samples.append(_assemble(text.ids[start : start + n_filler], [g - start for g in gaps], keys))
     return samples
 
@@ -90,8 +93,9 @@ def _make_keys(tokenizer, rng: random.Random, filler: str, depths: list[float]) 
     return keys
 
 
-def _gaps(filler: str, text: Tokens, tokenizer) -> list[np.ndarray]:
-    """Token positions before which a sentence has ended, and those before which a word has; always with 0."""
+def _with_gaps(filler: str, tokenizer) -> tuple[Tokens, list[np.ndarray]]:
+    """Its tokens; the positions before which a sentence has ended, and those before which a word has; always with 0."""
+    text = tokenize(filler, tokenizer)
     ends = np.cumsum(text.n_bytes)
     normalizer = tokenizer.backend_tokenizer.normalizer
     filler = normalizer.normalize_str(filler) if normalizer else filler
@@ -99,7 +103,7 @@ def _gaps(filler: str, text: Tokens, tokenizer) -> list[np.ndarray]:
     for pattern in (r"[.!?][\"'”’)\]]*(?=\s)", r"\S(?=\s)"):
         places = byte_offsets(filler, [match.end() for match in re.finditer(pattern, filler)])
         found.append(np.concatenate(([0], 1 + np.flatnonzero(np.isin(ends, places)))))
-    return found
+    return text, found
 
 
 def _last_at_most(gaps: np.ndarray, limit: float) -> int:

@@ -3,7 +3,6 @@
 A `Text` carries a name that says what was really read, whatever was asked for.
 """
 
-import difflib
 import json
 import platform
 import re
@@ -19,6 +18,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from kvneox_lib.inputs import hub
 from kvneox_lib.inputs.files import digest_of_files
+from kvneox_lib.neox.checks import check_choice
 
 WIKITEXT_SUBSETS = ("wikitext-103-v1", "wikitext-2-v1", "wikitext-103-raw-v1", "wikitext-2-raw-v1")
 SPLITS = ("test", "validation", "train")
@@ -62,13 +62,13 @@ def load_text(
         raise ValueError(f"dataset={dataset!r}: must be one of {', '.join(HUB)}, python-docs, or a path")
     path = Path(dataset).expanduser()
     if dataset not in (*HUB, "python-docs") and not path.exists():
-        _check_choice("dataset", str(dataset), (*HUB, "python-docs"), "; nor is there a file or folder of that name")
+        check_choice("dataset", str(dataset), (*HUB, "python-docs"), ", or the path of a file or folder that exists")
     if sample_idx is not None and (isinstance(sample_idx, bool) or not isinstance(sample_idx, int) or sample_idx < 0):
         raise ValueError(f"sample_idx={sample_idx!r}: must be a whole number, 0 or above")
     if data_dir is not None and dataset not in HUB:
         raise ValueError(f"data_dir={str(data_dir)!r}: goes with dataset='wikitext' or 'pg19', not with {dataset!r}")
     if dataset == "wikitext" and subset is not None:
-        _check_choice("subset", subset, WIKITEXT_SUBSETS)
+        check_choice("subset", subset, WIKITEXT_SUBSETS)
     if dataset == "python-docs":
         text = _python_docs()
     elif dataset not in HUB:
@@ -78,13 +78,6 @@ def load_text(
     else:
         text = _read_hub_or(fallback, dataset, subset or WIKITEXT_SUBSETS[0], split)
     return text if sample_idx is None else _pick(text, sample_idx)
-
-
-def _check_choice(parameter: str, value: str, allowed: Sequence[str], more: str = "") -> None:
-    if value not in allowed:
-        near = difflib.get_close_matches(value, allowed, n=2, cutoff=0.4)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"{parameter}={value!r}: must be one of {', '.join(allowed)}{more}.{hint}")
 
 
 def _pick(text: Text, sample_idx: int) -> Text:
@@ -138,7 +131,7 @@ def _read_path(path: Path, split: str, name: str | None = None) -> Text:
         raise ValueError(f"{path}: no file to read; it must end in {', '.join(SUFFIXES)}, or be a folder of such")
     split_of = {file: s for file in files for s in SPLITS if re.fullmatch(rf"{s}(-\d+-of-\d+.*)?", file.stem)}
     if split_of and path.is_dir():
-        _check_choice("split", split, sorted(set(split_of.values())), f" (what {path} holds)")
+        check_choice("split", split, sorted(set(split_of.values())), f" (what {path} holds)")
         files = [file for file in files if split_of.get(file) == split]
         name = name if split == "test" else f"{name} ({split})"
     return Text(*_read_files(files), name, str(path))
@@ -203,7 +196,7 @@ def _rows_to_documents(frame: pd.DataFrame) -> tuple[list[str], list[str]]:
 
 
 def _read_hub_or(fallback: str | None, dataset: str, subset: str, split: str) -> Text:
-    _check_choice("split", split, SPLITS)
+    check_choice("split", split, SPLITS)
     repo, pattern = HUB[dataset]
     try:
         files = _hub_files(repo, pattern.format(subset=subset, split=split))

@@ -4,7 +4,6 @@ One idea: every way ends in a local folder, which is loaded without any network.
 found, `LoadedModel.weights` says which values the model holds, so that no figure is ever told of other weights.
 """
 
-import difflib
 import importlib.resources
 import json
 import os
@@ -25,6 +24,7 @@ from transformers.initialization import no_init_weights
 
 from kvneox_lib.inputs import hub
 from kvneox_lib.inputs.files import digest_of_files
+from kvneox_lib.neox.checks import check_choice, did_you_mean
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
 
 # Published dimensions: layers, hidden size, heads, vocabulary. All else is the same throughout the family.
@@ -103,9 +103,9 @@ def load_model(
 
     HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are honoured; what the cache holds is never asked for again.
     """
-    _check("weights", weights, ("auto", "pretrained", "random"))
-    _check("fallback", fallback, ("demo", "random"))
-    _check("attn_implementation", attn_implementation, ("auto", *ATTENTION))
+    check_choice("weights", weights, ("auto", "pretrained", "random"))
+    check_choice("fallback", fallback, ("demo", "random"))
+    check_choice("attn_implementation", attn_implementation, ("auto", *ATTENTION))
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed={seed!r}: allowed is an integer, 0 or above")
     spread = isinstance(device, str) and device == "all"
@@ -123,7 +123,7 @@ def load_model(
     try:
         folder = target.folder or fetch(target.repo, revision)
     except ConnectionError as error:
-        if weights == "pretrained" or not hub.may_fall_back():
+        if weights == "pretrained":
             raise
         if fallback == "random":
             loaded = _load_random(target, revision, seed, **options)
@@ -144,11 +144,6 @@ def demo_folder() -> Path:
 
 
 # ---- arguments ----
-
-
-def _check(parameter: str, value, allowed: tuple[str, ...]):
-    if value not in allowed:
-        raise ValueError(f"{parameter}={value!r}: allowed is one of {', '.join(map(repr, allowed))}")
 
 
 def find_device(device: str | torch.device) -> torch.device:
@@ -175,7 +170,7 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if dtype in DTYPES.values():
         return dtype
-    _check("dtype", dtype, ("auto", *DTYPES))
+    check_choice("dtype", dtype, ("auto", *DTYPES))
     return DTYPES[dtype]
 
 
@@ -198,8 +193,8 @@ def find_target(name: str | os.PathLike, revision: str | None) -> Target:
     elif re.search(r"[/\\]", name):
         raise ValueError(f"name={name!r}: there is no such folder, and a hub id reads owner/model")
     else:
-        nearest = difflib.get_close_matches(name, [*PYTHIA_NAMES, "demo"], n=1, cutoff=0)[0]
-        raise ValueError(f"name={name!r}: did you mean {nearest!r}? Allowed is one of {allowed}")
+        near = did_you_mean(name, [*PYTHIA_NAMES, "demo"], most=1)
+        raise ValueError(f"name={name!r}: {near}allowed is one of {allowed}")
     if target.folder is not None and revision not in (None, "main"):
         raise ValueError(f"revision={revision!r}: {name} is a folder; allowed is None")
     return target

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kvneox_lib.inputs.text import Text
 from kvneox_lib.inputs.weights import LoadedModel
-from kvneox_lib.inputs.windows import tokenize
+from kvneox_lib.inputs.windows import part_at, tokenize
 from kvneox_lib.measures.decoding import generate
 from kvneox_lib.measures.perplexity import score_each
 from kvneox_lib.measures.survivors import prefill_and_find
@@ -143,7 +143,8 @@ def excerpt(
     check_int("continuation_length", continuation_length, 2)
     if isinstance(position, bool) or not isinstance(position, int | float) or not 0 <= position <= 1:
         raise ValueError(f"position={position!r}: must be from 0 (the beginning of the text) to 1 (its end)")
-    ids = tokenize(text.documents[0], loaded.tokenizer).ids
+    part, position = part_at(text.documents[0], position)
+    ids = tokenize(part, loaded.tokenizer).ids
     longest = min(len(ids), loaded.model.config.max_position_embeddings) - continuation_length
     if longest < 1:
         raise ValueError(

@@ -8,7 +8,6 @@ from html import escape
 
 import ipywidgets as widgets
 
-from kvneox_lib.inputs import hub
 from kvneox_lib.inputs.text import HUB, Text, load_text
 from kvneox_lib.inputs.weights import PYTHIA, load_model
 from kvneox_lib.measures.explore import excerpt, explore
@@ -68,7 +67,7 @@ class Explorer:
             elif name in HUB:
                 more = {key: self.asked[key] for key in ("subset", "split", "sample_idx")}
                 more["data_dir"] = self.asked["data_dir"] if name == self.asked["dataset"] else None
-                self.text = load_text(name, **more, fallback="python-docs" if hub.may_fall_back() else None)
+                self.text = load_text(name, **more, fallback="python-docs" if self.asked["weights"] == "auto" else None)
             else:
                 self.text = load_text(name)
             self._look(change)

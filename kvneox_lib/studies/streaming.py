@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from kvneox_lib.inputs.windows import tokenize
+from kvneox_lib.inputs.windows import first_tokens
 from kvneox_lib.measures.clock import Clock
 from kvneox_lib.measures.intervals import bootstrap_ci95
 from kvneox_lib.measures.perplexity import read_on, teacher_forced_nll
@@ -178,10 +178,10 @@ def readings_of(asked: dict) -> list[Reading]:
 def _first_tokens(runs: Runs, max_tokens: int | None) -> torch.Tensor:
     if len(runs.text.documents) != 1:
         raise ValueError(f"sample_idx={runs.asked['sample_idx']!r}: one document is read; give the number of one")
-    ids = tokenize(runs.text.documents[0], runs.loaded.tokenizer).ids
+    ids = first_tokens(runs.text.documents[0], runs.loaded.tokenizer, max_tokens)
     if len(ids) < (max_tokens or SHORTEST):
         raise ValueError(f"max_tokens={max_tokens}: {runs.text.titles[0]} has {len(ids)} tokens; ask for fewer")
-    return torch.from_numpy(ids[:max_tokens].astype(np.int64))[None].to(runs.device)
+    return torch.from_numpy(ids.astype(np.int64))[None].to(runs.device)
 
 
 def _spread(n_queries: int, n: int) -> np.ndarray:
