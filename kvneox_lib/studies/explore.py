@@ -51,7 +51,7 @@ def record_exploration(
     model: Model = "pythia-70m",
     weights: QualityWeights = "auto",
     dataset: Dataset = "wikitext",
-    subset: Subset = "wikitext-103-v1",
+    subset: Subset | None = "wikitext-103-v1",
     split: Split = "test",
     sample_idx: Index | None = 0,
     data_dir: Folder | None = None,

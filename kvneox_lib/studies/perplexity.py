@@ -48,7 +48,7 @@ def measure_perplexity(
     model: Model = "pythia-70m",
     weights: QualityWeights = "auto",
     dataset: Dataset = "wikitext",
-    subset: Subset = "wikitext-103-v1",
+    subset: Subset | None = "wikitext-103-v1",
     split: Split = "test",
     sample_idx: Index | None = None,
     data_dir: Folder | None = None,

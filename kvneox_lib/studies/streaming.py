@@ -96,7 +96,7 @@ def measure_streaming(
     model: Model = "pythia-70m",
     weights: QualityWeights = "auto",
     dataset: Dataset = "pg19",
-    subset: Subset = "wikitext-103-v1",
+    subset: Subset | None = "wikitext-103-v1",
     split: Split = "test",
     sample_idx: Index | None = 0,
     data_dir: Folder | None = None,
