@@ -293,3 +293,14 @@ def test_odd_folders_and_encodings(tmp_path):
     (tmp_path / "wide.txt").write_text("Some text.", encoding="utf-16")
     with pytest.raises(ValueError, match="iconv -f utf-16"):
         load_text(str(tmp_path / "wide.txt"))
+
+
+def test_a_line_of_json_that_cannot_be_text_is_named(tmp_path):
+    path = tmp_path / "x.jsonl"
+    for second, told in (
+        ('{"text": "half a pair: \\ud83d"}', "surrogates not allowed"),
+        ('{"text": ', "Expecting value"),
+    ):
+        path.write_text('{"text": "fine"}\n' + second + "\n")
+        with pytest.raises(ValueError, match=rf"x\.jsonl: damaged or not \.jsonl \(line 2: .*{told}"):
+            load_text(path)

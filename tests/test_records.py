@@ -1,6 +1,7 @@
 import json
 import os
 import subprocess
+import time
 from itertools import combinations
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
+from kvneox_lib.inputs.files import make_ready
 from kvneox_lib.studies import provenance as provenance_module
 from kvneox_lib.studies import records
 from kvneox_lib.studies.packing import pack, unpack
@@ -255,6 +257,43 @@ def test_what_would_come_back_as_something_else_is_not_packed(tmp_path, record):
     with pytest.raises(ValueError, match="remark='12' would come back as 12: name it in TEXTS"):
         pack(tmp_path / "study")
     assert load_records(tmp_path / "study")["remark"].tolist() == ["12"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda text: text.replace("3.25", "NaN"), "NaN is no figure"),
+        (lambda text: text.replace('"started_at"', '"began_at"'), "lacks started_at"),
+        (lambda text: text.replace("3.25", "[" * 100_000 + "]" * 100_000), "recursion"),
+    ],
+)
+def test_what_is_no_whole_record_is_named_and_left_out(tmp_path, record, damage, told):
+    path = write_record(tmp_path, "id", record)
+    path.write_text(damage(path.read_text()))
+    with pytest.warns(UserWarning, match=f"id.json: left out, .*{told}"):
+        assert load_records(tmp_path).empty
+
+
+def test_a_table_that_broke_off_is_named_and_left_out(tmp_path, record):
+    path = write_table(tmp_path, "id", "keys", pd.DataFrame({"right": [True, False, True]}))
+    write_record(tmp_path, "id", {**record, "table_rows": "heads=2 keys=3"})
+    assert len(tables_of(load_records(tmp_path), "keys")) == 3
+    path.write_text("\n".join(path.read_text().splitlines()[:3]))
+    with pytest.warns(UserWarning, match="its table keys has 2 rows, not 3: left out"):
+        assert tables_of(load_records(tmp_path), "keys").empty
+
+
+def test_a_folder_is_made_ready_before_any_work(tmp_path):
+    (tmp_path / "out").mkdir()
+    for name, age in ((".old.tmp", 7200), (".new.tmp", 0)):
+        path = tmp_path / "out" / name
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
+    make_ready(tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".new.tmp"]  # somebody may still write it
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        make_ready(tmp_path / "file" / "out")
 
 
 def test_no_folder_no_records(tmp_path):

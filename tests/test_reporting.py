@@ -149,6 +149,18 @@ def test_other_errors_are_not_taken_for_missing_records(tmp_path):
         reporting.say(lambda: {}["no_such"])
 
 
+def test_names_from_records_are_text(tmp_path):
+    evil = "<script>alert(1)</script>|*x*"
+    put(tmp_path, "results", "pg19_ppl", "snapkv", "0.50", device_name=evil)
+    records = reporting.read("pg19_ppl", tmp_path)
+    for markdown in (
+        records.source,
+        reporting.tabulate(lambda: pd.DataFrame({"机器": [records.run().device_name]})).data,
+    ):
+        html = pypandoc.convert_text(markdown, "html", "markdown")
+        assert "<script" not in html and "&lt;script&gt;" in html and "<em>" not in html
+
+
 def test_intervals():
     row = pd.Series({"ppl": 3.14159, "ppl_ci95_low": 3.0, "ppl_ci95_high": 3.25, "nll": 1.5, "nll_ci95_low": None})
     assert with_interval(row, "ppl", 2) == "3.14 [3.00, 3.25]"

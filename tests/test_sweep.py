@@ -220,6 +220,9 @@ studies:
         ("device: gpu", 7, "device='gpu': allowed is auto, all, cpu, cuda"),
         ("attn_implementation: flash", 7, "attn_implementation='flash': allowed is one of auto, sdpa"),
         ("overwrite: true", 7, "overwrite=True is not for a params file: what is done again"),
+        ("output_dir: ''", 7, "output_dir='': allowed is the path of a folder"),
+        ("output_dir: 'out/{x}'", 7, "braces mean something else to Snakemake"),
+        ("data_dir: /tmp", 7, "data_dir='/tmp': allowed is None beside dataset='python-docs'"),
         ("output_dir: 3", 7, "output_dir=3: allowed is the path of a folder"),
         ("data_dir: /no/such/folder", 7, "data_dir='/no/such/folder': allowed is a folder that exists"),
         ("data_dir: $NO_SUCH_VARIABLE", 7, "data_dir: the variable NO_SUCH_VARIABLE is not set"),
@@ -332,6 +335,25 @@ def test_random_weights_are_for_what_measures_no_quality(notebook, sweep):
     in_grid = plain.replace("      weights: pretrained\n", "").replace("seed: [0, 1]", "weights: [pretrained, random]")
     with pytest.raises(ValueError, match="yaml:8: weights='random'"):
         sweep(in_grid)
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("studies: &again\n  - *again\n", r"yaml:1: not YAML: an alias must not stand inside what it names"),
+        (f"{BOMB}studies: *a9\n", r"yaml:\d+: not YAML: with all aliases written out there are more than 20000 values"),
+    ],
+)
+def test_a_small_file_cannot_be_an_endless_one(text, told, sweep):
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match=told):
+        sweep(text)
+    assert time.perf_counter() - began < 2
 
 
 def test_all_mistakes_are_told_at_once(sweep):

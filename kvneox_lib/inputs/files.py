@@ -4,6 +4,7 @@ the contents of files from others, whatever these are called."""
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import BinaryIO
 
 READ_WHOLE = 2**28  # bytes; of a larger file that many are read, in blocks spread evenly over it
 BLOCK = 2**20
+LEFT_BEHIND = 3600  # seconds after which nobody is still writing a file
 
 
 def digest_of_files(paths: Iterable[Path]) -> str:
@@ -34,6 +36,15 @@ def _digest_of_file(path: Path, size: int, changed: int) -> str:
 def cache_folder() -> Path:
     """Where this library keeps what is costly to make again."""
     return Path(os.environ.get("KVNEOX_CACHE") or "~/.cache/kvneox").expanduser()
+
+
+def make_ready(folder: Path) -> None:
+    """Make the folder, and learn before any work whether it can be written. What a killed process was writing goes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob(".*.tmp"):
+        if time.time() - path.stat().st_mtime > LEFT_BEHIND:
+            path.unlink(missing_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def write_atomically(path: Path, content: str | Callable[[BinaryIO], None]) -> None:

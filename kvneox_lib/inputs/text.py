@@ -165,8 +165,7 @@ def _read_table(path: Path) -> pd.DataFrame:
     content = None if path.suffix.lower() == ".parquet" else _read_utf8(path)
     try:
         # not pandas' reader of JSON lines: it would turn a text that looks like a date or a number into one
-        rows = content and [dict(json.loads(line)) for line in content.split("\n") if line.strip()]
-        frame = pd.read_parquet(path) if content is None else pd.DataFrame(rows)
+        frame = pd.read_parquet(path) if content is None else pd.DataFrame(_json_lines(content))
     except (ValueError, TypeError, OSError) as error:
         raise ValueError(f"{path}: damaged or not {path.suffix} ({error}); fetch or write it again") from error
     if "text" not in frame:
@@ -174,6 +173,18 @@ def _read_table(path: Path) -> pd.DataFrame:
     if bad := [i for i, row in enumerate(frame["text"]) if not isinstance(row, str)]:
         raise ValueError(f"{path}: row {bad[0]} of column `text` is {frame['text'][bad[0]]!r}, not a string; drop it")
     return frame
+
+
+def _json_lines(content: str) -> list[dict]:
+    rows = []
+    for number, line in enumerate(content.split("\n"), start=1):
+        try:
+            if line.strip():
+                rows.append(dict(json.loads(line)))
+                str(rows[-1].get("text")).encode()  # half a surrogate pair is a letter to JSON alone
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"line {number}: {error}") from error
+    return rows
 
 
 def _rows_to_documents(frame: pd.DataFrame) -> tuple[list[str], list[str]]:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from kvneox_lib.measures.intervals import bootstrap_ci95
 from kvneox_lib.pages import figures
 from kvneox_lib.pages.selecting import numeric, pressed
-from kvneox_lib.pages.words import CONTROL, listed, number, numbers, with_interval
+from kvneox_lib.pages.words import CONTROL, listed, machine_of, model_of, number, numbers, plain, with_interval
 
 LOW, HIGH = "delta_nll_ci95_low", "delta_nll_ci95_high"
 DELTA = "nll 与不压缩之差（nat）"
@@ -23,11 +23,11 @@ DELTA = "nll 与不压缩之差（nat）"
 def described(study) -> str:
     """Of a study: model, text, how much was scored, and on which machine."""
     first = study.records.iloc[0]
-    titles = "、".join(filter(None, study.text.titles)) if len(study.text.titles) <= 3 else ""
+    titles = "、".join(map(plain, filter(None, study.text.titles))) if len(study.text.titles) <= 3 else ""
     return (
-        f"模型 **{study.loaded.name}**（权重：{study.loaded.weights}），文本 **{study.text.name}**"
+        f"{model_of(study.loaded)}，文本 **{plain(study.text.name)}**"
         f"{titles and f'（{titles}）'}，{first.n_windows} 个窗口，每个窗口上下文 {first.context_tokens} 个词元，"
-        f"共计分 {first.n_tokens} 个词元；设备 {first.device}（{first.device_name}），{first['dtype']}。"
+        f"共计分 {first.n_tokens} 个词元；{machine_of(first)}。"
     )
 
 

@@ -18,7 +18,7 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from kvneox_lib.pages import figures, selecting
-from kvneox_lib.pages.words import STUDY_NAMES, WEIGHTS, listed, model_in_words
+from kvneox_lib.pages.words import STUDY_NAMES, WEIGHTS, listed, model_in_words, plain
 from kvneox_lib.studies.records import load_records, tables_of
 from kvneox_lib.studies.table import STUDIES
 
@@ -124,6 +124,8 @@ def settings(study: str, root: Path | None = None) -> list[Records]:
             break
     else:
         return []
+    for name in ("model", "dataset", "device_name"):
+        frame[name] = frame[name].map(plain, na_action="ignore")
     keys = _keys(frame, study)
     groups = [_newest(part, study) for _, part in frame.groupby(keys, dropna=False, sort=False)]
     groups.sort(key=len, reverse=True)

@@ -1,5 +1,7 @@
 """The one vocabulary of notebooks, README and report: names of studies, engines and readings, and numbers in words."""
 
+import re
+
 import pandas as pd
 
 ENGINES = {"ours": "本库", "stock": "transformers", "kvpress": "kvpress 循环"}
@@ -42,6 +44,19 @@ def bullets(lines) -> str:
 def tiny(difference: float) -> str:
     """A difference that should be rounding, in nat."""
     return "零" if difference == 0 else f"{difference:.0e} nat"
+
+
+def plain(name) -> str:
+    """A name from outside (of a model, a text, a machine), so that nothing in it acts in Markdown or HTML."""
+    return re.sub(r"([\\`*\[\]<>&|])", r"\\\1", " ".join(str(name).split()))
+
+
+def model_of(loaded) -> str:
+    return f"模型 **{plain(loaded.name)}**（权重：{loaded.weights}）"
+
+
+def machine_of(run: pd.Series) -> str:
+    return f"设备 {run['device']}（{plain(run['device_name'])}），{run['dtype']}"
 
 
 def listed(names, none: str = "没有") -> str:

@@ -143,6 +143,10 @@ def rules_of(measure: Callable) -> dict[str, tuple[Rule, bool]]:
 def check_arguments(measure: Callable, asked: Mapping, in_a_sweep: bool = False) -> None:
     for name, value in asked.items():
         check_argument(measure, name, value, in_a_sweep)
+    if asked.get("data_dir") is not None and asked.get("dataset") not in HUB:
+        refuse(
+            "data_dir", asked["data_dir"], f"None beside dataset={asked['dataset']!r}: it goes with {' or '.join(HUB)}"
+        )
 
 
 def check_argument(measure: Callable, name: str, value, in_a_sweep: bool = False) -> None:

@@ -11,6 +11,8 @@ import yaml
 
 from kvneox_lib.neox.checks import did_you_mean
 
+MOST_VALUES = 20_000
+
 
 class Mistakes(ValueError):
     """All that is wrong with a params file, one `FILE:LINE: what, and what is allowed` a line."""
@@ -39,14 +41,32 @@ def read_yaml(path: Path, mistakes: Mistakes):
     loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
     try:
         node = loader.get_single_node()
-        return None if node is None else _build(loader, node, mistakes)
+        if node is None:
+            return None
+        _check_size(node)
+        return _build(loader, node, mistakes)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         mistakes.add(mark.line + 1, f"not YAML: {error.problem or error.context}")
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         mistakes.add(1, f"not YAML: {' '.join(str(error).split())}")
     finally:
         loader.dispose()
+
+
+def _check_size(node: yaml.Node, inside: tuple = (), counted: list | None = None) -> None:
+    """Aliases can make a small file an endless one, or one of millions of values."""
+    counted = [] if counted is None else counted
+    counted.append(node)
+    if node in inside:
+        raise yaml.MarkedYAMLError(problem="an alias must not stand inside what it names", problem_mark=node.start_mark)
+    if len(counted) > MOST_VALUES:
+        what = f"with all aliases written out there are more than {MOST_VALUES} values"
+        raise yaml.MarkedYAMLError(problem=what, problem_mark=node.start_mark)
+    children = node.value if isinstance(node, yaml.CollectionNode) else ()
+    for child in children:
+        for part in child if isinstance(child, tuple) else (child,):
+            _check_size(part, (*inside, node), counted)
 
 
 def _build(loader: yaml.SafeLoader, node: yaml.Node, mistakes: Mistakes):

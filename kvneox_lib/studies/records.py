@@ -33,13 +33,8 @@ KNOWN_IN_TABLES = ("press", "compression_ratio", "query_aware", "n_sink", "windo
 # Cells of a packed file that stay text, whatever they look like.
 TEXTS = (
     *("run_id", "model", "weights", "dataset", "press", "source", "device", "dtype", "engine", "failure"),
-    *(
-        "weights_id",
-        "text_sha256",
-        "attn_implementation",
-        "depths",
-        *(name for name in PROVENANCE if name != "git_dirty"),
-    ),
+    *("weights_id", "text_sha256", "attn_implementation", "depths", "table_rows"),
+    *(name for name in PROVENANCE if name != "git_dirty"),
 )
 LONGEST_ID = 150  # a file name may have 255 bytes; the names of tables come after it
 
@@ -85,14 +80,22 @@ def output_folder(output_dir: str | Path) -> Path:
 def write_record(folder: str | Path, run_id: str, record: Mapping) -> Path:
     """Write <folder>/<run_id>.json. Tables of the run are to be written before."""
     row = {"run_id": run_id} | {name: _plain(name, value) for name, value in record.items()}
-    missing = [name for name in REQUIRED if name not in row]
-    if missing:
-        raise ValueError(f"record: lacks {', '.join(missing)}; give None for a figure that does not apply")
+    _check_complete(row)
     if row["weights"] not in WEIGHTS:
         raise ValueError(f"weights={row['weights']!r}: must be one of {', '.join(WEIGHTS)} (what was loaded)")
     path = path_of(folder, run_id, ".json")
     write_atomically(path, as_json(row))
     return path
+
+
+def _check_complete(row: Mapping) -> None:
+    missing = [name for name in REQUIRED if name not in row]
+    if missing:
+        raise ValueError(f"record: lacks {', '.join(missing)}; a figure that does not apply is None")
+
+
+def _no_number(text: str):
+    raise ValueError(f"{text} is no figure")
 
 
 def as_json(row: Mapping) -> str:
@@ -163,10 +166,20 @@ def tables_of(frame: pd.DataFrame, name: str) -> pd.DataFrame:
         else:
             own = table_path(path.parent, row["run_id"], name)
             table = _read_csv(own) if own.exists() else None
-        if table is not None:
+        if table is not None and _is_whole(row, name, table):
             known = {key: row[key] for key in KNOWN_IN_TABLES if key in row and key not in table}
             parts.append(table.assign(**known))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(KNOWN_IN_TABLES))
+
+
+def _is_whole(row: dict, name: str, table: pd.DataFrame) -> bool:
+    """Whether the table has as many rows as the record says; a copy may have broken off."""
+    wanted = re.search(rf"\b{name}=(\d+)", str(row.get("table_rows")))
+    if wanted is None or int(wanted[1]) == len(table):
+        return True
+    what = f"its table {name} has {len(table)} rows, not {wanted[1]}: left out; delete the record or run it again"
+    warnings.warn(f"{row['path']}: {what}", stacklevel=4)
+    return False
 
 
 def _read_csv(source) -> pd.DataFrame:
@@ -176,10 +189,11 @@ def _read_csv(source) -> pd.DataFrame:
 def read_loose(paths: Iterable[Path]) -> Iterable[dict]:
     for path in paths:
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
             if not isinstance(record, dict) or record.get("run_id") != path.name.removesuffix(".json"):
                 raise ValueError("not a record under its own run_id")
-        except (OSError, ValueError) as error:
+            _check_complete(record)
+        except (OSError, ValueError, RecursionError) as error:
             warnings.warn(f"{path}: left out, {error}; delete it or run it again", stacklevel=3)
             continue
         yield {**record, "study": path.parent.name, "path": str(path)}

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from kvneox_lib.inputs.files import make_ready
 from kvneox_lib.inputs.text import HUB, Text, load_text
 from kvneox_lib.inputs.weights import LoadedModel, load_model
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
@@ -59,6 +60,7 @@ class Runs:
             "device": self.device.type,
         }
         self.text = self._load_text() if reads_text else None
+        make_ready(self.folder)
 
     def _load_text(self) -> Text:
         names, dataset = ("subset", "split", "sample_idx", "data_dir"), self.asked["dataset"]
@@ -137,7 +139,8 @@ class Runs:
         run_id = self.run_id(run)
         for table, frame in tables.items():
             records.write_table(self.folder, run_id, table, frame)
-        record = {**started, **self.parameters(run), **figures, "context_tokens": n_context}
+        rows = " ".join(f"{name}={len(frame)}" for name, frame in sorted(tables.items()))
+        record = {**started, **self.parameters(run), **figures, "context_tokens": n_context, "table_rows": rows or None}
         return records.write_record(self.folder, run_id, record)
 
     def study(self) -> Study:

@@ -177,6 +177,8 @@ def _expand(study: Lines, name: str, notebook: Path, sweep: str, makers: dict, m
 def _declared_records(row: StudyRow, asked: dict) -> list[str]:
     """With their folder. What a notebook drops with a warning, a file must not ask for."""
     check_arguments(row.measure, asked, in_a_sweep=True)
+    if re.search(r"[{}]", str(asked["output_dir"])):
+        raise ValueError(f"output_dir={asked['output_dir']!r}: braces mean something else to Snakemake; leave them out")
     planned = {run.press for run in row.plan(asked, trained_length(asked["model"]))}
     dropped = [name for name in expand_presses(asked["press"]) if name not in planned] if row.has_baseline else []
     if dropped:
