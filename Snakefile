@@ -17,6 +17,9 @@ from snakemake.exceptions import WorkflowError
 
 from kvneox_lib.studies.sweep import read_sweep, summary
 
+sys.path.insert(0, os.path.join(workflow.basedir, "workflow"))
+from only_one import AnotherSweep, claim
+
 NOTEBOOKS = Path(os.path.relpath(workflow.basedir)) / "notebooks"
 EXECUTE = [sys.executable, os.path.join(workflow.basedir, "workflow", "execute.py")]
 if not workflow.configfiles:
@@ -70,7 +73,14 @@ for number, run in enumerate(RUNS):
             gpu=run.gpus,
             **({} if run.mem_mb is None else {"mem_mb": run.mem_mb}),
         shell:
-            "{EXECUTE:q} {input.notebook:q} {log:q} {params.values:q} {resources.gpu}"
+            "exec {EXECUTE:q} {input.notebook:q} {log:q} {params.values:q} {resources.gpu}"
+
+
+onstart:  # of a sweep that does something: not of a dry run, nor of the jobs that it starts
+    try:
+        claim(path for run in RUNS for path in run.outputs)
+    except AnotherSweep as another:
+        raise WorkflowError(str(another)) from None
 
 
 onsuccess:

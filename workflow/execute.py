@@ -1,6 +1,7 @@
 """Execute a notebook for the sweep: execute.py NOTEBOOK EXECUTED PARAMETERS GPUS
 
-The executed notebook stays where it is put whatever happens, with the traceback in it when a cell fails.
+The executed notebook stays where it is put whatever happens, with the traceback in it when a cell fails. The run ends
+when the process that started it is gone: a sweep that was killed leaves nothing behind that goes on writing.
 """
 
 import json
@@ -9,14 +10,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import papermill
+import psutil
 
 
 def main(notebook: str, executed: str, parameters: str, gpus: str) -> int:
+    threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
     values = {name: _expanded(value) for name, value in json.loads(parameters).items()}
     Path(executed).parent.mkdir(parents=True, exist_ok=True)
     with own_gpus(int(gpus)):
@@ -26,6 +30,16 @@ def main(notebook: str, executed: str, parameters: str, gpus: str) -> int:
             print(f"{executed}: {error.ename}: {error.evalue}", file=sys.stderr)
             return 1
     return 0
+
+
+def end_with(parent: int) -> None:
+    """Kill this process and its kernel once `parent` no longer is the parent. Asked again and again: no system but
+    Linux tells."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+    os._exit(1)
 
 
 def _expanded(value):
