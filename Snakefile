@@ -73,7 +73,7 @@ for number, run in enumerate(RUNS):
             gpu=run.gpus,
             **({} if run.mem_mb is None else {"mem_mb": run.mem_mb}),
         shell:
-            "exec {EXECUTE:q} {input.notebook:q} {log:q} {params.values:q} {resources.gpu}"
+            "exec {EXECUTE:q} {input.notebook:q} {log:q} {params.values:q} {resources.gpu} {output:q}"
 
 
 onstart:  # of a sweep that does something: not of a dry run, nor of the jobs that it starts

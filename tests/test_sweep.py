@@ -23,7 +23,7 @@ from kvneox_lib.studies.plan import declared
 from kvneox_lib.studies.recall import measure_recall
 from kvneox_lib.studies.speed import measure_speed
 from kvneox_lib.studies.streaming import measure_streaming
-from kvneox_lib.studies.sweep import notebook_defaults, read_sweep
+from kvneox_lib.studies.sweep import Run, notebook_defaults, read_sweep, summary
 from kvneox_lib.studies.table import BY_NOTEBOOK
 
 NOTEBOOKS = REPOSITORY / "notebooks"
@@ -459,6 +459,22 @@ def test_slurm_has_chosen_the_gpus(execute, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
     with execute.own_gpus(8):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "2"
+
+
+def test_a_picture_that_fails_costs_no_measurement(execute, tmp_path, monkeypatch):
+    """As long as every record is there; the executed notebook keeps the error."""
+    monkeypatch.setattr(execute.threading.Thread, "start", lambda thread: None)
+    record, executed = tmp_path / "record.json", tmp_path / "executed.ipynb"
+    kernel = {"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")], metadata=kernel)
+    nbformat.write(notebook, tmp_path / "fails.ipynb")
+    run = (str(tmp_path / "fails.ipynb"), str(executed), "{}", "0", str(record))
+    assert execute.main(*run) == 1
+    record.touch()
+    assert execute.main(*run) == 0 and "ZeroDivisionError" in executed.read_text()
+    made = Run("study", Path("x"), {}, (str(record),), (), str(executed), "", 0, None, 1)
+    assert "1 of 1 runs are done." in summary([made])
+    assert "measured, but then it FAILED with ZeroDivisionError" in summary([made])
 
 
 # ---- Snakemake ------------------------------------------------------------------------------------------------------

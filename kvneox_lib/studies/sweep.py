@@ -220,11 +220,13 @@ def _points(study: Lines) -> list[tuple[dict, bool]]:
 
 
 def summary(found: Iterable[Run]) -> str:
-    """What is done, and why the rest is not."""
+    """What is done, and why the rest is not; and where a notebook failed after it had measured."""
     found = list(found)
     missing = [run for run in found if not all(Path(record).exists() for record in run.outputs)]
     counted = f"{len(found) - len(missing)} of {len(found)} runs are done"
     lines = [f"  {run.study} {Path(run.executed).stem}: {_what_happened(run)}" for run in missing]
+    failed = [(run, error) for run in found if run not in missing and (error := _error_in(run))]
+    lines += [f"  {run.study} {Path(run.executed).stem}: measured, but then it {error}" for run, error in failed]
     return "\n".join([counted + (", these are not:" if missing else "."), *lines])
 
 
@@ -232,9 +234,15 @@ def _what_happened(run: Run) -> str:
     if not Path(run.executed).exists():
         lacking = [record for record in run.needs if not Path(record).exists()]
         return f"waits for {lacking[0]}" if lacking else "not run"
+    return _error_in(run) or f"interrupted, or it wrote other records than it should have; see {run.executed}"
+
+
+def _error_in(run: Run) -> str | None:
+    if not Path(run.executed).exists():
+        return None
     executed = json.loads(Path(run.executed).read_text(encoding="utf-8"))
     outputs = [output for cell in executed["cells"] for output in cell.get("outputs", [])]
     errors = [output for output in outputs if output["output_type"] == "error"]
     if not errors:
-        return f"interrupted, or it wrote other records than it should have; see {run.executed}"
+        return None
     return f"FAILED with {errors[0]['ename']}: {errors[0]['evalue']}\n    traceback in {run.executed}"
