@@ -138,5 +138,6 @@ def _control(model, cut: Windows, presses: list, n_windows: int, batch_size: int
 
 def _window_table(cut: Windows, nll: np.ndarray, baseline: np.ndarray) -> pd.DataFrame:
     places = {"document": cut.document, "position": cut.position, "n_bytes": cut.n_bytes, "n_words": cut.n_words}
+    places |= {"part": cut.part} if cut.part.any() else {}  # of a large document
     table = pd.DataFrame({name: values.numpy() for name, values in places.items()})
     return table.assign(nll_mean=nll.mean(1), delta_nll=(nll - baseline).mean(1))
