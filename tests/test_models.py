@@ -535,7 +535,7 @@ def test_the_wheel_installed_outside_the_checkout_loads_demo(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(installed / "kvneox_lib" / "models.py"), "bundled"]
+    assert done.stdout.split() == [str(installed / "kvneox_lib" / "inputs" / "weights.py"), "bundled"]
 
 
 # ---- arguments ----

@@ -53,7 +53,7 @@ def timed_settings(settings: list) -> list:
 
 
 def variants(runs: pd.DataFrame) -> pd.Series:
-    """`本库，snapkv 0.75`: engine, press and ratio in words."""
+    """Engine, press and ratio in words."""
     return runs["engine"].map(ENGINES) + "，" + _presses(runs)
 
 
