@@ -27,7 +27,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
 
-from kvneox_lib.neox.hooks import in_turn, turn
+from kvneox_lib.neox.hooks import in_turn, refuse_padding, turn
 from kvneox_lib.neox.kernels import (
     attend_with_one_query,
     is_plain,
@@ -265,6 +265,8 @@ class KVNeoXPreTrainedModel(GPTNeoXPreTrainedModel):
     @in_turn
     def __call__(self, *args, **kwargs):
         """In a turn, lest a press of another thread act on this pass. Not in `forward`, which a press may replace."""
+        if not torch.compiler.is_compiling():
+            refuse_padding(self, kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
         return super().__call__(*args, **kwargs)
 
     def _flash_attn_2_can_dispatch(self, is_init_check: bool = False) -> bool:
@@ -411,7 +413,8 @@ def adapt(model: nn.Module) -> KVNeoXForCausalLM:
 
 
 def with_model(function: Callable) -> Callable:
-    """`function(model, ...)` for any GPT-NeoX causal LM: adapted on the way in, and in a turn of the model's."""
+    """`function(model, ...)` for any GPT-NeoX causal LM: adapted on the way in, and in a turn of the model's, with
+    nothing attached that would act on what is read."""
 
     @wraps(function)
     def on_adapted(model, *args, **kwargs):

@@ -1,7 +1,7 @@
 """Using a press: refused before any work where the model cannot serve it, and leaving nothing behind."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import kvpress
 import torch
@@ -65,18 +65,19 @@ def applied(press: BasePress | None, model: KVNeoXForCausalLM):
             yield
             return
         check_press(press, model)
-        with _left_as_found(press, model):
+        with left_as_found(press(model), model):
             yield
 
 
 @contextmanager
-def _left_as_found(press: BasePress, model: KVNeoXForCausalLM):
+def left_as_found(context: AbstractContextManager, model: KVNeoXForCausalLM):
+    """`context`, a press' own; when something fails in it, that is what is told, and nothing stays attached."""
     implementation = model.config._attn_implementation
     forward = model.model.__dict__.get("forward")  # accelerate's wrapper, or none
     hooks = [set(layer.self_attn._forward_hooks) for layer in model.model.layers]
     failure = None
     try:
-        with press(model):
+        with context:
             try:
                 yield
             except BaseException as error:

@@ -5,15 +5,27 @@ that make it act on contexts of a thousand tokens, which kvpress' own don't alwa
 """
 
 import inspect
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import kvpress as K
 from kvpress import BasePress
 
+from kvneox_lib.presses.applying import left_as_found
 from kvneox_lib.presses.calibration import CalibratedDuoAttention, CalibratedExpectedAttention, CalibratedQFilter
 
 
-class UnstructuredKVCompose(K.KVComposePress):
+class TidyKVCompose(K.KVComposePress):
+    """KVCompose that says what went wrong. kvpress' goes on to compress what was never read, hides the true error behind
+    one of its own, and leaves the model on eager attention."""
+
+    @contextmanager
+    def __call__(self, model):
+        with left_as_found(super().__call__(model), model):
+            yield
+
+
+class UnstructuredKVCompose(TidyKVCompose):
     """KVCompose that evicts per head. kvpress scores by replaying the context, and leaves the replay in the cache."""
 
     def compress_unstructured(self, model):
@@ -151,7 +163,7 @@ ROWS = [
     PressRow("finch", (K.FinchPress,), "arXiv:2408.00167", "按上下文之后的问题打分，键重新旋转到连续位置"),
     PressRow("kvzip", (K.KVzipPress,), "arXiv:2505.23416", "让模型复述上下文，按复述时的注意力打分"),
     PressRow("kvgrad", (K.KVgradPress,), "openreview:cg1wTCJjjk", "KVzip 打分，再以梯度衡量影响"),
-    PressRow("kvcompose", (K.KVComposePress,), "arXiv:2509.05165", "各头各自排序后拼成复合条目，各层长度不同"),
+    PressRow("kvcompose", (TidyKVCompose,), "arXiv:2509.05165", "各头各自排序后拼成复合条目，各层长度不同"),
     PressRow("kvcompose_unstructured", (UnstructuredKVCompose,), "arXiv:2509.05165", "同上，但逐头淘汰", {"structured": False}),
     PressRow("adakv_expected_attention", (K.AdaKVPress, K.ExpectedAttentionPress), "arXiv:2407.11550", "逐头预算（期望注意力打分）"),
     PressRow("criticalkv_expected_attention", (K.CriticalKVPress, K.ExpectedAttentionPress), "arXiv:2502.03805", "期望注意力乘以输出投影范数", {"use_vnorm": False}),
