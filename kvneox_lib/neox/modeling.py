@@ -27,7 +27,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
 
-from kvneox_lib.neox.hooks import in_turn, refuse_padding, turn
+from kvneox_lib.neox.hooks import in_turn, refuse_attached, refuse_padding, turn
 from kvneox_lib.neox.kernels import (
     attend_with_one_query,
     is_plain,
@@ -419,6 +419,7 @@ def with_model(function: Callable) -> Callable:
     @wraps(function)
     def on_adapted(model, *args, **kwargs):
         with turn(adapt(model)):
+            refuse_attached(model)
             return function(model, *args, **kwargs)
 
     return on_adapted

@@ -7,7 +7,7 @@ import kvpress
 import torch
 from kvpress import BasePress
 
-from kvneox_lib.neox.hooks import turn
+from kvneox_lib.neox.hooks import refuse_attached, turn
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
 from kvneox_lib.presses.facts import attention_needed, not_scored, rows_independent
 
@@ -61,6 +61,7 @@ def attention(model: KVNeoXForCausalLM, implementation: str) -> Iterator[KVNeoXF
 def applied(press: BasePress | None, model: KVNeoXForCausalLM):
     """`with press(model)` in a turn of the model's, checked before and leaving nothing behind when something raises."""
     with turn(model):
+        refuse_attached(model)
         if press is None:
             yield
             return

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from transformers import AutoTokenizer
 
 from kvneox_lib.inputs.files import cache_folder, write_atomically
-from kvneox_lib.neox.hooks import hooked
+from kvneox_lib.neox.hooks import hooked, refuse_attached
 
 DOCSTRINGS_OF = (
     "argparse asyncio.streams datetime decimal difflib inspect logging optparse subprocess tarfile turtle typing"
@@ -47,6 +47,7 @@ def query_statistics(model) -> QueryStatistics:
         return QueryStatistics(**load_file(path))
     except (OSError, SafetensorError, TypeError):
         pass  # not there, or damaged
+    refuse_attached(model)  # what is kept must be of the model alone
     with torch.inference_mode(False), torch.no_grad():
         statistics = _measure(model, _calibration_windows(model))
     tensors = {f.name: getattr(statistics, f.name).contiguous() for f in fields(statistics)}
