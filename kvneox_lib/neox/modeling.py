@@ -9,6 +9,7 @@ the frequencies are padded with zeros, and from then on everything that kvpress 
 import copy
 import weakref
 from collections.abc import Callable
+from functools import cache as remembered
 from functools import wraps
 
 import torch
@@ -113,6 +114,59 @@ def evictions(cache: Cache) -> dict[int, tuple[torch.Tensor, ...] | None]:
     return cache.__dict__.setdefault("kvneox_evictions", {})
 
 
+class EvictionsFollow:
+    """For a Cache: what is done to its rows and its length is done to its evictions, too."""
+
+    def reorder_cache(self, beam_idx):
+        self._take_rows(lambda rows: rows[beam_idx.to(rows.device)])
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats):
+        self._take_rows(lambda rows: rows.repeat_interleave(repeats))
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices):
+        self._take_rows(lambda rows: rows[torch.as_tensor(indices).to(rows.device)])
+        super().batch_select_indices(indices)
+
+    def crop(self, max_length):
+        super().crop(max_length)
+        for layer, evicted in _acting(self):
+            left = evicted[2].to("cpu") < self.layers[layer].get_seq_length()
+            evictions(self)[layer] = tuple(part[left.to(part.device)] for part in evicted)
+
+    def reset(self):
+        super().reset()
+        evictions(self).clear()
+
+    def _take_rows(self, taken: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """taken: the rows that are there (batch,) to those that come in their places."""
+        for layer, (batch, head, position) in _acting(self):
+            rows = taken(torch.arange(len(self.layers[layer].keys), device=batch.device))
+            row, entry = (rows[:, None] == batch).nonzero(as_tuple=True)
+            evictions(self)[layer] = row, *(part[entry.to(part.device)] for part in (head, position))
+
+    def __reduce__(self):
+        """By the class that it had: one that is made while running cannot be found by name."""
+        return _rebuilt, (getattr(self, "kvneox_class", type(self)),), self.__dict__
+
+
+def _acting(cache: Cache) -> list[tuple[int, tuple[torch.Tensor, ...]]]:
+    return [(layer, tuple(evicted)) for layer, evicted in evictions(cache).items() if evicted is not None]
+
+
+@remembered
+def _following(kind: type[Cache]) -> type[Cache]:
+    """That kind of cache, taking its evictions along. Others make caches too, and hand them to us."""
+    if issubclass(kind, EvictionsFollow):
+        return kind
+    return type(kind.__name__, (EvictionsFollow, kind), {"kvneox_class": kind, "__doc__": kind.__doc__})
+
+
+def _rebuilt(kind: type[Cache]) -> Cache:
+    return Cache.__new__(_following(kind))
+
+
 class KVNeoXAttention(GPTNeoXAttention):
     """NeoX attention under the names that kvpress reads; its cache holds keys in half-split order."""
 
@@ -142,6 +196,8 @@ class KVNeoXAttention(GPTNeoXAttention):
         self._last_written = indices
         cache = self._last_cache and self._last_cache()
         if cache is not None:
+            if indices is not None:
+                cache.__class__ = _following(type(cache))
             evictions(cache)[self.layer_idx] = indices
 
     def __getstate__(self):
