@@ -9,7 +9,7 @@ from kvpress import BasePress
 
 from kvneox_lib.neox.hooks import refuse_attached, turn
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
-from kvneox_lib.presses.facts import attention_needed, not_scored, rows_independent
+from kvneox_lib.presses.facts import attention_needed, not_scored, parts_of, rows_independent
 
 
 def check_press(press: BasePress | None, model: KVNeoXForCausalLM) -> None:
@@ -23,6 +23,11 @@ def check_press(press: BasePress | None, model: KVNeoXForCausalLM) -> None:
         raise ValueError(
             f"attn_implementation={has!r} cannot serve {type(press).__name__}: {reason[needed]}. "
             f"Load the model with attn_implementation={needed!r}."
+        )
+    if model.dtype == torch.float16 and any(type(part) is kvpress.KVgradPress for part in parts_of(press)):
+        raise ValueError(
+            "dtype='float16': the gradients of kvpress' own KVgradPress overflow, and what it keeps is left to chance. "
+            "make_press('kvgrad') scales them; or load the model with dtype='bfloat16'"
         )
     layers = model.config.num_hidden_layers
     if isinstance(press, kvpress.PerLayerCompressionPress) and len(press.compression_ratios) != layers:
