@@ -314,6 +314,15 @@ def test_a_used_model_can_be_copied_and_pickled():
             assert torch.equal(again(ids).logits, expected)
 
 
+def test_adapt_refuses_heads_of_another_size_than_their_frequencies():
+    stock = GPTNeoXForCausalLM(tiny_config(head_dim=64))
+    assert adapt(stock).config.head_dim == 64
+    config = tiny_config(head_dim=64)
+    config.head_dim = 32
+    with pytest.raises(ValueError, match="head_dim=32: with hidden_size=128 and num_attention_heads=2 allowed is 64"):
+        adapt(GPTNeoXForCausalLM(config))
+
+
 PADDED = ("knorm", "adakv_snapkv", "think", "simlayerkv", "dms_leverage", "kvzip", "kvcompose")
 PADDED += ("kvcompose_unstructured", "ratio_decoding_knorm", "cam_streaming_llm", "prefill_decoding_knorm")
 

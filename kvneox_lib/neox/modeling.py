@@ -484,6 +484,13 @@ def with_model(function: Callable) -> Callable:
 def _see_as_llama(model: nn.Module) -> nn.Module:
     decoder, config = model.base_model, model.config
     head_dim, share = config.hidden_size // config.num_attention_heads, config.rope_parameters["partial_rotary_factor"]
+    if getattr(config, "head_dim", None) not in (None, head_dim):
+        raise ValueError(
+            f"head_dim={config.head_dim!r}: with hidden_size={config.hidden_size} and num_attention_heads="
+            f"{config.num_attention_heads} allowed is {head_dim}, that of the stock attention"
+        )
+    if not 0 < share <= 1:
+        raise ValueError(f"rotary_pct={share!r}: allowed is a number above 0 and up to 1")
     if head_dim % 2 or int(head_dim * share) % 2:
         raise ValueError(f"head_dim={head_dim}, {int(head_dim * share)} of it rotary: allowed are even numbers")
     for module in list(model.modules()):
