@@ -1,7 +1,10 @@
 """CompactCache does what DynamicCache does, with fewer bytes; ragged storage does what masking does."""
 
 import copy
+import pickle
+import weakref
 
+import kvpress
 import pytest
 import torch
 from conftest import DEMO, relative_difference
@@ -144,6 +147,99 @@ def test_ragged_is_masked(demo, pages, name, batch):
     assert relative_difference(logits(ragged, pages[:batch], 250, 260, 210), expected) < 1e-5
     with pytest.raises(ValueError, match="max_length=150: what was compressed cannot be cropped"):
         ragged.crop(150)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [DynamicCache, CompactCache])
+@pytest.mark.parametrize("name", ["adakv_snapkv", "dms_leverage"])
+def test_evictions_follow_the_rows_they_are_about(demo, reading, name, kind):
+    """Against the rows read alone, whatever is done to the batch; and copies and pickles go on as the original."""
+    rows = reading[:, 2000:2750].view(3, 250)
+    changes = {
+        (2, 0, 0): lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])),
+        (0, 0, 1, 1, 2, 2): lambda cache: cache.batch_repeat_interleave(2),
+        (1,): lambda cache: cache.batch_select_indices(torch.tensor([1])),
+        (0, 2): lambda cache: cache.batch_select_indices(torch.tensor([True, False, True])),
+        (0, 1, 2): lambda cache: cache.crop(220),
+    }
+
+    def logits(cache, ids):
+        cache = copy.deepcopy(cache)
+        return demo(ids, past_key_values=cache, position_ids=torch.arange(240, 240 + ids.shape[1])[None]).logits
+
+    def read(ids):
+        cache, press = kind(), make_press(name, 0.6)
+        if name == "dms_leverage":
+            press.press.sketch_dimension = 1  # one draw for any batch
+        torch.manual_seed(0)
+        with applied(press, demo):
+            demo.model(input_ids=ids, past_key_values=cache)
+        return cache
+
+    alone = [read(row[None, :240]) for row in rows]
+    whole = kind()
+    for layer in range(6):  # put together, as some presses mix the rows of a batch
+        states = [torch.cat([getattr(one.layers[layer], part) for one in alone]) for part in ("keys", "values")]
+        whole.update(*states, layer)
+        demo.model.layers[layer].self_attn._last_cache = weakref.ref(whole)
+        batch = [torch.full_like(evictions(one)[layer][0], row) for row, one in enumerate(alone)]
+        others = [torch.cat([evictions(one)[layer][part] for one in alone]) for part in (1, 2)]
+        demo.model.layers[layer].self_attn.masked_key_indices = (torch.cat(batch), *others)
+    assert isinstance(whole, kind) and type(whole).__name__ == kind.__name__
+    for taken, change in changes.items():
+        changed = copy.deepcopy(whole)
+        change(changed)
+        if taken == (0, 1, 2):
+            for one in alone:
+                one.crop(220)
+        ids = torch.cat([rows[row, None, 240:] for row in taken])
+        expected = torch.cat([logits(alone[row], rows[row, None, 240:]) for row in taken])
+        assert relative_difference(logits(changed, ids), expected) < 1e-5
+        again = pickle.loads(pickle.dumps(changed))
+        assert torch.equal(logits(again, ids), logits(changed, ids))
+
+
+@torch.no_grad()
+def test_beams_take_their_evictions_along(demo, reading, monkeypatch):
+    """Heads of each beam lose entries of their own while decoding; against masks that are reordered by hand."""
+    settings = {"num_beams": 3, "max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+    def beams():
+        press = kvpress.DecodingPress(
+            kvpress.AdaKVPress(kvpress.KnormPress()),
+            compression_interval=6,
+            target_size=60,
+            hidden_states_buffer_size=0,
+        )
+        with press(demo):
+            return demo.generate(reading[:, 2000:2120], return_dict_in_generate=True, output_scores=True, **settings)
+
+    def by_hand(self, cache, beam_idx):
+        for index, layer in enumerate(cache.layers):
+            keep = torch.ones(layer.keys.shape[:3], dtype=torch.bool)
+            if evictions(cache).get(index) is not None:
+                keep[tuple(evictions(cache)[index])] = False
+            layer.reorder_cache(beam_idx)
+            evictions(cache)[index] = (~keep[beam_idx]).nonzero(as_tuple=True)
+        return cache
+
+    ours = beams()
+    monkeypatch.setattr(type(demo), "_reorder_cache", by_hand, raising=False)
+    expected = beams()
+    assert torch.equal(ours.sequences, expected.sequences)
+    assert torch.allclose(torch.stack(ours.scores), torch.stack(expected.scores), atol=1e-4)
+
+
+def test_a_batch_of_another_size_is_refused(demo, pages):
+    """torch would copy one row into all. A cache that was reset begins anew."""
+    ragged = prefill(demo, pages[:, :200], make_press("adakv_snapkv", 0.5))
+    ragged.make_ragged()
+    for cache in (prefill(demo, pages[:, :200], None), ragged):
+        with torch.no_grad(), pytest.raises(ValueError, match=r"1 row\(s\), the cache holds 2"):
+            demo(pages[:1, 200:201], past_key_values=cache)
+    full = fill(CompactCache(8))
+    full.reset()
+    assert same(fill(full, batch=3, seed=3), fill(DynamicCache(), batch=3, seed=3))
 
 
 def test_layers_of_different_length_stack(demo, pages):

@@ -107,3 +107,12 @@ def test_qfilter_ranks_keys_by_the_attention_they_get(demo, reading):
     inside = (last * kept[..., :300]).sum(-1) / kept[..., :300].sum(-1)
     outside = (last * ~kept[..., :300]).sum(-1) / (~kept[..., :300]).sum(-1)
     assert (inside.mean() > 1.2 * outside.mean()).item()
+
+
+def test_a_cache_that_cannot_be_written_costs_time_and_not_the_run(demo, reading, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "_calibration_windows", lambda model: [reading[:, :200]])
+    (tmp_path / "file").write_text("a file where a folder should be")
+    monkeypatch.setenv("KVNEOX_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.warns(UserWarning, match="query statistics are not cached: .*KVNEOX_CACHE"):
+        cache = prefill(demo, reading[:, :200], make_press("qfilter", 0.5))
+    assert cache.get_seq_length() == 100

@@ -9,9 +9,11 @@ from threading import Event, Thread
 import pytest
 import torch
 from conftest import stock_and_ours, tiny_config
+from transformers import DynamicCache
 
-from kvneox_lib import StreamingDecoder, continuation_nll, generate, make_press, teacher_forced_nll
+from kvneox_lib import StreamingDecoder, continuation_nll, generate, make_press, streaming_nll, teacher_forced_nll
 from kvneox_lib.inputs.passkeys import RecallKey, RecallSample
+from kvneox_lib.measures.prefill import prefill, prefill_each
 from kvneox_lib.measures.recall import ask_each
 from kvneox_lib.measures.survivors import kept_positions
 from kvneox_lib.neox import hooks
@@ -98,3 +100,49 @@ def test_hooks_are_gone_whatever_happens():
     with pytest.raises(AttributeError), hooked([modules[0], None], print):
         pass
     assert not modules[0]._forward_hooks
+
+
+def _sample(ids: torch.Tensor) -> RecallSample:
+    return RecallSample(ids, [RecallKey("x", "78", ids[:2], ids[2:4], 0.5, (3, 6), (4, 5))])
+
+
+READINGS = {
+    "generate": lambda model, ids, press: generate(model, ids, press=press, max_new_tokens=2),
+    "continuation_nll": lambda model, ids, press: continuation_nll(model, ids, n_context=90, press=press),
+    "teacher_forced_nll": lambda model, ids, press: teacher_forced_nll(model, ids, press=press),
+    "streaming_nll": lambda model, ids, press: streaming_nll(model, ids, n_sink=0, window=120),
+    "kept_positions": lambda model, ids, press: kept_positions(model, ids, press),
+    "stream": lambda model, ids, press: next(StreamingDecoder(1, 20).stream(model, ids)),
+    "read": lambda model, ids, press: StreamingDecoder(1, 20).read(model, ids),
+    "prefill_each": lambda model, ids, press: prefill_each(model, ids, [None, press]),
+    "prefill": lambda model, ids, press: prefill(model, ids, press),
+    "ask_each": lambda model, ids, press: next(
+        ask_each(
+            model, RecallSample(ids[0], [RecallKey("x", "78", ids[0, :2], ids[0, 2:4], 0.5, (3, 6), (4, 5))]), [press]
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("reading_of", READINGS.values(), ids=READINGS)
+@pytest.mark.parametrize("given", [None, "knorm"])
+def test_what_is_attached_already_takes_no_part_in_a_measurement(demo, reading, reading_of, given):
+    """It would compress twice, or put its own cache in the place of the one that is measured."""
+    ids, press = reading[:, 3000:3100], make_press(given) if given else None
+    for name in ("knorm", "kvzip", "kvcompose"):
+        with make_press(name)(demo):
+            with pytest.raises(ValueError, match="applied to this model already"):
+                reading_of(demo, ids, press)
+            with torch.no_grad():
+                demo.model(input_ids=ids[:, :20], past_key_values=DynamicCache())  # kvpress' own way goes on
+    with StreamingDecoder(0, 5).register(demo), pytest.raises(ValueError, match="StreamingDecoder is registered"):
+        reading_of(demo, ids, press)
+    reading_of(demo, ids, press)
+
+
+def test_a_registered_stream_and_a_press_refuse_each_other_but_not_their_own_reading(demo, reading):
+    ids = reading[:, :30]
+    with StreamingDecoder(1, 20).register(demo) as decoder:
+        assert decoder.read(demo, ids).shape == (1, demo.config.vocab_size)
+        with pytest.raises(ValueError, match="KnormPress is applied"), make_press("knorm")(demo):
+            demo.generate(ids, max_new_tokens=2)

@@ -314,12 +314,41 @@ def test_a_used_model_can_be_copied_and_pickled():
             assert torch.equal(again(ids).logits, expected)
 
 
-def test_padding_under_compression_is_refused(demo, reading):
+def test_adapt_refuses_heads_of_another_size_than_their_frequencies():
+    stock = GPTNeoXForCausalLM(tiny_config(head_dim=64))
+    assert adapt(stock).config.head_dim == 64
+    config = tiny_config(head_dim=64)
+    config.head_dim = 32
+    with pytest.raises(ValueError, match="head_dim=32: with hidden_size=128 and num_attention_heads=2 allowed is 64"):
+        adapt(GPTNeoXForCausalLM(config))
+
+
+PADDED = ("knorm", "adakv_snapkv", "think", "simlayerkv", "dms_leverage", "kvzip", "kvcompose")
+PADDED += ("kvcompose_unstructured", "ratio_decoding_knorm", "cam_streaming_llm", "prefill_decoding_knorm")
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_padding_under_compression_is_refused(demo, reading, name):
+    """Also where no entry is removed, and where all happens when the context closes, or while decoding."""
     ids = reading[:, :200].view(2, 100)
     mask = torch.ones_like(ids)
     mask[0, :10] = 0
-    with pytest.raises(ValueError, match="padding"), make_press("knorm", 0.5)(demo):
+    with pytest.raises(ValueError, match="attention_mask marks padding, but"), make_press(name)(demo):
         demo.generate(ids, attention_mask=mask, max_new_tokens=3)
+    with torch.no_grad(), pytest.raises(ValueError, match="attention_mask marks padding, but"), make_press(name)(demo):
+        demo.model(ids, mask, past_key_values=DynamicCache())
+    assert demo.config._attn_implementation == "sdpa"
+
+
+def test_padding_without_a_press_and_a_full_mask_with_one_are_welcome(demo, reading):
+    ids, settings = reading[:, :120].view(1, 120), {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    alone = demo.generate(ids[:, 20:], **settings)[:, 100:]
+    mask = torch.ones_like(ids)
+    with make_press("knorm", 0.3)(demo):
+        compressed = demo.generate(ids, **settings)
+        assert torch.equal(demo.generate(ids, attention_mask=mask, **settings), compressed)
+    mask[:, :20] = 0
+    assert torch.equal(demo.generate(ids, attention_mask=mask, **settings)[:, 120:], alone)
 
 
 def test_generate_under_a_press_goes_on_at_true_positions(demo, reading):

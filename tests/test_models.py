@@ -599,6 +599,56 @@ def test_a_damaged_file_is_named(tmp_path, file, content, message):
         load_model(str(folder))
 
 
+def changed_copy(folder: Path, **changes) -> Path:
+    shutil.copytree(demo_folder(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads=0; allowed is a whole number of at least 1"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers=-1; allowed"),
+        ({"max_position_embeddings": "2048"}, "max_position_embeddings='2048'; allowed"),
+        ({"max_position_embeddings": None}, "max_position_embeddings=None; allowed"),
+        ({"vocab_size": 8192.5}, "vocab_size=8192.5; allowed"),
+        ({"num_attention_heads": 3}, "hidden_size=256; allowed is a multiple of num_attention_heads=3"),
+        ({"hidden_act": "gellu"}, "hidden_act='gellu'; did you mean gelu .*allowed is one of"),
+        ({"rotary_pct": 1.5}, "rotary_pct=1.5; allowed is a number above 0 and up to 1"),
+        ({"rotary_pct": 0}, "rotary_pct=0; allowed"),
+        ({"rotary_pct": "half"}, "rotary_pct='half'; allowed"),
+        ({"head_dim": 32}, "head_dim=32: with hidden_size=256 and num_attention_heads=4 allowed is 64"),
+        ({"num_hidden_layers": 4}, r"no place for gpt_neox\.layers\.4\.\S+, .* and \d+ more"),
+    ],
+)
+def test_a_config_that_makes_no_model_or_a_part_of_one_is_refused(tmp_path, changes, message):
+    folder = changed_copy(tmp_path / "model", **changes)
+    with pytest.raises(ValueError, match=message):
+        load_model(str(folder))
+    if "num_hidden_layers" not in changes:
+        with pytest.raises(ValueError, match=message):
+            load_model(str(folder), weights="random")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 60000.0])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value):
+    """60,000 is, though its tensor's sum is beyond float16; a cast to float16 can make others infinite."""
+    folder = changed_copy(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    name = "gpt_neox.layers.3.attention.dense.bias"
+    tensors[name][5:9] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    if value == 60000:
+        assert load_model(str(folder), dtype="float16").weights == "pretrained"
+        tensors[name] = tensors[name].float() * 2
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        load_model(str(folder), dtype="float32")
+    with pytest.raises(ValueError, match=f"not all values are finite, in float16, of {name}$"):
+        load_model(str(folder), dtype="float16")
+
+
 def test_weights_of_another_shape_are_not_called_damaged(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(demo_folder(), folder)

@@ -12,7 +12,7 @@ import torch
 from conftest import hooks_of_presses, stock_and_ours, tiny_config
 from transformers import DynamicCache
 
-from kvneox_lib import check_press, continuation_nll, generate, make_press, press_names, teacher_forced_nll
+from kvneox_lib import check_press, continuation_nll, generate, load_model, make_press, press_names, teacher_forced_nll
 from kvneox_lib.measures.prefill import prefill, with_delimiter
 from kvneox_lib.measures.survivors import kept_counts, kept_positions
 from kvneox_lib.measures.verify import answer
@@ -304,6 +304,34 @@ def test_kvgrad_differentiates_though_the_caller_is_in_inference_mode(demo, read
     with torch.inference_mode():
         cache = prefill(demo, reading[:, :200], make_press("kvgrad", 0.5))
     assert kept_counts(cache).float().mean() == 100
+
+
+def kept_by(press, dtype: str, ids: torch.Tensor) -> torch.Tensor:
+    return kept_positions(load_model("demo", dtype=dtype, device="cpu").model, ids, press)
+
+
+@pytest.mark.parametrize("name", ["kvgrad", "kvzip", "pyramidkv", "expected_attention"])
+def test_half_precision_keeps_what_float32_keeps(reading, name):
+    """At ratio 0.5 chance would keep a half of it. The gradients and scores of kvpress' KVgrad overflow in float16."""
+    ids = reading[:, 9000:9600]
+    full = kept_by(make_press(name), "float32", ids)
+    for dtype in ("float16", "bfloat16"):
+        kept = kept_by(make_press(name), dtype, ids)
+        assert float((kept & full).sum() / full.sum()) > 0.95
+
+
+def test_kvgrad_is_that_of_kvpress_where_nothing_overflows(reading):
+    ids = reading[:, 9000:9600]  # two chunks, whose scores are compared
+    assert torch.equal(kept_by(make_press("kvgrad"), "float32", ids), kept_by(kvpress.KVgradPress(0.5), "float32", ids))
+    with pytest.raises(ValueError, match="dtype='float16': the gradients of kvpress' own KVgradPress overflow"):
+        kept_by(kvpress.KVgradPress(0.5), "float16", ids)
+
+
+def test_kvgrad_says_when_its_gradients_overflow_all_the_same(reading):
+    model = load_model("demo", dtype="float16", device="cpu").model
+    model.model.layers[-1].mlp.dense_4h_to_h.bias.data.fill_(torch.inf)
+    with pytest.raises(ValueError, match="dtype='float16': KVgrad's gradients"):
+        prefill(model, reading[:, 9000:9100], make_press("kvgrad"))
 
 
 def test_kvpress_no_longer_calls_the_model_untested(demo, reading, caplog):

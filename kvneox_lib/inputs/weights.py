@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, GPTNeoXConfig, PreTrainedTokenizerBase
+from transformers.activations import ACT2FN
 from transformers.initialization import no_init_weights
 
 from kvneox_lib.inputs import hub
@@ -300,12 +302,41 @@ def _read_config(folder: Path) -> GPTNeoXConfig:
     if not (folder / "config.json").is_file():
         raise ValueError(f"name={str(folder)!r}: the folder holds no config.json, so it is no model")
     try:
-        kind = dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))).get("model_type")
+        read = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"name={str(folder)!r}: its config.json is damaged ({error}). Fetch it again") from error
-    if kind != "gpt_neox":
-        raise ValueError(f"name={str(folder)!r}: its model_type is {kind!r}; allowed is 'gpt_neox'")
-    return GPTNeoXConfig.from_pretrained(folder)
+    if read.get("model_type") != "gpt_neox":
+        raise ValueError(f"name={str(folder)!r}: its model_type is {read.get('model_type')!r}; allowed is 'gpt_neox'")
+    for name in SIZES:  # before transformers divides by them
+        _check_size(folder, name, read.get(name, 1))
+    hidden, heads = read.get("hidden_size", 0), read.get("num_attention_heads", 1)
+    if hidden % heads:
+        allowed = f"a multiple of num_attention_heads={heads}"
+        raise ValueError(f"name={str(folder)!r}: its config.json has hidden_size={hidden}; allowed is {allowed}")
+    config = GPTNeoXConfig.from_pretrained(folder)
+    _check_config(folder, config)
+    return config
+
+
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+SIZES += ("max_position_embeddings",)
+
+
+def _check_size(folder: Path, name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        allowed = "a whole number of at least 1"
+        raise ValueError(f"name={str(folder)!r}: its config.json has {name}={value!r}; allowed is {allowed}")
+
+
+def _check_config(folder: Path, config: GPTNeoXConfig) -> None:
+    """What would fail deep in the model otherwise, or not at all."""
+    where = f"name={str(folder)!r}: its config.json has"
+    if config.hidden_act not in ACT2FN:
+        near = did_you_mean(config.hidden_act, ACT2FN)
+        raise ValueError(f"{where} hidden_act={config.hidden_act!r}; {near}allowed is one of {', '.join(ACT2FN)}")
+    share = (config.rope_parameters or {}).get("partial_rotary_factor")
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+        raise ValueError(f"{where} rotary_pct={share!r}; allowed is a number above 0 and up to 1")
 
 
 def _load_folder(target: Target, folder: Path, spread: bool, *, attn_implementation, dtype, device) -> LoadedModel:
@@ -330,11 +361,29 @@ def _load_folder(target: Target, folder: Path, spread: bool, *, attn_implementat
         raise ValueError(f"name={str(folder)!r}: its weights are damaged ({error}). Fetch them again") from error
     if report["missing_keys"]:  # transformers would leave these random
         raise ValueError(f"name={str(folder)!r}: its weights lack {', '.join(sorted(report['missing_keys']))}")
+    if report["unexpected_keys"]:  # a part of a model, which transformers would run without the rest
+        raise ValueError(f"name={str(folder)!r}: its config.json has no place for {_some(report['unexpected_keys'])}")
+    _check_finite(folder, model)
     tokenizer = _tokenizer(folder)
     bundled = folder == demo_folder()
     source = f"{target.repo}@{folder.name}" if target.repo else "kvneox_lib/demo" if bundled else str(folder)
     kind = "bundled" if bundled else "pretrained"
     return LoadedModel((model if spread else model.to(device)).eval(), tokenizer, target.name, kind, source)
+
+
+def _some(names: Iterable[str], most: int = 3) -> str:
+    names = sorted(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+@torch.no_grad()
+def _check_finite(folder: Path, model: KVNeoXForCausalLM) -> None:
+    """One reading of the weights: a sum takes part in whatever is not finite. Those kept elsewhere are on "meta"."""
+    held = [(name, tensor) for name, tensor in model.named_parameters() if tensor.device.type != "meta"]
+    wrong = [name for name, tensor in held if not tensor.sum(dtype=torch.float32).isfinite()]
+    if wrong:
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise ValueError(f"name={str(folder)!r}: not all values are finite, in {dtype}, of {_some(wrong)}")
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -12,7 +12,7 @@ from kvpress import BasePress
 from transformers import Cache, DynamicCache
 
 from kvneox_lib.neox.cache import CompactCache
-from kvneox_lib.neox.hooks import hooked, in_turn
+from kvneox_lib.neox.hooks import hooked, in_turn, refuse_attached
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
 from kvneox_lib.presses.applying import applied, check_context, check_press, readable_at_once
 from kvneox_lib.presses.facts import decoding_part, rerotates, rows_independent
@@ -58,6 +58,7 @@ def free_evicted(cache: CompactCache, press) -> None:
 def prefill_each(model: KVNeoXForCausalLM, input_ids: torch.Tensor, presses: list) -> list[CompactCache]:
     """`prefill` under each press. They share one pass where they act in hooks alone: a hook runs after the attention of
     its layer, so what it evicts changes nothing in the layers above, and all presses see the same keys."""
+    refuse_attached(model)
     for press in presses:
         check_press(press, model)
         check_context(press, input_ids.shape[1])

@@ -10,7 +10,7 @@ from tokenizers.decoders import DecodeStream
 from kvneox_lib.measures.decoding import Ends, choose
 from kvneox_lib.measures.perplexity import score
 from kvneox_lib.neox.checks import check_ids, check_int, check_temperature
-from kvneox_lib.neox.hooks import turn
+from kvneox_lib.neox.hooks import refuse_attached, turn
 from kvneox_lib.neox.kernels import linear_of_few_rows
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM, adapt, with_model
 from kvneox_lib.neox.ring import StreamingCache, check_settings
@@ -77,6 +77,8 @@ class StreamingDecoder:
         with decoder.register(model):
             model.generate(input_ids, max_new_tokens=10_000)
     """
+
+    stands_in = "a stream of its own"  # while it is registered; see `attached`
 
     def __init__(self, n_sink: int, window: int, rerotate: bool = True):
         check_settings(n_sink, window)
@@ -166,8 +168,9 @@ class StreamingDecoder:
             raise ValueError("this stream was interrupted while it read; reset() begins a new one")
         if self._unread is not None:
             input_ids = torch.cat([self._unread[:, None], input_ids], dim=1)
-        self._interrupted = True
         with turn(model):
+            refuse_attached(model, but=self)
+            self._interrupted = True
             for part in input_ids.split(TOKENS_AT_ONCE, dim=1):
                 hidden = _read(model, part, cache)[:, -1]
             self._unread, self._interrupted = None, False
@@ -210,6 +213,7 @@ class StreamingDecoder:
         self.remove()
 
     def _take_over(self, module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        refuse_attached(self._model, but=self)
         given = kwargs.get("past_key_values")
         if given is None or given is not self.cache:
             if given is not None and given.get_seq_length():

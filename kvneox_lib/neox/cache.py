@@ -16,7 +16,13 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from kvneox_lib.neox.checks import check_int
-from kvneox_lib.neox.modeling import evictions
+from kvneox_lib.neox.modeling import EvictionsFollow, evictions
+
+
+def check_rows(given: int, held: int) -> None:
+    """torch would copy a single row into all of them."""
+    if given != held:
+        raise ValueError(f"input_ids has {given} row(s), the cache holds {held}; go on with as many")
 
 
 class Room:
@@ -37,6 +43,11 @@ class Room:
 
     def append(self, new: torch.Tensor) -> torch.Tensor:
         length = self.length + new.shape[2]
+        if self.buffer is not None and self.buffer.shape[:2] != new.shape[:2]:
+            if self.length:
+                check_rows(len(new), len(self.buffer))
+            else:  # it was reset
+                self.buffer = None
         if self.buffer is None or length > self.buffer.shape[2]:
             old, outgrown = self.filled, self.buffer is not None
             self._allocate(new, length + max(self.headroom, length // 4 if outgrown else 0))
@@ -98,7 +109,7 @@ class CompactLayer(DynamicLayer):
         return torch.full(keys.shape[:2], keys.shape[2])
 
 
-class CompactCache(Cache):
+class CompactCache(EvictionsFollow, Cache):
     """A transformers Cache on CompactLayers. `headroom`: how many tokens follow, if that is known."""
 
     def __init__(self, headroom: int = 128):
@@ -177,6 +188,7 @@ class RaggedLayer(CacheLayerMixin):
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
         """Take in new keys and values and answer the queries, all (batch, heads, T, D)."""
         n, row = query.shape[2], self.row
+        check_rows(len(query), self.batch)
         self.logical += n
         new_keys = self.new_keys.append(key.flatten(0, 1)[None])[0].float()
         new_values = self.new_values.append(value.flatten(0, 1)[None])[0].float()

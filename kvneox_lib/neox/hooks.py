@@ -37,6 +37,52 @@ def in_turn(function: Callable) -> Callable:
     return taking_turns
 
 
+def attached(model: nn.Module) -> list:
+    """What acts on all that the model reads: presses, by a hook on an attention layer or in place of the decoder's
+    forward (KVzip), and a StreamingDecoder, by a hook before the decoder.
+
+    Told by what a hook belongs to: this room knows neither kvpress nor the decoder.
+    """
+    decoder = model.base_model
+    hooks = [hook for layer in decoder.layers for hook in layer.attention._forward_hooks.values()]
+    owners = [getattr(hook, "__self__", None) for hook in [*hooks, *decoder._forward_pre_hooks.values()]]
+    replaced = getattr(decoder.__dict__.get("forward"), "__func__", None)
+    owners += [cell.cell_contents for cell in getattr(replaced, "__closure__", None) or ()]
+    return list({id(owner): owner for owner in owners if is_press(owner) or hasattr(owner, "stands_in")}.values())
+
+
+def is_press(owner) -> bool:
+    return hasattr(owner, "compress") and hasattr(owner, "forward_hook")
+
+
+def refuse_attached(model: nn.Module, but=None) -> None:
+    """What is measured or generated under a press of its own must meet no other one; `but` may be there."""
+    for owner in attached(model):
+        name = type(owner).__name__
+        if owner is not but and is_press(owner):
+            raise ValueError(
+                f"{name} is applied to this model already and would compress what is read here, too. Leave its `with` "
+                "statement first, and give the press as an argument where there is one"
+            )
+        if owner is not but:
+            raise ValueError(
+                f"a {name} is registered on this model and would put {owner.stands_in} in the place of the cache. "
+                "remove() it first, or leave its `with` statement"
+            )
+
+
+def refuse_padding(model: nn.Module, attention_mask: torch.Tensor | None) -> None:
+    """A press scores and evicts padding as if it were text, and masks are lost with the entries that they are about."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        return
+    presses = [type(owner).__name__ for owner in attached(model) if is_press(owner)]
+    if presses and not attention_mask.all():
+        raise ValueError(
+            f"attention_mask marks padding, but {presses[0]} cannot tell padding from text, and after compression "
+            "nobody knows which entries were padding. Use prompts of equal length, or one by one"
+        )
+
+
 @contextmanager
 def hooked(modules: Iterable[nn.Module], hook: Callable, *, before: bool = False) -> Iterator[None]:
     """`hook(module, args, kwargs, output)` after each call of the modules; `hook(module, args, kwargs)` before it."""

@@ -9,6 +9,7 @@ the frequencies are padded with zeros, and from then on everything that kvpress 
 import copy
 import weakref
 from collections.abc import Callable
+from functools import cache as remembered
 from functools import wraps
 
 import torch
@@ -27,7 +28,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
 
-from kvneox_lib.neox.hooks import in_turn, turn
+from kvneox_lib.neox.hooks import in_turn, refuse_attached, refuse_padding, turn
 from kvneox_lib.neox.kernels import (
     attend_with_one_query,
     is_plain,
@@ -113,6 +114,59 @@ def evictions(cache: Cache) -> dict[int, tuple[torch.Tensor, ...] | None]:
     return cache.__dict__.setdefault("kvneox_evictions", {})
 
 
+class EvictionsFollow:
+    """For a Cache: what is done to its rows and its length is done to its evictions, too."""
+
+    def reorder_cache(self, beam_idx):
+        self._take_rows(lambda rows: rows[beam_idx.to(rows.device)])
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats):
+        self._take_rows(lambda rows: rows.repeat_interleave(repeats))
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices):
+        self._take_rows(lambda rows: rows[torch.as_tensor(indices).to(rows.device)])
+        super().batch_select_indices(indices)
+
+    def crop(self, max_length):
+        super().crop(max_length)
+        for layer, evicted in _acting(self):
+            left = evicted[2].to("cpu") < self.layers[layer].get_seq_length()
+            evictions(self)[layer] = tuple(part[left.to(part.device)] for part in evicted)
+
+    def reset(self):
+        super().reset()
+        evictions(self).clear()
+
+    def _take_rows(self, taken: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """taken: the rows that are there (batch,) to those that come in their places."""
+        for layer, (batch, head, position) in _acting(self):
+            rows = taken(torch.arange(len(self.layers[layer].keys), device=batch.device))
+            row, entry = (rows[:, None] == batch).nonzero(as_tuple=True)
+            evictions(self)[layer] = row, *(part[entry.to(part.device)] for part in (head, position))
+
+    def __reduce__(self):
+        """By the class that it had: one that is made while running cannot be found by name."""
+        return _rebuilt, (getattr(self, "kvneox_class", type(self)),), self.__dict__
+
+
+def _acting(cache: Cache) -> list[tuple[int, tuple[torch.Tensor, ...]]]:
+    return [(layer, tuple(evicted)) for layer, evicted in evictions(cache).items() if evicted is not None]
+
+
+@remembered
+def _following(kind: type[Cache]) -> type[Cache]:
+    """That kind of cache, taking its evictions along. Others make caches too, and hand them to us."""
+    if issubclass(kind, EvictionsFollow):
+        return kind
+    return type(kind.__name__, (EvictionsFollow, kind), {"kvneox_class": kind, "__doc__": kind.__doc__})
+
+
+def _rebuilt(kind: type[Cache]) -> Cache:
+    return Cache.__new__(_following(kind))
+
+
 class KVNeoXAttention(GPTNeoXAttention):
     """NeoX attention under the names that kvpress reads; its cache holds keys in half-split order."""
 
@@ -142,6 +196,8 @@ class KVNeoXAttention(GPTNeoXAttention):
         self._last_written = indices
         cache = self._last_cache and self._last_cache()
         if cache is not None:
+            if indices is not None:
+                cache.__class__ = _following(type(cache))
             evictions(cache)[self.layer_idx] = indices
 
     def __getstate__(self):
@@ -265,6 +321,8 @@ class KVNeoXPreTrainedModel(GPTNeoXPreTrainedModel):
     @in_turn
     def __call__(self, *args, **kwargs):
         """In a turn, lest a press of another thread act on this pass. Not in `forward`, which a press may replace."""
+        if not torch.compiler.is_compiling():
+            refuse_padding(self, kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
         return super().__call__(*args, **kwargs)
 
     def _flash_attn_2_can_dispatch(self, is_init_check: bool = False) -> bool:
@@ -411,11 +469,13 @@ def adapt(model: nn.Module) -> KVNeoXForCausalLM:
 
 
 def with_model(function: Callable) -> Callable:
-    """`function(model, ...)` for any GPT-NeoX causal LM: adapted on the way in, and in a turn of the model's."""
+    """`function(model, ...)` for any GPT-NeoX causal LM: adapted on the way in, and in a turn of the model's, with
+    nothing attached that would act on what is read."""
 
     @wraps(function)
     def on_adapted(model, *args, **kwargs):
         with turn(adapt(model)):
+            refuse_attached(model)
             return function(model, *args, **kwargs)
 
     return on_adapted
@@ -424,6 +484,13 @@ def with_model(function: Callable) -> Callable:
 def _see_as_llama(model: nn.Module) -> nn.Module:
     decoder, config = model.base_model, model.config
     head_dim, share = config.hidden_size // config.num_attention_heads, config.rope_parameters["partial_rotary_factor"]
+    if getattr(config, "head_dim", None) not in (None, head_dim):
+        raise ValueError(
+            f"head_dim={config.head_dim!r}: with hidden_size={config.hidden_size} and num_attention_heads="
+            f"{config.num_attention_heads} allowed is {head_dim}, that of the stock attention"
+        )
+    if not 0 < share <= 1:
+        raise ValueError(f"rotary_pct={share!r}: allowed is a number above 0 and up to 1")
     if head_dim % 2 or int(head_dim * share) % 2:
         raise ValueError(f"head_dim={head_dim}, {int(head_dim * share)} of it rotary: allowed are even numbers")
     for module in list(model.modules()):

@@ -1,15 +1,15 @@
 """Using a press: refused before any work where the model cannot serve it, and leaving nothing behind."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import kvpress
 import torch
 from kvpress import BasePress
 
-from kvneox_lib.neox.hooks import turn
+from kvneox_lib.neox.hooks import refuse_attached, turn
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
-from kvneox_lib.presses.facts import attention_needed, not_scored, rows_independent
+from kvneox_lib.presses.facts import attention_needed, not_scored, parts_of, rows_independent
 
 
 def check_press(press: BasePress | None, model: KVNeoXForCausalLM) -> None:
@@ -23,6 +23,11 @@ def check_press(press: BasePress | None, model: KVNeoXForCausalLM) -> None:
         raise ValueError(
             f"attn_implementation={has!r} cannot serve {type(press).__name__}: {reason[needed]}. "
             f"Load the model with attn_implementation={needed!r}."
+        )
+    if model.dtype == torch.float16 and any(type(part) is kvpress.KVgradPress for part in parts_of(press)):
+        raise ValueError(
+            "dtype='float16': the gradients of kvpress' own KVgradPress overflow, and what it keeps is left to chance. "
+            "make_press('kvgrad') scales them; or load the model with dtype='bfloat16'"
         )
     layers = model.config.num_hidden_layers
     if isinstance(press, kvpress.PerLayerCompressionPress) and len(press.compression_ratios) != layers:
@@ -61,22 +66,24 @@ def attention(model: KVNeoXForCausalLM, implementation: str) -> Iterator[KVNeoXF
 def applied(press: BasePress | None, model: KVNeoXForCausalLM):
     """`with press(model)` in a turn of the model's, checked before and leaving nothing behind when something raises."""
     with turn(model):
+        refuse_attached(model)
         if press is None:
             yield
             return
         check_press(press, model)
-        with _left_as_found(press, model):
+        with left_as_found(press(model), model):
             yield
 
 
 @contextmanager
-def _left_as_found(press: BasePress, model: KVNeoXForCausalLM):
+def left_as_found(context: AbstractContextManager, model: KVNeoXForCausalLM):
+    """`context`, a press' own; when something fails in it, that is what is told, and nothing stays attached."""
     implementation = model.config._attn_implementation
     forward = model.model.__dict__.get("forward")  # accelerate's wrapper, or none
     hooks = [set(layer.self_attn._forward_hooks) for layer in model.model.layers]
     failure = None
     try:
-        with press(model):
+        with context:
             try:
                 yield
             except BaseException as error:

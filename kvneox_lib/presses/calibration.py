@@ -8,6 +8,7 @@ kept in a cache folder, keyed by the weights; all are in the dimension order of 
 import ast
 import hashlib
 import importlib.util
+import warnings
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save
 from transformers import AutoTokenizer
 
 from kvneox_lib.inputs.files import cache_folder, write_atomically
-from kvneox_lib.neox.hooks import hooked
+from kvneox_lib.neox.hooks import hooked, refuse_attached
 
 DOCSTRINGS_OF = (
     "argparse asyncio.streams datetime decimal difflib inspect logging optparse subprocess tarfile turtle typing"
@@ -47,10 +48,15 @@ def query_statistics(model) -> QueryStatistics:
         return QueryStatistics(**load_file(path))
     except (OSError, SafetensorError, TypeError):
         pass  # not there, or damaged
+    refuse_attached(model)  # what is kept must be of the model alone
     with torch.inference_mode(False), torch.no_grad():
         statistics = _measure(model, _calibration_windows(model))
     tensors = {f.name: getattr(statistics, f.name).contiguous() for f in fields(statistics)}
-    write_atomically(path, lambda file: file.write(save(tensors)))
+    try:
+        write_atomically(path, lambda file: file.write(save(tensors)))
+    except OSError as error:  # a cache that cannot be written costs time, not the run
+        said = f"query statistics are not cached: {error}; set KVNEOX_CACHE to a folder that can be written"
+        warnings.warn(said, stacklevel=2)
     return statistics
 
 

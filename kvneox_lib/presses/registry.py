@@ -5,15 +5,62 @@ that make it act on contexts of a thousand tokens, which kvpress' own don't alwa
 """
 
 import inspect
+import math
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import kvpress as K
 from kvpress import BasePress
 
+from kvneox_lib.presses.applying import left_as_found
 from kvneox_lib.presses.calibration import CalibratedDuoAttention, CalibratedExpectedAttention, CalibratedQFilter
 
 
-class UnstructuredKVCompose(K.KVComposePress):
+class TidyKVCompose(K.KVComposePress):
+    """KVCompose that says what went wrong. kvpress' goes on to compress what was never read, hides the true error behind
+    one of its own, and leaves the model on eager attention."""
+
+    @contextmanager
+    def __call__(self, model):
+        with left_as_found(super().__call__(model), model):
+            yield
+
+
+class ScaledKVgrad(K.KVgradPress):
+    """KVgrad that can be used in float16, where its gradients and scores overflow and what it keeps is left to chance.
+
+    Gradients are those of an objective in another unit, a power of four, so that dividing and multiplying by it are
+    exact; scores are kept in float32 and in kvpress' unit, as those of several chunks are compared.
+    """
+
+    def prepare(self, model, tokenizer, *args):
+        chunks = super().prepare(model, tokenizer, *args)
+        self.score_val = self.score_val.float()
+        return chunks
+
+    def _register_gradient_hooks(self, model, cache, captures):
+        def change_unit(module, args, output):
+            hidden = captures["hidden_states"].float()
+            largest = float(hidden.detach().abs().max())
+            captures["unit"] = 4.0 ** math.ceil(math.log(largest, 4)) if 0 < largest < math.inf else 1.0
+            captures["hidden_states"] = hidden / captures["unit"] ** 0.5
+
+        hooks = super()._register_gradient_hooks(model, cache, captures)
+        return [*hooks, model.model.layers[-1].register_forward_hook(change_unit)]
+
+    def _update_scores(self, model, cache, layer_idx, captures):
+        captures["attn_weights"][layer_idx] = captures["attn_weights"][layer_idx].float()
+        super()._update_scores(model, cache, layer_idx, captures)
+        scores = self.score_val[layer_idx][..., self.start_idx : self.end_idx]
+        scores *= captures["unit"]
+        if not scores.isfinite().all():
+            raise ValueError(
+                f"dtype={str(model.dtype).removeprefix('torch.')!r}: KVgrad's gradients through this model overflow. Load "
+                "it with dtype='bfloat16' or 'float32'"
+            )
+
+
+class UnstructuredKVCompose(TidyKVCompose):
     """KVCompose that evicts per head. kvpress scores by replaying the context, and leaves the replay in the cache."""
 
     def compress_unstructured(self, model):
@@ -150,8 +197,8 @@ ROWS = [
     PressRow("simlayerkv", (K.SimLayerKVPress,), "arXiv:2410.13846", "“懒惰”的层只留开头与最近", {"lazy_threshold": 0.5, "n_recent": 256}, strength="lazy_threshold"),
     PressRow("finch", (K.FinchPress,), "arXiv:2408.00167", "按上下文之后的问题打分，键重新旋转到连续位置"),
     PressRow("kvzip", (K.KVzipPress,), "arXiv:2505.23416", "让模型复述上下文，按复述时的注意力打分"),
-    PressRow("kvgrad", (K.KVgradPress,), "openreview:cg1wTCJjjk", "KVzip 打分，再以梯度衡量影响"),
-    PressRow("kvcompose", (K.KVComposePress,), "arXiv:2509.05165", "各头各自排序后拼成复合条目，各层长度不同"),
+    PressRow("kvgrad", (ScaledKVgrad,), "openreview:cg1wTCJjjk", "KVzip 打分，再以梯度衡量影响"),
+    PressRow("kvcompose", (TidyKVCompose,), "arXiv:2509.05165", "各头各自排序后拼成复合条目，各层长度不同"),
     PressRow("kvcompose_unstructured", (UnstructuredKVCompose,), "arXiv:2509.05165", "同上，但逐头淘汰", {"structured": False}),
     PressRow("adakv_expected_attention", (K.AdaKVPress, K.ExpectedAttentionPress), "arXiv:2407.11550", "逐头预算（期望注意力打分）"),
     PressRow("criticalkv_expected_attention", (K.CriticalKVPress, K.ExpectedAttentionPress), "arXiv:2502.03805", "期望注意力乘以输出投影范数", {"use_vnorm": False}),
