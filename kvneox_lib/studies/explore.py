@@ -8,24 +8,8 @@ from typing import Annotated
 from kvneox_lib.inputs.text import Text
 from kvneox_lib.inputs.weights import LoadedModel
 from kvneox_lib.measures.explore import Exploration, Reading, excerpt, explore
-from kvneox_lib.studies.arguments import (
-    Attention,
-    Count,
-    Dataset,
-    Device,
-    Dtype,
-    Folder,
-    Index,
-    Model,
-    OutputDir,
-    Press,
-    QualityWeights,
-    Ratio,
-    Share,
-    Split,
-    Subset,
-    whole,
-)
+from kvneox_lib.studies import arguments as may_be
+from kvneox_lib.studies.arguments import whole
 from kvneox_lib.studies.plan import Planned, at_ratios, fitting_context
 from kvneox_lib.studies.provenance import provenance
 from kvneox_lib.studies.runs import Runs
@@ -48,23 +32,23 @@ def plan(asked: dict, trained: int | None) -> list[Planned]:
 
 def record_exploration(
     *,
-    model: Model = "pythia-70m",
-    weights: QualityWeights = "auto",
-    dataset: Dataset = "wikitext",
-    subset: Subset | None = "wikitext-103-v1",
-    split: Split = "test",
-    sample_idx: Index | None = 0,
-    data_dir: Folder | None = None,
-    press: Press = "snapkv",
-    compression_ratio: Ratio = 0.75,
-    position: Share = 0.5,
-    context_length: Count = 512,
+    model: may_be.Model = "pythia-70m",
+    weights: may_be.QualityWeights = "auto",
+    dataset: may_be.Dataset = "wikitext",
+    subset: may_be.Subset | None = "wikitext-103-v1",
+    split: may_be.Split = "test",
+    sample_idx: may_be.Index | None = 0,
+    data_dir: may_be.Folder | None = None,
+    press: may_be.Press = "snapkv",
+    compression_ratio: may_be.Ratio = 0.75,
+    position: may_be.Share = 0.5,
+    context_length: may_be.Count = 512,
     continuation_length: Continuation = 64,
-    attn_implementation: Attention = "auto",
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    seed: Index = 0,
-    output_dir: OutputDir = "results/explore",
+    attn_implementation: may_be.Attention = "auto",
+    dtype: may_be.Dtype = "auto",
+    device: may_be.Device = "auto",
+    seed: may_be.Index = 0,
+    output_dir: may_be.OutputDir = "results/explore",
 ) -> Explored:
     """`explore`, always anew, with its figures in a record. They are of a single piece of text, timed once."""
     runs = Runs(record_exploration, plan, locals())

@@ -14,23 +14,7 @@ from tqdm.auto import tqdm
 from kvneox_lib.inputs.windows import Windows, windows
 from kvneox_lib.measures.perplexity import by_distance, score_each, summarize, teacher_forced_nll
 from kvneox_lib.presses.by_name import expand_presses
-from kvneox_lib.studies.arguments import (
-    Attention,
-    Count,
-    Dataset,
-    Device,
-    Dtype,
-    Folder,
-    Index,
-    Model,
-    OutputDir,
-    Overwrite,
-    Presses,
-    QualityWeights,
-    Ratios,
-    Split,
-    Subset,
-)
+from kvneox_lib.studies import arguments as may_be
 from kvneox_lib.studies.plan import Planned, at_ratios, fitting_context
 from kvneox_lib.studies.provenance import provenance
 from kvneox_lib.studies.runs import Runs, Study, head_table
@@ -45,27 +29,27 @@ def plan(asked: dict, trained: int | None) -> list[Planned]:
 
 def measure_perplexity(
     *,
-    model: Model = "pythia-70m",
-    weights: QualityWeights = "auto",
-    dataset: Dataset = "wikitext",
-    subset: Subset | None = "wikitext-103-v1",
-    split: Split = "test",
-    sample_idx: Index | None = None,
-    data_dir: Folder | None = None,
-    press: Presses = "snapkv",
-    compression_ratio: Ratios = (0.25, 0.5, 0.75, 0.9),
-    context_length: Count = 1024,
-    continuation_length: Count = 256,
-    context_limit: Count | None = None,
-    max_windows: Count | None = 16,
-    control_windows: Count = 4,
-    batch_size: Count = 4,
-    attn_implementation: Attention = "auto",
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    seed: Index = 0,
-    output_dir: OutputDir = "results/wikitext_ppl",
-    overwrite: Overwrite = False,
+    model: may_be.Model = "pythia-70m",
+    weights: may_be.QualityWeights = "auto",
+    dataset: may_be.Dataset = "wikitext",
+    subset: may_be.Subset | None = "wikitext-103-v1",
+    split: may_be.Split = "test",
+    sample_idx: may_be.Index | None = None,
+    data_dir: may_be.Folder | None = None,
+    press: may_be.Presses = "snapkv",
+    compression_ratio: may_be.Ratios = (0.25, 0.5, 0.75, 0.9),
+    context_length: may_be.Count = 1024,
+    continuation_length: may_be.Count = 256,
+    context_limit: may_be.Count | None = None,
+    max_windows: may_be.Count | None = 16,
+    control_windows: may_be.Count = 4,
+    batch_size: may_be.Count = 4,
+    attn_implementation: may_be.Attention = "auto",
+    dtype: may_be.Dtype = "auto",
+    device: may_be.Device = "auto",
+    seed: may_be.Index = 0,
+    output_dir: may_be.OutputDir = "results/wikitext_ppl",
+    overwrite: may_be.Overwrite = False,
 ) -> Study:
     """Perplexity of the continuation of each window after its context was compressed, beside the teacher-forced control
     on the first `control_windows` windows. `no_press` is always measured too: differences are to it, window by window.

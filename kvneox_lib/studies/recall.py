@@ -15,25 +15,7 @@ from kvneox_lib.measures.recall import RecallResult, ask_each, copy_attention
 from kvneox_lib.presses.by_name import expand_presses, make_press, press_row
 from kvneox_lib.presses.facts import decoding_part
 from kvneox_lib.presses.registry import RATIO_PER_LAYER
-from kvneox_lib.studies.arguments import (
-    Attention,
-    Count,
-    Dataset,
-    Device,
-    Dtype,
-    Folder,
-    Index,
-    Model,
-    OutputDir,
-    Overwrite,
-    Presses,
-    QualityWeights,
-    Ratios,
-    Shares,
-    Split,
-    Subset,
-    YesesAndNoes,
-)
+from kvneox_lib.studies import arguments as may_be
 from kvneox_lib.studies.plan import Planned, as_list, at_ratios, fitting_context
 from kvneox_lib.studies.provenance import provenance
 from kvneox_lib.studies.runs import Runs, Study, head_table
@@ -63,27 +45,27 @@ def asleep_while_asked(presses: list[str]) -> list[str]:
 
 def measure_recall(
     *,
-    model: Model = "pythia-70m",
-    weights: QualityWeights = "auto",
-    dataset: Dataset = "wikitext",
-    subset: Subset | None = "wikitext-103-v1",
-    split: Split = "test",
-    sample_idx: Index | None = None,
-    data_dir: Folder | None = None,
-    press: Presses = ("random", "streaming_llm", "snapkv", "keydiff"),
-    compression_ratio: Ratios = (0.25, 0.5, 0.75, 0.9),
-    query_aware: YesesAndNoes = False,
-    n_keys: Count = 20,
-    keys_per_context: Count = 5,
-    depths: Shares | None = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95),
-    context_length: Count = 1024,
-    context_limit: Count | None = None,
-    attn_implementation: Attention = "auto",
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    seed: Index = 0,
-    output_dir: OutputDir = "results/recall",
-    overwrite: Overwrite = False,
+    model: may_be.Model = "pythia-70m",
+    weights: may_be.QualityWeights = "auto",
+    dataset: may_be.Dataset = "wikitext",
+    subset: may_be.Subset | None = "wikitext-103-v1",
+    split: may_be.Split = "test",
+    sample_idx: may_be.Index | None = None,
+    data_dir: may_be.Folder | None = None,
+    press: may_be.Presses = ("random", "streaming_llm", "snapkv", "keydiff"),
+    compression_ratio: may_be.Ratios = (0.25, 0.5, 0.75, 0.9),
+    query_aware: may_be.YesesAndNoes = False,
+    n_keys: may_be.Count = 20,
+    keys_per_context: may_be.Count = 5,
+    depths: may_be.Shares | None = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95),
+    context_length: may_be.Count = 1024,
+    context_limit: may_be.Count | None = None,
+    attn_implementation: may_be.Attention = "auto",
+    dtype: may_be.Dtype = "auto",
+    device: may_be.Device = "auto",
+    seed: may_be.Index = 0,
+    output_dir: may_be.OutputDir = "results/recall",
+    overwrite: may_be.Overwrite = False,
 ) -> Study:
     """Recall of passkeys hidden in the text, by press, ratio, depth, and whether the press saw the question.
 

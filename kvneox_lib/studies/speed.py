@@ -19,21 +19,7 @@ from kvneox_lib.measures.speed import (
     weight_bytes,
 )
 from kvneox_lib.presses.by_name import expand_presses
-from kvneox_lib.studies.arguments import (
-    Attention,
-    Count,
-    Counts,
-    Device,
-    Dtype,
-    Index,
-    Model,
-    OutputDir,
-    Overwrite,
-    Presses,
-    Ratios,
-    Weights,
-    YesOrNo,
-)
+from kvneox_lib.studies import arguments as may_be
 from kvneox_lib.studies.plan import Planned, as_list, at_ratios
 from kvneox_lib.studies.provenance import provenance
 from kvneox_lib.studies.runs import Runs, Study
@@ -67,22 +53,22 @@ def _cell(run: Planned) -> tuple[int, int]:
 
 def measure_speed(
     *,
-    model: Model = "pythia-70m",
-    weights: Weights = "auto",
-    press: Presses = "snapkv",
-    compression_ratio: Ratios = 0.75,
-    context_lengths: Counts = (512, 2048),
-    batch_sizes: Counts = (1, 4),
-    max_new_tokens: Count = 200,
-    min_new_tokens: Count | None = None,
-    decode_only: YesOrNo = False,
-    repeats: Count = 3,
-    attn_implementation: Attention = "auto",
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    seed: Index = 0,
-    output_dir: OutputDir = "results/speed",
-    overwrite: Overwrite = False,
+    model: may_be.Model = "pythia-70m",
+    weights: may_be.Weights = "auto",
+    press: may_be.Presses = "snapkv",
+    compression_ratio: may_be.Ratios = 0.75,
+    context_lengths: may_be.Counts = (512, 2048),
+    batch_sizes: may_be.Counts = (1, 4),
+    max_new_tokens: may_be.Count = 200,
+    min_new_tokens: may_be.Count | None = None,
+    decode_only: may_be.YesOrNo = False,
+    repeats: may_be.Count = 3,
+    attn_implementation: may_be.Attention = "auto",
+    dtype: may_be.Dtype = "auto",
+    device: may_be.Device = "auto",
+    seed: may_be.Index = 0,
+    output_dir: may_be.OutputDir = "results/speed",
+    overwrite: may_be.Overwrite = False,
 ) -> Study:
     """Time and memory of prefill and decoding: each press at each ratio in ours and in kvpress' loop, no compression in
     ours and in transformers' own, for each context length and batch size.

@@ -22,24 +22,8 @@ from kvneox_lib.measures.streaming import StreamingDecoder, recomputed_nll, stre
 from kvneox_lib.neox.cache import CompactCache
 from kvneox_lib.neox.checks import check_int
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
-from kvneox_lib.studies.arguments import (
-    Attention,
-    Count,
-    Dataset,
-    Device,
-    Dtype,
-    Folder,
-    Index,
-    Model,
-    OutputDir,
-    Overwrite,
-    QualityWeights,
-    Split,
-    Subset,
-    YesOrNo,
-    one_of,
-    whole,
-)
+from kvneox_lib.studies import arguments as may_be
+from kvneox_lib.studies.arguments import one_of, whole
 from kvneox_lib.studies.plan import Planned, as_list
 from kvneox_lib.studies.provenance import provenance
 from kvneox_lib.studies.runs import Runs, Study
@@ -93,29 +77,29 @@ def plan(asked: dict, trained: int | None) -> list[Planned]:
 
 def measure_streaming(
     *,
-    model: Model = "pythia-70m",
-    weights: QualityWeights = "auto",
-    dataset: Dataset = "pg19",
-    subset: Subset | None = "wikitext-103-v1",
-    split: Split = "test",
-    sample_idx: Index | None = 0,
-    data_dir: Folder | None = None,
+    model: may_be.Model = "pythia-70m",
+    weights: may_be.QualityWeights = "auto",
+    dataset: may_be.Dataset = "pg19",
+    subset: may_be.Subset | None = "wikitext-103-v1",
+    split: may_be.Split = "test",
+    sample_idx: may_be.Index | None = 0,
+    data_dir: may_be.Folder | None = None,
     methods: Methods = METHODS,
-    n_sink: Index = 4,
-    window: Count = 1020,
-    rerotate: YesOrNo = True,
+    n_sink: may_be.Index = 4,
+    window: may_be.Count = 1020,
+    rerotate: may_be.YesOrNo = True,
     max_tokens: Tokens | None = 12288,
     dense_limit: Tokens = 8192,
-    recompute_samples: Count = 256,
+    recompute_samples: may_be.Count = 256,
     ablation_sinks: Sinks = (0, 1, 2, 4, 8),
     ablation_sizes: Sizes = (128, 256, 512, 1024),
-    sample_tokens: Index = 2000,
-    attn_implementation: Attention = "auto",
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    seed: Index = 0,
-    output_dir: OutputDir = "results/streaming",
-    overwrite: Overwrite = False,
+    sample_tokens: may_be.Index = 2000,
+    attn_implementation: may_be.Attention = "auto",
+    dtype: may_be.Dtype = "auto",
+    device: may_be.Device = "auto",
+    seed: may_be.Index = 0,
+    output_dir: may_be.OutputDir = "results/streaming",
+    overwrite: may_be.Overwrite = False,
 ) -> Study:
     """nll along the first `max_tokens` of one document (None: all of it), time and bytes of a token, and a sample of
     generated text with and without sinks.
