@@ -33,8 +33,7 @@ demo: $(STAMP) ## run every notebook on what is in the box (params/demo.yaml), t
 
 reference: $(STAMP) ## run the study at full size into results/reference (hours, resumable; KVNEOX_TEXTS=<folder>)
 	$(BIN)/python tools/pack.py --unpack results/reference
-	$(SWEEP) params/reference.yaml
-	$(BIN)/python tools/pack.py results/reference
+	$(SWEEP) params/reference.yaml; done=$$?; $(BIN)/python tools/pack.py results/reference; exit $$done
 
 test: $(STAMP) ## run all tests, the slow ones too
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile

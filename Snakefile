@@ -4,8 +4,8 @@ A run is one notebook under papermill; its outputs are the records that it write
 skipped when they are there. It is done again when its parameters change, since its records are then called otherwise,
 and when the code changes that makes its figures, which the digest among `params` tells. Snakemake removes the outputs
 before it does a run again: so the notebook, which keeps records whose parameters are equal, finds none and measures
-anew, and nothing has to say `overwrite`. It removes them after a failure, too: what was half done is done again with
-the run. Records that came with the checkout have no history here, so they are taken as they are.
+anew, and nothing has to say `overwrite`. It removes them after a failure, too, unless all of
+them are there: what was half done is done again with the run. Records that came with the checkout have no history here, so they are taken as they are.
 """
 
 import json

@@ -24,7 +24,7 @@ def explored(tmp_path_factory):
 def smaller(loaded):
     """The demo model's shape with two layers of two heads."""
     config = copy.deepcopy(loaded.model.config)
-    config.num_hidden_layers, config.num_attention_heads = 2, 2
+    config.num_hidden_layers, config.num_attention_heads, config.head_dim = 2, 2, config.hidden_size // 2
     model = KVNeoXForCausalLM(config).eval()
     return dataclasses.replace(loaded, model=model, name="smaller")
 

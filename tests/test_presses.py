@@ -310,10 +310,10 @@ def kept_by(press, dtype: str, ids: torch.Tensor) -> torch.Tensor:
     return kept_positions(load_model("demo", dtype=dtype, device="cpu").model, ids, press)
 
 
-@pytest.mark.parametrize("name", ["kvgrad", "kvzip", "pyramidkv", "expected_attention"])
+@pytest.mark.parametrize("name", ["kvgrad", "pyramidkv"])
 def test_half_precision_keeps_what_float32_keeps(reading, name):
     """At ratio 0.5 chance would keep a half of it. The gradients and scores of kvpress' KVgrad overflow in float16."""
-    ids = reading[:, 9000:9600]
+    ids = reading[:, 9000:9300]
     full = kept_by(make_press(name), "float32", ids)
     for dtype in ("float16", "bfloat16"):
         kept = kept_by(make_press(name), dtype, ids)

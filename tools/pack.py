@@ -10,6 +10,7 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path, help="holds a folder, or a packed file, for each study")
     parser.add_argument("--unpack", action="store_true")
     arguments = parser.parse_args()
-    names = {path.name.split(".")[0] for path in arguments.folder.iterdir() if path.suffix in ("", ".csv")}
+    found = [path for path in arguments.folder.iterdir() if not path.name.startswith(".")]
+    names = {path.name.split(".")[0] for path in found if path.is_dir() or path.suffix == ".csv"}
     for name in sorted(names):
         (unpack if arguments.unpack else pack)(arguments.folder / name)

@@ -47,7 +47,7 @@ def markdown(rows: list[list[str]], *, head: list[str]) -> str:
 
 
 def missing(study: str) -> str:
-    return f"（`results/reference/{study}` 里还没有记录。）"
+    return f"（`results/reference/{study}.csv` 里还没有记录。）"
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
-READ_WHOLE = 2**28  # bytes; of a larger file that many are read, in blocks spread evenly over it
+READ_WHOLE = 2**26  # bytes; of a larger file that many are read, in blocks spread evenly over it
 BLOCK = 2**20
 LEFT_BEHIND = 3600  # seconds after which nobody is still writing a file
 

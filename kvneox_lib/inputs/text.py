@@ -28,6 +28,7 @@ HUB = {
     "pg19": ("emozilla/pg19", "data/{split}-*.parquet"),
 }
 FOLDER_NAMES = {"gutenberg-pre1919": "Gutenberg (pre-1919)"}  # folders whose own name says too little
+PYTHON_DOCS = "pydoc_data.topics"
 SUFFIXES = (".parquet", ".jsonl", ".txt", ".md")
 
 
@@ -93,7 +94,7 @@ def _python_docs() -> Text:
 
     name = f"python-docs {platform.python_version()}"
     book = "\n\n".join(topics[topic].strip("\n") for topic in sorted(topics))
-    return Text([book], ["The Python Language Reference"], name, "pydoc_data.topics")
+    return Text([book], ["The Python Language Reference"], name, PYTHON_DOCS)
 
 
 # ---- local files ----------------------------------------------------------------------------------------------------
@@ -116,8 +117,9 @@ def _name(path: Path) -> str:
 
 
 def digest_of_text(path: Path) -> str:
-    """Of all that could be read there, in whatever split."""
-    return digest_of_files(_files_at(path))
+    """Of all that could be read there, in whatever split; of a folder with those in it that a data_dir may have."""
+    folders = [inner for name in ("data", *WIKITEXT_SUBSETS) if (inner := path / name).is_dir()]
+    return digest_of_files(file for place in (path, *folders) for file in _files_at(place))
 
 
 def _files_at(path: Path) -> list[Path]:

@@ -4,6 +4,7 @@ One idea: every way ends in a local folder, which is loaded without any network.
 found, `LoadedModel.weights` says which values the model holds, so that no figure is ever told of other weights.
 """
 
+import hashlib
 import importlib.resources
 import json
 import os
@@ -46,6 +47,8 @@ PYTHIA_NAMES = [*PYTHIA, *(f"{name}-deduped" for name in PYTHIA)]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 
+SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")
+SHAPE += ("max_position_embeddings", "use_parallel_residual", "attention_bias", "rope_parameters")
 SMALL_FILES = ["config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json"]
 
 
@@ -60,17 +63,15 @@ class LoadedModel:
     source: str  # repo@commit, a folder, or how the weights were made
 
     @property
-    def weights_id(self) -> str | None:
-        """Tells these weights from others: the hub's commit, or a digest of the files. None for random ones, which
-        shape and seed tell."""
+    def weights_id(self) -> str:
+        """Tells this model from others: the hub's commit, or a digest of the files. Random weights follow from the
+        shape and the seed, which is a parameter of its own."""
         if self.weights == "random":
-            return None
-        commit = re.fullmatch(r"[^@]+/[^@]+@([0-9a-f]{16})[0-9a-f]*", self.source)
-        return (
-            commit[1]
-            if commit
-            else digest_of_weights(demo_folder() if self.weights == "bundled" else Path(self.source))
-        )
+            shape = {name: getattr(self.model.config, name) for name in SHAPE}
+            return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
+        if commit := re.fullmatch(r"[^@]+/[^@]+@([0-9a-f]{16})[0-9a-f]*", self.source):
+            return commit[1]
+        return digest_of_weights(demo_folder() if self.weights == "bundled" else Path(self.source))
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,10 @@ def load_model(
 
 
 def digest_of_weights(folder: Path) -> str:
-    return digest_of_files(folder / name for name in _weight_files(_names(folder)))
+    """Of all that a figure depends on: the same weights under another config, or tokenizer, are another model."""
+    names = _names(folder)
+    wanted = [*_weight_files(names), *(name for name in ("config.json", "tokenizer.json") if name in names)]
+    return digest_of_files(folder / name for name in wanted)
 
 
 def demo_folder() -> Path:
@@ -221,7 +225,7 @@ def _announce(asked: str, loaded: LoadedModel, error: ConnectionError):
 
 def fetch(repo: str, revision: str | None = None) -> Path:
     """The folder that holds all of `repo`: the cached one without any request, else downloaded into the cache."""
-    folder = _cached(repo, revision)
+    folder = cached_folder(repo, revision)
     if folder is not None and _weight_files(_names(folder)) and (folder / "tokenizer.json").is_file():
         return folder
     if reason := hub.out_of_reach():
@@ -248,7 +252,7 @@ def fetch(repo: str, revision: str | None = None) -> Path:
         raise _no_connection(repo, f"the transfer from {endpoint} broke ({reason})") from error
 
 
-def _cached(repo: str, revision: str | None) -> Path | None:
+def cached_folder(repo: str, revision: str | None = None) -> Path | None:
     """The cached folder of that revision with at least its config.json, whoever put it there."""
     try:
         folder = snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=["config.json"])
@@ -274,7 +278,7 @@ def _download(repo: str, revision: str | None, endpoint: str) -> Path:
         raise ValueError(f"name={repo!r}: the repo holds no complete weights, only {', '.join(sorted(names))}")
     get = partial(snapshot_download, repo, endpoint=endpoint, etag_timeout=hub.ANSWER_SECONDS)
     folder = Path(get(revision=revision, allow_patterns=SMALL_FILES))
-    _read_config(folder)
+    read_config(folder)
     get(revision=folder.name, allow_patterns=weights)  # that very commit
     return folder
 
@@ -298,7 +302,7 @@ def _names(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir() if file.is_file())
 
 
-def _read_config(folder: Path) -> GPTNeoXConfig:
+def read_config(folder: Path) -> GPTNeoXConfig:
     if not (folder / "config.json").is_file():
         raise ValueError(f"name={str(folder)!r}: the folder holds no config.json, so it is no model")
     try:
@@ -340,7 +344,7 @@ def _check_config(folder: Path, config: GPTNeoXConfig) -> None:
 
 
 def _load_folder(target: Target, folder: Path, spread: bool, *, attn_implementation, dtype, device) -> LoadedModel:
-    _read_config(folder)
+    read_config(folder)
     weights = _weight_files(_names(folder))
     if not weights or not (folder / "tokenizer.json").is_file():
         missing = "tokenizer.json" if weights else "complete weights (model.safetensors, or pytorch_model.bin)"
@@ -395,10 +399,10 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def _load_random(target: Target, revision, seed: int, *, attn_implementation, dtype, device) -> LoadedModel:
     """The shape comes from a config at hand, else from the table; the tokenizer likewise, else it is the demo's."""
-    folder = target.folder or _cached(target.repo, revision)
+    folder = target.folder or cached_folder(target.repo, revision)
     alias = target.name.removesuffix("-deduped")
     if folder is not None:
-        config = _read_config(folder)
+        config = read_config(folder)
     elif alias in PYTHIA:
         config = _pythia_config(alias)
     else:

@@ -19,7 +19,9 @@ def expand_presses(press: str | list[str]) -> list[str]:
         return ["no_press"] + [row.name for row in ROWS if row.core]
     if press == "every":
         return press_names()
-    return [press_row(name).name for name in ([press] if isinstance(press, str) else press)]
+    if isinstance(press, str):
+        return [press_row(press).name]
+    return list(dict.fromkeys(name for one in press for name in expand_presses(one)))
 
 
 def press_row(name: str) -> PressRow:

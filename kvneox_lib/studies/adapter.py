@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from kvneox_lib.inputs.weights import ATTENTION, DTYPES, LoadedModel, demo_folder, find_device, find_target
+from kvneox_lib.inputs.weights import LoadedModel, demo_folder, find_device, find_target
 from kvneox_lib.measures.decoding import generate
 from kvneox_lib.measures.survivors import kept_positions
 from kvneox_lib.measures.verify import press_matrix, run_checks
@@ -15,12 +15,14 @@ from kvneox_lib.presses.by_name import expand_presses, make_press
 from kvneox_lib.presses.calibration import standard_library_docstrings
 from kvneox_lib.presses.facts import attention_needed
 from kvneox_lib.presses.registry import REGISTRY
-from kvneox_lib.studies.arguments import Count, Device, Model, OutputDir, Presses, Rule, one_of, rule_of
+from kvneox_lib.studies.arguments import Attention, Device, Dtype, Model, OutputDir, Presses, Rule, rule_of, whole
 from kvneox_lib.studies.plan import Planned
 from kvneox_lib.studies.provenance import provenance
 from kvneox_lib.studies.runs import Runs
 
 RATIO = 0.5
+SHORTEST = 128  # tokens that every press has something left to choose from
+SAID_TOKENS = 24
 SAID = (("no_press", 0.0), ("snapkv", 0.5), ("snapkv", 0.99), ("random", 0.99))
 _SPREAD = dict.fromkeys(
     ("auto", "all"), "00_adapter names its record after the one device: allowed is cpu, cuda:0, ..."
@@ -51,10 +53,10 @@ def plan(asked: dict, trained: int | None) -> list[Planned]:
 def measure_adapter(
     *,
     model: Model = "demo",
-    attn_implementation: Annotated[str, one_of(*ATTENTION)] = "sdpa",
-    dtype: Annotated[str, one_of(*DTYPES)] = "float32",
+    attn_implementation: Attention = "sdpa",
+    dtype: Dtype = "float32",
     device: OneDevice = "auto",
-    context_length: Count = 400,
+    context_length: Annotated[int, whole(SHORTEST)] = 400,
     presses: Presses = "every",
     output_dir: OutputDir = "results/adapter",
 ) -> Proof:
@@ -65,6 +67,9 @@ def measure_adapter(
     (run,), lm, tokenizer = runs.planned, runs.loaded.model, runs.loaded.tokenizer
     started = provenance(runs.device)
     ids = tokenizer(standard_library_docstrings(), return_tensors="pt", verbose=False).input_ids
+    longest = min(ids.shape[1] // 2, lm.config.max_position_embeddings - SAID_TOKENS)
+    if context_length > longest:
+        raise ValueError(f"context_length={context_length}: allowed is at most {longest} here")
     input_ids = ids[:, : 2 * context_length].view(2, context_length).to(lm.device)
 
     rows = [
@@ -84,9 +89,9 @@ def measure_adapter(
         "n_cells_refused": int((cells != "ok").sum()),
         **dict.fromkeys(["kept_fraction", "nll_mean", "seed"]),  # quality is not measured, nothing is drawn
     }
-    runs.write(run, context_length, started, figures, {"checks": checks, "matrix": matrix})
     kept = {name: kept_positions(lm, input_ids[:1], make_press(name, RATIO))[:, 0] for name in _drawn(lm, names)}
     said = pd.DataFrame([_continuation(runs.loaded, input_ids[:1], *one) for one in SAID])
+    runs.write(run, context_length, started, figures, {"checks": checks, "matrix": matrix})
     return Proof(runs.loaded, runs.run_id(run), input_ids.numel(), checks, matrix, kept, said)
 
 
@@ -98,6 +103,6 @@ def _drawn(lm, names: list[str]) -> list[str]:
 def _continuation(loaded: LoadedModel, input_ids: torch.Tensor, name: str, ratio: float) -> dict:
     torch.manual_seed(0)
     context, last = input_ids[:, :-1], input_ids[:, -1:]
-    how = {"press": make_press(name, ratio), "question_ids": last, "max_new_tokens": 24, "stop_at_eos": False}
+    how = {"press": make_press(name, ratio), "question_ids": last, "max_new_tokens": SAID_TOKENS, "stop_at_eos": False}
     tokens = generate(loaded.model, context, **how).tokens[0]
     return {"press": name, "compression_ratio": ratio, "continuation": loaded.tokenizer.decode(tokens)}

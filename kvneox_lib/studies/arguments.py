@@ -97,9 +97,12 @@ def _quality_weights(name, value):
     check_choice(name, value, ("auto", "pretrained"))
 
 
-_AUTO = {"auto": "it may load another model than is declared; allowed is pretrained (or random, in a study of time)"}
+_MAY_BE_ANOTHER = "it may load another model than is declared; allowed is pretrained"
+_AUTO, _AUTO_OR_RANDOM = {"auto": _MAY_BE_ANOTHER}, {"auto": f"{_MAY_BE_ANOTHER} or random"}
 Model = Annotated[str, Rule(_model)]
-Weights = Annotated[str, one_of("auto", "pretrained", "random", not_in_a_sweep=_AUTO)]  # for time and memory alone
+Weights = Annotated[
+    str, one_of("auto", "pretrained", "random", not_in_a_sweep=_AUTO_OR_RANDOM)
+]  # for time and memory alone
 QualityWeights = Annotated[str, Rule(_quality_weights, not_in_a_sweep=_AUTO)]
 Dataset = Annotated[str, Rule(_dataset)]
 Subset = Annotated[str, one_of(*WIKITEXT_SUBSETS)]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from kvneox_lib.inputs.weights import demo_folder
+from kvneox_lib.inputs.weights import demo_folder, digest_of_weights
 
 LIBRARY = Path(__file__).parents[1]
 # How a record is named and kept, and what may be asked for, changes no figure.
@@ -32,7 +32,7 @@ def code_digest(measure: Callable, bundled_weights: bool) -> str:
     dumped = (name + ast.dump(_only_what_acts(trees[name])) for name in sorted(trees))
     digest = hashlib.sha256("\0".join(dumped).encode())
     if bundled_weights:
-        digest.update((demo_folder() / "model.safetensors").read_bytes())
+        digest.update(digest_of_weights(demo_folder()).encode())
     return digest.hexdigest()[:16]
 
 

@@ -19,9 +19,12 @@ from kvneox_lib.studies.records import (
 
 
 def pack(folder: str | Path) -> None:
-    """Put the records of `folder`, with those packed before, into one file, and their tables into one for each kind."""
+    """Put the records of `folder`, with those packed before, into one file, and their tables into one for each kind.
+    What is no record, or no table of one, stays where it is."""
     folder, target = Path(folder), packed_path(folder)
     loose = {record["run_id"] for record in read_loose(sorted(folder.glob("*.json")))}
+    if not loose:
+        return
     rows = [_bare(record) for _, record in sorted(all_records(folder).items())]
     tables = {}
     for name in _table_names(folder):
@@ -37,8 +40,9 @@ def pack(folder: str | Path) -> None:
         else:
             target.with_suffix(f".{name}.csv").unlink(missing_ok=True)
     write_atomically(target, _as_csv([_checked_cells(row) for row in rows]))
-    for path in [*folder.glob("*.json"), *folder.glob("*.csv")]:
-        path.unlink()
+    for run_id in loose:
+        for path in (path_of(folder, run_id, ".json"), *(table_path(folder, run_id, name) for name in tables)):
+            path.unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()
 
@@ -53,10 +57,16 @@ def unpack(folder: str | Path) -> None:
             continue
         for name, by_run in tables.items():
             if run_id in by_run:
-                write_atomically(table_path(folder, run_id, name), _as_csv(by_run[run_id]))
+                write_atomically(table_path(folder, run_id, name), _as_csv(_without_empty_columns(by_run[run_id])))
         write_atomically(path_of(folder, run_id, ".json"), as_json(_bare(record)))
     for path in [target, *target.parent.glob(f"{folder.name}.*.csv")]:
         path.unlink(missing_ok=True)
+
+
+def _without_empty_columns(rows: list[dict]) -> list[dict]:
+    """Those that only other runs' tables have."""
+    names = [name for name in rows[0] if any(row[name] for row in rows)]
+    return [{name: row[name] for name in names} for row in rows]
 
 
 def _bare(record: dict) -> dict:
@@ -64,8 +74,10 @@ def _bare(record: dict) -> dict:
 
 
 def _table_names(folder: Path) -> list[str]:
+    runs = set(all_records(folder))
+    loose = (path.name.removesuffix(".csv").rpartition(".") for path in folder.glob("*.csv"))
     packed = {path.name.split(".")[-2] for path in folder.parent.glob(f"{folder.name}.*.csv")}
-    return sorted(packed | {path.name.split(".")[-2] for path in folder.glob("*.csv")})
+    return sorted(packed | {name for run_id, _, name in loose if run_id in runs})
 
 
 def _packed_rows(path: Path) -> dict[str, list[dict]]:

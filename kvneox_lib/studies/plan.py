@@ -3,21 +3,27 @@
 The measuring function walks its study's plan, and the sweep declares the same plan without loading a model.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvneox_lib.inputs.text import HUB, digest_of_text
-from kvneox_lib.inputs.weights import PYTHIA_NAMES, demo_folder, digest_of_weights, find_target
+from kvneox_lib.inputs.weights import (
+    PYTHIA_NAMES,
+    cached_folder,
+    demo_folder,
+    digest_of_weights,
+    find_target,
+    read_config,
+)
 from kvneox_lib.presses.by_name import press_row
 from kvneox_lib.presses.registry import RATIO_PER_LAYER
 from kvneox_lib.studies import records
 from kvneox_lib.studies.arguments import defaults_of
 
 PYTHIA_LENGTH = 2048  # the trained length of all of them
-# These four are at the head of every run's name; what the weights turned out to be is said for random ones, whatever
-# was asked for.
+# The first four are at the head of every run's name; what the weights turned out to be is said for random ones,
+# whatever was asked for.
 IN_THE_HEAD = ("model", "dataset", "press", "compression_ratio", "weights")
 # Of a whole grid: each run of it has its own.
 OF_A_GRID = ("presses", "context_lengths", "batch_sizes", "methods", "ablation_sinks", "ablation_sizes")
@@ -75,8 +81,9 @@ def ids_of_what_is_local(asked: dict) -> dict[str, str]:
     found, target = {}, find_target(asked["model"], None)
     if target.folder is not None and target.folder != demo_folder():
         found["weights_id"] = digest_of_weights(target.folder)[:8]
-    if asked.get("dataset") not in (None, *HUB, "python-docs") and Path(asked["dataset"]).expanduser().exists():
-        found["text_id"] = digest_of_text(Path(asked["dataset"]).expanduser())[:8]
+    text = asked.get("data_dir") or asked.get("dataset")
+    if text not in (None, *HUB, "python-docs") and Path(text).expanduser().exists():
+        found["text_id"] = digest_of_text(Path(text).expanduser())[:8]
     return found
 
 
@@ -87,10 +94,10 @@ def text_name(dataset: str) -> str:
 def trained_length(model: str) -> int | None:
     """None for a model of the hub whose config is not at hand."""
     target = find_target(model, None)
-    if target.folder is not None:
-        config = json.loads((target.folder / "config.json").read_text(encoding="utf-8"))
-        return config.get("max_position_embeddings", PYTHIA_LENGTH)
-    return PYTHIA_LENGTH if target.name in PYTHIA_NAMES else None
+    if target.name in PYTHIA_NAMES and target.folder is None:
+        return PYTHIA_LENGTH
+    folder = target.folder or cached_folder(target.repo)
+    return None if folder is None else read_config(folder).max_position_embeddings
 
 
 # ---- parts of plans -------------------------------------------------------------------------------------------------
@@ -105,7 +112,11 @@ def own_ratios(press: str, ratios) -> list:
     if press == "no_press":
         return [0.0]
     row = press_row(press)
-    return list(dict.fromkeys(as_list(ratios))) if row.takes_ratio or row.strength == RATIO_PER_LAYER else [None]
+    return (
+        list(dict.fromkeys(map(float, as_list(ratios))))
+        if row.takes_ratio or row.strength == RATIO_PER_LAYER
+        else [None]
+    )
 
 
 def as_list(values) -> list:

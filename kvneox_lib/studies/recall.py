@@ -82,7 +82,7 @@ def measure_recall(
         n_keys=n_keys,
         keys_per_context=keys_per_context,
         context_length=context_length,
-        depths=depths,
+        depths=None if depths is None else as_list(depths),
         seed=seed,
     )
     together = runs.open_together()

@@ -173,12 +173,14 @@ def tables_of(frame: pd.DataFrame, name: str) -> pd.DataFrame:
 
 
 def _is_whole(row: dict, name: str, table: pd.DataFrame) -> bool:
-    """Whether the table has as many rows as the record says; a copy may have broken off."""
-    wanted = re.search(rf"\b{name}=(\d+)", str(row.get("table_rows")))
-    if wanted is None or int(wanted[1]) == len(table):
+    """Whether the table has as many rows as the record says: a copy may have broken off, or be of an earlier run."""
+    if not row.get("table_rows"):
         return True
-    what = f"its table {name} has {len(table)} rows, not {wanted[1]}: left out; delete the record or run it again"
-    warnings.warn(f"{row['path']}: {what}", stacklevel=4)
+    wanted = re.search(rf"\b{name}=(\d+)", row["table_rows"])
+    if wanted and int(wanted[1]) == len(table):
+        return True
+    what = f"its table {name} has {len(table)} rows, not {wanted[1] if wanted else 0}: left out"
+    warnings.warn(f"{row['path']}: {what}; delete the record or run it again", stacklevel=4)
     return False
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from kvneox_lib.inputs.files import make_ready
-from kvneox_lib.inputs.text import HUB, Text, load_text
+from kvneox_lib.inputs.text import HUB, PYTHON_DOCS, Text, load_text
 from kvneox_lib.inputs.weights import LoadedModel, load_model
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
 from kvneox_lib.presses.applying import attention, check_press
@@ -110,8 +110,7 @@ class Runs:
     def run_id(self, run: Planned) -> str:
         found = {"dataset": None, "model": self.loaded.name, "weights": self.loaded.weights}
         if self.text is not None:
-            stands_in = self.text.name.startswith("python-docs")
-            found["dataset"] = "python-docs" if stands_in else text_name(self.asked["dataset"])
+            found["dataset"] = "python-docs" if self.text.source == PYTHON_DOCS else text_name(self.asked["dataset"])
         return run.run_id(self.measure, self.asked, **found)
 
     def parameters(self, run: Planned) -> dict:

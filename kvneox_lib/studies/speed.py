@@ -33,7 +33,9 @@ def plan(asked: dict, trained: int | None) -> list[Planned]:
     presses = list(dict.fromkeys(["no_press", *expand_presses(asked["press"])]))
     return [
         run
-        for length, batch in itertools.product(as_list(asked["context_lengths"]), as_list(asked["batch_sizes"]))
+        for length, batch in itertools.product(
+            *(dict.fromkeys(as_list(asked[n])) for n in ("context_lengths", "batch_sizes"))
+        )
         for engine in ENGINES
         for name in for_engine(engine, presses)
         for run in at_ratios(

@@ -164,7 +164,8 @@ def _first_tokens(runs: Runs, max_tokens: int | None) -> torch.Tensor:
         raise ValueError(f"sample_idx={runs.asked['sample_idx']!r}: one document is read; give the number of one")
     ids = first_tokens(runs.text.documents[0], runs.loaded.tokenizer, max_tokens)
     if len(ids) < (max_tokens or SHORTEST):
-        raise ValueError(f"max_tokens={max_tokens}: {runs.text.titles[0]} has {len(ids)} tokens; ask for fewer")
+        wanted = max_tokens or f"at least {SHORTEST}"
+        raise ValueError(f"max_tokens={max_tokens}: {runs.text.titles[0]} has {len(ids)} tokens; wanted are {wanted}")
     return torch.from_numpy(ids.astype(np.int64))[None].to(runs.device)
 
 

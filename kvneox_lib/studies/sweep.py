@@ -140,21 +140,21 @@ def _check(row: StudyRow, name: str, values: list, line: int, mistakes: Mistakes
 
 
 def _expand(study: Lines, name: str, notebook: Path, sweep: str, makers: dict, mistakes: Mistakes) -> list[Run]:
-    """The study's runs. `makers`: which run makes each record declared so far; no two make the same one."""
+    """The study's runs. `makers`: which run makes each record names so far; no two make the same one."""
     row, wanted, found = BY_NOTEBOOK[study["notebook"]], study.get("resources", {}), []
     for point, is_baseline in _points(study):
         parameters = {**notebook_defaults(notebook), **study.get("fixed", {}), **point}
         try:
             asked = {key: expand_variables(key, value) for key, value in parameters.items()}
-            declared = _declared_records(row, asked)
+            names = _declared_records(row, asked)
         except ValueError as error:
             mistakes.add(_line_of(str(error), study), " ".join(str(error).split()))
             return []
-        own = [record for record in declared if record not in makers]
+        own = [record for record in names if record not in makers]
         if not own and is_baseline:  # the same for another ratio
             continue
         if not own:
-            mistakes.add(study.line, f"{name} {point or ''}: {declared[0]} is already made by {makers[declared[0]]}")
+            mistakes.add(study.line, f"{name} {point or ''}: {names[0]} is already made by {makers[names[0]]}")
             return []
         label = own[0].rpartition("/")[2].rpartition(".")[0]
         run = Run(
@@ -162,7 +162,7 @@ def _expand(study: Lines, name: str, notebook: Path, sweep: str, makers: dict, m
             notebook=notebook,
             parameters=parameters,
             outputs=tuple(own),
-            needs=tuple(record for record in declared if record not in own),
+            needs=tuple(record for record in names if record not in own),
             executed=f"{EXECUTED}/{sweep}/{name}/{label}.ipynb",
             code=code_digest(row.measure, find_target(asked["model"], None).folder == demo_folder()),
             gpus=wanted.get("gpus", 0),

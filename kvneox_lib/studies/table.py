@@ -10,7 +10,7 @@ from kvneox_lib.studies.plan import FOUND_BY, OF_A_GRID, PLACES
 
 @dataclass(frozen=True)
 class StudyRow:
-    name: str  # of its folder in results/ and results/reference/
+    name: str  # of its folder in results/, and of its packed file in results/reference/
     notebook: str
     measure: Callable
     plan: Callable[[dict, int | None], list]  # parameters and the trained length -> the runs that will be written
