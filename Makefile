@@ -36,7 +36,7 @@ reference: $(STAMP) ## run the study at full size into results/reference (hours,
 	$(SWEEP) params/reference.yaml; done=$$?; $(BIN)/python tools/pack.py results/reference; exit $$done
 
 test: $(STAMP) ## run all tests, the slow ones too
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 smoke: $(STAMP) ## check the adapter against the stock model, and generate a few tokens
 	$(BIN)/python -m kvneox_lib verify --smoke

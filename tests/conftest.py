@@ -1,6 +1,7 @@
 import os
 import shutil
 import socket
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may reach for the hub
@@ -21,6 +22,12 @@ disable_progress_bar()
 
 REPOSITORY = Path(__file__).parent.parent
 DEMO = Path(kvneox_lib.__file__).parent / "demo"
+
+
+def pytest_collection_modifyitems(items):
+    """Files with long runs first: processes that take whole files then end at about the same time."""
+    long_runs = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -long_runs[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)
