@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from kvneox_lib.measures.intervals import bootstrap_ci95
 from kvneox_lib.pages.figures import press_lines
 from kvneox_lib.pages.report import SETTING, Missing
-from kvneox_lib.pages.words import READINGS, with_interval
+from kvneox_lib.pages.words import READINGS, number, with_interval
 
 BOUNDED = ("window", "sinks")
 ALONG = {"ppl_so_far": "到此为止的困惑度", "ppl": "每 256 个词元的困惑度"}  # columns of `along`
@@ -59,9 +59,9 @@ def reading_table(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "读法": READINGS[row["press"]],
-            "汇聚点": _whole(row["n_sink"]),
-            "窗口": _whole(row["window"]),
-            "计分词元": _whole(row["n_tokens"]),
+            "汇聚点": number(row["n_sink"], ".0f"),
+            "窗口": number(row["window"], ".0f"),
+            "计分词元": number(row["n_tokens"], ".0f"),
             "训练长度之内的困惑度": with_interval(row, "within_ppl", 1),
             "之外的困惑度": with_interval(row, "beyond_ppl", 1),
             "KV 缓存（MB）": "—" if pd.isna(row["kv_bytes"]) else f"{row['kv_bytes'] / 1e6:.2f}",
@@ -69,10 +69,6 @@ def reading_table(runs: pd.DataFrame) -> pd.DataFrame:
         }
         for _, row in runs.iterrows()
     )
-
-
-def _whole(value) -> str:
-    return "—" if pd.isna(value) else f"{value:.0f}"
 
 
 def named(table: pd.DataFrame) -> pd.DataFrame:

@@ -4,7 +4,7 @@ import pandas as pd
 
 from kvneox_lib.pages.report import Missing
 from kvneox_lib.pages.selecting import middle_ratio, pressed, with_strength
-from kvneox_lib.pages.words import ENGINES, WEIGHTS, listed
+from kvneox_lib.pages.words import ENGINES, WEIGHTS, listed, numbers
 
 FAILURES = {"out of memory": "内存不够", "mixes the rows of a batch": "不能整批运行"}
 
@@ -76,7 +76,7 @@ def milliseconds(runs: pd.DataFrame, name: str, digits: int = 1) -> list[str]:
 
 
 def _written(values: pd.Series, digits: int) -> pd.Series:
-    return pd.to_numeric(values).map(lambda value: "—" if pd.isna(value) else f"{value:.{digits}f}")
+    return pd.Series(numbers(values, f".{digits}f"), values.index)
 
 
 def cells(runs: pd.DataFrame) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Collection
 from pathlib import Path
 
 from kvneox_lib.inputs.files import write_atomically
@@ -27,7 +28,7 @@ def pack(folder: str | Path) -> None:
         return
     rows = [_bare(record) for _, record in sorted(all_records(folder).items())]
     tables = {}
-    for name in _table_names(folder):
+    for name in _table_names(folder, loose):
         before = _packed_rows(target.with_suffix(f".{name}.csv"))
         tables[name] = []
         for run_id in (row["run_id"] for row in rows):
@@ -73,8 +74,8 @@ def _bare(record: dict) -> dict:
     return {name: value for name, value in record.items() if name not in ("study", "path")}
 
 
-def _table_names(folder: Path) -> list[str]:
-    runs = set(all_records(folder))
+def _table_names(folder: Path, runs: Collection[str] = ()) -> list[str]:
+    """Of those packed, and of those that lie in the folder beside the records of `runs`."""
     loose = (path.name.removesuffix(".csv").rpartition(".") for path in folder.glob("*.csv"))
     packed = {path.name.split(".")[-2] for path in folder.parent.glob(f"{folder.name}.*.csv")}
     return sorted(packed | {name for run_id, _, name in loose if run_id in runs})
