@@ -9,7 +9,7 @@ from kvneox_lib.measures.clock import Clock, PeakMemory
 from kvneox_lib.measures.prefill import first_position, prefill_rows
 from kvneox_lib.neox.cache import CompactCache
 from kvneox_lib.neox.checks import check_ids, check_int, check_temperature
-from kvneox_lib.neox.kernels import linear_of_few_rows
+from kvneox_lib.neox.kernels import linear_of_few_rows, make_ready, packed_weights
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM, with_model
 from kvneox_lib.presses.applying import applied
 from kvneox_lib.presses.facts import decoding_part, rows_independent
@@ -71,6 +71,7 @@ def generate(
     if decoding is not None and len(input_ids) > 1 and not rows_independent(press):
         raise ValueError(f"{type(press).__name__} mixes the rows of a batch while decoding; give it one row at a time")
 
+    make_ready(model.dtype)
     peak, clock = PeakMemory(input_ids.device), Clock(input_ids.device)
     headroom = n_question + max_new_tokens
     if decoding is not None:  # then it shrinks again, however long the text becomes
@@ -79,7 +80,7 @@ def generate(
     ends = Ends(model, len(input_ids), min_new_tokens, stop_at_eos)
     position = first_position(cache, input_ids.shape[1], press)
     tokens, all_logits = [], []
-    with applied(decoding, model):
+    with packed_weights(model, len(input_ids)), applied(decoding, model):
         kv_lengths = cache.kv_lengths
         if question_ids is not None:
             hidden = _step(model, question_ids, position, cache)

@@ -16,6 +16,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from kvneox_lib.neox.checks import check_int
+from kvneox_lib.neox.kernels import attend_to_rows, compiled, is_for_few_queries, rows_of
 from kvneox_lib.neox.modeling import EvictionsFollow, evictions
 
 
@@ -42,20 +43,25 @@ class Room:
         return 0 if self.buffer is None else self.buffer.nbytes
 
     def append(self, new: torch.Tensor) -> torch.Tensor:
-        length = self.length + new.shape[2]
-        if self.buffer is not None and self.buffer.shape[:2] != new.shape[:2]:
-            if self.length:
-                check_rows(len(new), len(self.buffer))
+        at = self.make_room(new, new.shape[2])
+        self.buffer[:, :, at : self.length] = new
+        return self.filled
+
+    def make_room(self, like: torch.Tensor, n: int) -> int:
+        """For `n` more entries of such tensors (batch, heads, _, D), which the caller writes; where they begin."""
+        at, length = self.length, self.length + n
+        if self.buffer is not None and self.buffer.shape[:2] != like.shape[:2]:
+            if at:
+                check_rows(len(like), len(self.buffer))
             else:  # it was reset
                 self.buffer = None
         if self.buffer is None or length > self.buffer.shape[2]:
             old, outgrown = self.filled, self.buffer is not None
-            self._allocate(new, length + max(self.headroom, length // 4 if outgrown else 0))
+            self._allocate(like, length + max(self.headroom, length // 4 if outgrown else 0))
             if outgrown:
-                self.buffer[:, :, : self.length] = old
-        self.buffer[:, :, self.length : length] = new
+                self.buffer[:, :, :at] = old
         self.length = length
-        return self.filled
+        return at
 
     def assign(self, tensor: torch.Tensor | None) -> None:
         """What a press leaves. The leading part of what is there is a crop and copies nothing."""
@@ -95,6 +101,14 @@ class CompactLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         return self._keys.append(key_states), self._values.append(value_states)
+
+    def make_room(self, batch: int, n: int):
+        """For `n` more tokens, whose keys and values the caller writes: no rows stored apart, the rows that they join
+        and the entry where they begin."""
+        check_rows(batch, len(self._keys.buffer))
+        self._values.make_room(self._values.buffer, n)
+        at = self._keys.make_room(self._keys.buffer, n)
+        return None, rows_of(self._keys.buffer, self._values.buffer, self._keys.length), at
 
     def reset(self) -> None:
         self._keys.length = self._values.length = 0
@@ -187,11 +201,37 @@ class RaggedLayer(CacheLayerMixin):
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
         """Take in new keys and values and answer the queries, all (batch, heads, T, D)."""
-        n, row = query.shape[2], self.row
         check_rows(len(query), self.batch)
+        self.logical += query.shape[2]
+        self.new_keys.append(key.flatten(0, 1)[None])
+        self.new_values.append(value.flatten(0, 1)[None])
+        if is_for_few_queries(query):
+            return attend_to_rows(query, self._held_rows(), self._new_rows(), scaling)
+        return self._attend_by_tiles(query, scaling)
+
+    def make_room(self, batch: int, n: int):
+        """As a CompactLayer does; what was held after compression is stored apart."""
+        check_rows(batch, self.batch)
         self.logical += n
-        new_keys = self.new_keys.append(key.flatten(0, 1)[None])[0].float()
-        new_values = self.new_values.append(value.flatten(0, 1)[None])[0].float()
+        like = self.tile_keys.new_empty(1, len(self.held), 0, self.tile_keys.shape[-1])
+        self.new_values.make_room(like, n)
+        at = self.new_keys.make_room(like, n)
+        return self._held_rows(), self._new_rows(), at
+
+    def _held_rows(self):
+        """Each row's tiles lie one behind the other, and only the last of them is padded."""
+        size, dim = self.tile_keys.shape[1:]
+        n_tiles = -(-self.held // size)
+        return compiled().Rows(
+            self.tile_keys, self.tile_values, (n_tiles.cumsum(0) - n_tiles) * size * dim, self.held, dim
+        )
+
+    def _new_rows(self):
+        return rows_of(self.new_keys.buffer, self.new_values.buffer, self.new_keys.length)
+
+    def _attend_by_tiles(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
+        n, row = query.shape[2], self.row
+        new_keys, new_values = self.new_keys.filled[0].float(), self.new_values.filled[0].float()
         # float32 also for half precision: its scores would be rounded to a hundredth
         queries = (query.flatten(0, 1).float() * scaling).transpose(1, 2)  # (rows, D, T)
         new = torch.bmm(new_keys, queries)  # (rows, n new, T)

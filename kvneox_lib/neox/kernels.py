@@ -1,28 +1,49 @@
 """The two products that a decoding step spends its time on, each in the form that reads memory fastest.
 
-A step multiplies few rows with all weights and one query with all keys: it is as fast as memory is read. For such
+A step multiplies few rows with all weights and few queries with all keys: it is as fast as memory is read. For such
 shapes libraries choose kernels made for large ones, which on a CPU read at a half or a quarter of the possible speed.
+Attention reads keys and values once, compiled by numba (see `compiled`). With weights it depends on the numbers:
+
+    rows       float32                           bfloat16, float16
+    one        numba, on the weights             oneDNN, on a packed copy
+    up to 32   oneDNN, on a packed copy of them  oneDNN, on a packed copy
+    more       the module itself                 the module itself
+
+Copies are made and used within `packed_weights` alone. Without numba all is as torch has it.
 """
+
+import os
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, lru_cache
+from types import ModuleType
 
 import torch
 from torch import nn
 
 FEW_ROWS = 32
+FEW_QUERIES = 8
+PACKED_SHARE = 1 / 8  # of the machine's memory: so much do the copies of all models take together at most
 
 
-def linear_of_few_rows(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """`module(x)`. In float32 on a CPU, with few rows, as weight @ x^T: 1.2 to 4 times as fast as x @ weight^T (MKL, 2
-    cores of an AMD EPYC). A single row is the slowest of all and is doubled."""
-    n_rows = x.numel() // x.shape[-1]
-    if n_rows > FEW_ROWS or x.device.type != "cpu" or x.dtype != torch.float32 or not is_plain(module):
-        return module(x)
-    rows = x.reshape(n_rows, -1)
-    columns = (rows.repeat(2, 1) if n_rows == 1 else rows).t()
-    if module.bias is None:
-        product = torch.mm(module.weight, columns)
-    else:
-        product = torch.addmm(module.bias[:, None], module.weight, columns)
-    return product.t()[:n_rows].reshape(*x.shape[:-1], -1)
+@cache
+def compiled() -> ModuleType | None:
+    """The kernels made by numba; None where it cannot be had, which is said once."""
+    try:
+        from kvneox_lib.neox import compiled
+    except ImportError as error:
+        warnings.warn(f"numba cannot be imported ({error}): on a CPU decoding takes 2 to 4 times as long", stacklevel=2)
+        return None
+    return compiled
+
+
+def _may_be_compiled(x: torch.Tensor) -> bool:
+    """Numba knows neither gradients nor graphs."""
+    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return compiled() is not None and x.dtype in compiled().STORED_AS
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -34,8 +55,154 @@ def is_watched(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
 
 
+# ---- few rows times all weights -------------------------------------------------------------------------------------
+
+
+def linear_of_few_rows(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """`module(x)`, for few rows in the form that is fastest."""
+    n_rows = x.numel() // x.shape[-1]
+    if n_rows > FEW_ROWS or x.device.type != "cpu" or not is_plain(module):
+        return module(x)
+    packed = module.__dict__.get("kvneox_packed")
+    if packed is not None and not torch.is_grad_enabled():
+        return torch.ops.mkldnn._linear_pointwise(x, packed, module.bias, "none", [], "")
+    if n_rows == 1 and _may_be_compiled(x) and _is_in_place(module.weight):
+        return compiled().multiply(x.flatten(), module.weight, module.bias).to(x.dtype).view(*x.shape[:-1], -1)
+    if x.dtype != torch.float32:
+        return module(x)
+    # as weight @ x^T: 1.2 to 4 times as fast as x @ weight^T; a single row is the slowest of all and is doubled
+    rows = x.reshape(n_rows, -1)
+    columns = (rows.repeat(2, 1) if n_rows == 1 else rows).t()
+    if module.bias is None:
+        product = torch.mm(module.weight, columns)
+    else:
+        product = torch.addmm(module.bias[:, None], module.weight, columns)
+    return product.t()[:n_rows].reshape(*x.shape[:-1], -1)
+
+
+def _is_in_place(weight: torch.Tensor) -> bool:
+    """Whether its numbers lie in memory as they are."""
+    return type(weight) is nn.Parameter and weight.is_contiguous()
+
+
+_copies: weakref.WeakKeyDictionary[nn.Module, tuple[torch.Tensor, torch.Tensor]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def packed_weights(model: nn.Module, n_rows: int) -> Iterator[None]:
+    """Within it, `n_rows` are multiplied with packed copies of the model's weights, where that is faster and the copies
+    are within their share of memory. They are kept, and made anew where weights have changed."""
+    modules = [module for module in model.modules() if is_plain(module) and _is_in_place(module.weight)]
+    by_numba = model.dtype == torch.float32 and n_rows == 1
+    if model.device.type != "cpu" or n_rows > FEW_ROWS or by_numba or not _packing_works(model.dtype):
+        modules = []
+    try:
+        for module in modules:
+            module.__dict__["kvneox_packed"] = _packed_copy(module)
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("kvneox_packed", None)
+
+
+@torch.no_grad()
+def _packed_copy(module: nn.Linear) -> torch.Tensor | None:
+    """Torch does not tell when weights are written to: what they make of a probe does."""
+    weight = module.weight
+    probe = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0))
+    told = compiled().multiply(probe, weight, None)
+    known, copy = _copies.get(module, (None, None))
+    if known is not None and torch.equal(known, told):
+        return copy
+    _copies.pop(module, None)
+    taken = sum(copy.numel() * copy.element_size() for _, copy in _copies.values())
+    if taken + weight.nbytes > PACKED_SHARE * memory_bytes():
+        return None
+    # for 16 rows: packed so, it is read as fast for any number of them
+    _copies[module] = told, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)
+    return _copies[module][1]
+
+
+@cache
+@torch.no_grad()
+def _packing_works(dtype: torch.dtype) -> bool:
+    """Whether this build of torch and this processor can, and the result is right."""
+    if compiled() is None or dtype not in compiled().STORED_AS:
+        return False
+    weight, x = (torch.arange(n, dtype=torch.float32).view(-1, 16).sin().to(dtype) for n in (512, 32))
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+        product = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    except (AttributeError, RuntimeError):
+        return False
+    return torch.allclose(product.float(), x.float() @ weight.float().t(), rtol=0.02, atol=0.02)
+
+
+@cache
+def memory_bytes() -> int:
+    """Of the machine."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):  # on Windows
+        return 8 * 2**30
+
+
+# ---- few queries over all keys and values ---------------------------------------------------------------------------
+
+
+def is_for_few_queries(query: torch.Tensor) -> bool:
+    """query (batch, heads, n, D)"""
+    return query.shape[2] <= FEW_QUERIES and _may_be_compiled(query)
+
+
+def attend_with_few_queries(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """softmax(query key^T) value, all (batch, heads, n, D); the last query sees all keys, the one before it all but the
+    last, and so on. For what `is_for_few_queries` is true of."""
+    if key.stride() != value.stride() or key.stride(-1) != 1:
+        key, value = key.contiguous(), value.contiguous()
+    return attend_to_rows(query, None, rows_of(key, value, key.shape[2]), scaling)
+
+
+def attend_to_rows(query: torch.Tensor, held, new, scaling: float) -> torch.Tensor:
+    """query (batch, heads, n, D), a sample and head of it a row; held (or None) and new: `compiled.Rows`."""
+    queries = (query.flatten(0, 1).float() * scaling).contiguous()
+    return compiled().attend(queries, held or new.none(), new).view(query.shape).to(query.dtype)
+
+
+def rows_of(keys: torch.Tensor, values: torch.Tensor, length: int):
+    """`compiled.Rows` of keys and values (batch, heads, n or more, D) that lie in memory alike, `length` entries each."""
+    return compiled().Rows(keys, values, _starts(*keys.shape[:2], *keys.stride()[:2]), length, keys.stride(2))
+
+
+@lru_cache(64)
+def _starts(batch: int, heads: int, of_a_sample: int, of_a_head: int) -> torch.Tensor:
+    """The number with which each row begins."""
+    with torch.inference_mode(False):
+        return (torch.arange(batch)[:, None] * of_a_sample + torch.arange(heads) * of_a_head).flatten()
+
+
+def may_be_turned(fused: torch.Tensor) -> bool:
+    """Whether `attend_turned` is for what `query_key_value` gives, (batch, n, 3 * heads * D)."""
+    return fused.shape[1] <= FEW_QUERIES and fused.dtype != torch.float16 and _may_be_compiled(fused)
+
+
+def attend_turned(fused: torch.Tensor, cos, sin, half: int, layer, scaling: float) -> torch.Tensor:
+    """From what `query_key_value` gives for a few tokens to what `dense` takes, both (batch, n, heads * ...): keys and
+    values are written into the room that a cache's `layer` makes, and read with all others there.
+
+    One call in the place of some thirty operations on a few numbers each: a step spent a third of its time on those.
+    """
+    batch, n, _ = fused.shape
+    held, new, at = layer.make_room(batch, n)
+    queries = compiled().turn_into(new, at, fused.contiguous(), cos.contiguous(), sin.contiguous(), half, scaling)
+    output = compiled().attend(queries, held or new.none(), new).to(fused.dtype)  # (batch * heads, n, D)
+    return output.view(batch, -1, n, output.shape[-1]).transpose(1, 2).flatten(2)
+
+
 def attend_with_one_query(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
-    """softmax(query key^T) value for query (rows, 1, D), key and value (rows, n, D).
+    """The same without numba, in float32 on a CPU, for query (rows, 1, D), key and value (rows, n, D).
 
     key @ query^T, rather than query @ key^T, reads the keys twice as fast as the fused kernel does.
     """
@@ -46,3 +213,17 @@ def attend_with_one_query(query: torch.Tensor, key: torch.Tensor, value: torch.T
 def one_query_is_faster_alone(query: torch.Tensor) -> bool:
     """query (batch, heads, queries, D)"""
     return query.shape[2] == 1 and query.device.type == "cpu" and query.dtype == torch.float32
+
+
+# ---- before a clock runs --------------------------------------------------------------------------------------------
+
+
+@cache
+@torch.no_grad()
+def make_ready(dtype: torch.dtype) -> None:
+    """Compile, or fetch from the disk, what a step in that precision needs: seconds, once."""
+    states = torch.zeros(1, 1, 1, 16, dtype=dtype)
+    if is_for_few_queries(states):
+        attend_with_few_queries(states, states, states, 1.0)
+        compiled().multiply(states.flatten(), states[0, 0], None)
+        _packing_works(dtype)

@@ -17,6 +17,10 @@ class LayerMasks:
         self.implementation = implementation
         self.causal: dict[tuple, torch.Tensor] = {}
 
+    def only_causal(self, evicted: tuple | None) -> bool:
+        """Whether each query sees all keys up to its own."""
+        return self.given is None and self.padding is None and evicted is None
+
     def for_layer(self, query: torch.Tensor, kv_len: int, evicted: tuple | None) -> torch.Tensor | None:
         if self.given is not None and evicted is None:
             return self.given

@@ -30,10 +30,14 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_ou
 
 from kvneox_lib.neox.hooks import in_turn, refuse_attached, refuse_padding, turn
 from kvneox_lib.neox.kernels import (
+    attend_turned,
+    attend_with_few_queries,
     attend_with_one_query,
+    is_for_few_queries,
     is_plain,
     is_watched,
     linear_of_few_rows,
+    may_be_turned,
     one_query_is_faster_alone,
 )
 from kvneox_lib.neox.masks import LayerMasks, as_additive
@@ -214,8 +218,12 @@ class KVNeoXAttention(GPTNeoXAttention):
         **kwargs,
     ):
         self._last_cache = None if past_key_values is None else weakref.ref(past_key_values)
-        query, key, value = self._project(hidden_states, *position_embeddings)
+        fused = linear_of_few_rows(self.query_key_value, hidden_states)
         held = past_key_values.layers[self.layer_idx : self.layer_idx + 1] if past_key_values is not None else []
+        if held and self._is_a_step(fused, held[0], attention_mask, past_key_values):
+            output = attend_turned(fused, *position_embeddings, self.rotary_ndims // 2, held[0], self.scaling)
+            return linear_of_few_rows(self.dense, output), None
+        query, key, value = self._turned(fused, *position_embeddings)
         if held and hasattr(held[0], "attend"):  # its heads hold different entries; see RaggedLayer
             if (
                 getattr(attention_mask, "padding", None) is not None
@@ -229,15 +237,20 @@ class KVNeoXAttention(GPTNeoXAttention):
             output, weights = self._attend(query, key, value, attention_mask, past_key_values, **kwargs)
         return linear_of_few_rows(self.dense, output.flatten(2)), weights
 
-    def _project(self, hidden_states, cos, sin):
+    def _is_a_step(self, fused, layer, attention_mask, cache) -> bool:
+        """Whether a few tokens go on from what a cache of ours holds, and see all of it."""
+        return (
+            hasattr(layer, "make_room")
+            and layer.get_seq_length() > 0
+            and self.config._attn_implementation == "sdpa"
+            and attention_mask.only_causal(evictions(cache).get(self.layer_idx))
+            and may_be_turned(fused)
+        )
+
+    def _turned(self, fused, cos, sin):
         """Rotated queries, rotated keys and values, each (batch, heads, T, D), the first two in half-split order."""
         half, rest = self.rotary_ndims // 2, (self.head_size - self.rotary_ndims) // 2
-        fused = (
-            linear_of_few_rows(self.query_key_value, hidden_states)
-            .unflatten(-1, (-1, 3 * self.head_size))
-            .transpose(1, 2)
-        )
-        query, key, value = fused.chunk(3, dim=-1)
+        query, key, value = fused.unflatten(-1, (-1, 3 * self.head_size)).transpose(1, 2).chunk(3, dim=-1)
         # Only the rotary part is multiplied; the order changes in the one copy that is made anyway.
         cos, sin = cos[:, None, :, :half], sin[:, None, :, :half]
         rotated = []
@@ -256,6 +269,8 @@ class KVNeoXAttention(GPTNeoXAttention):
         evicted = None if cache is None else evictions(cache).get(self.layer_idx)
         masks_itself = not implementation.startswith("flash")
         if isinstance(attention_mask, LayerMasks):
+            if implementation == "sdpa" and attention_mask.only_causal(evicted) and is_for_few_queries(query):
+                return attend_with_few_queries(query, key, value, self.scaling).transpose(1, 2), None
             attention_mask = attention_mask.for_layer(query, kv_len, evicted if masks_itself else None)
         if attention_mask is not None and attention_mask.device != query.device:
             attention_mask = attention_mask.to(query.device)

@@ -13,7 +13,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from kvneox_lib.neox.checks import check_int
-from kvneox_lib.neox.kernels import attend_with_one_query
+from kvneox_lib.neox.kernels import attend_with_few_queries, attend_with_one_query, is_for_few_queries
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
 
 QUERIES_AT_ONCE = 128  # in one product with the keys of their windows
@@ -94,6 +94,9 @@ class StreamingLayer(CacheLayerMixin):
         filled = min(position, self.capacity) + 1
         keys, values = self.keys[:, :filled], self.values[:, :filled]
         if for_sinks is for_window:
+            rows = for_window[None], keys[None], values[None]
+            if is_for_few_queries(rows[0]):
+                return attend_with_few_queries(*rows, 1.0)[0]
             return attend_with_one_query(for_window, keys, values, 1.0)
         scores = torch.bmm(keys, torch.cat([for_window, for_sinks], dim=1).transpose(1, 2))  # (rows, slots, 2)
         scores[:, : self.n_sink, 0] = scores[:, : self.n_sink, 1]
