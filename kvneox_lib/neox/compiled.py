@@ -14,8 +14,9 @@ import torch
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
+from torch.nn.functional import pad
 
-TILE = 64  # keys whose scores are at hand together; so far ahead, too, memory is asked for
+TILE, AHEAD = 64, 16  # keys whose scores are at hand together; so many ahead memory is asked for
 LINE_BYTES = 64
 PIECE = 512  # of a row of weights: while it is multiplied, memory is asked for the same of later rows
 SHARES_PER_THREAD = 4
@@ -82,14 +83,14 @@ def pointer(context, address):
 
 
 @intrinsic
-def count_up(context, numbers, index):
-    """numbers[index] before it grows by one, whichever threads do so at once."""
+def count_up(context, numbers, index, by):
+    """numbers[index] before it grows, whichever threads do so at once."""
 
     def write(context, builder, signature, args):
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        return builder.atomic_rmw("add", builder.gep(data, [args[1]]), ir.IntType(64)(1), "acq_rel")
+        return builder.atomic_rmw("add", builder.gep(data, [args[1]]), args[2], "acq_rel")
 
-    return types.int64(numbers, types.intp), write
+    return types.int64(numbers, types.intp, types.int64), write
 
 
 @intrinsic
@@ -153,7 +154,7 @@ def ask_for(context, numbers, index):
         prefetch = ir.FunctionType(ir.VoidType(), [byte, int32, int32, int32])
         place = builder.bitcast(builder.gep(data, [args[1]]), byte)
         called = builder.module.declare_intrinsic("llvm.prefetch", [byte], prefetch)
-        builder.call(called, [place, int32(0), int32(3), int32(1)])  # to read, into the nearest cache, data
+        builder.call(called, [place, int32(0), int32(2), int32(1)])  # to read, into the second cache, data
         return context.get_dummy_value()
 
     return types.void(numbers, types.intp), write
@@ -213,7 +214,7 @@ def add_four(output, values, first, stride, weights, t):
 def ask_for_four(numbers, first, stride, n):
     for t in range(4):
         for i in range(0, n, LINE_BYTES // numbers.itemsize):
-            ask_for(numbers, first + (TILE + t) * stride + i)
+            ask_for(numbers, first + (AHEAD + t) * stride + i)
 
 
 @compiled
@@ -261,9 +262,19 @@ def take_in_all(queries, keys, values, first, stride, n, hidden, scores, states)
 
 
 @compiled
-def read_share(share, begin, end, ends, queries, held, new, states):
-    """Of all rows' entries, one after the other, those from `begin` to `end`: held ones of a row come before its new
-    ones. States go to row + share, which no other part of a row has."""
+def ends_of(lengths, n_new):
+    """Where the entries of each row end, if all rows are put one after the other."""
+    ends = np.zeros(lengths.shape[0] + 1, np.int64)
+    for row in range(lengths.shape[0]):
+        ends[row + 1] = ends[row] + lengths[row] + n_new
+    return ends
+
+
+@compiled
+def read_share(share, n_shares, ends, queries, held, new, states):
+    """Of all rows' entries, one after the other, a share: held ones of a row come before its new ones. States go to
+    row + share, which no other part of a row has."""
+    begin, end = share * ends[-1] // n_shares, (share + 1) * ends[-1] // n_shares
     keys, values, starts, lengths, stride = held
     new_keys, new_values, new_starts, n_new, new_stride = new
     n_queries, dim = queries.shape[1:]
@@ -320,31 +331,25 @@ def share_of(entry, n_entries, n_shares):
 def _attend(stored):
     @cfunc(types.void(types.voidptr), cache=True)
     def attend(arguments):
-        given = carray(arguments, (19,), np.int64)
+        given = carray(arguments, 19, np.int64)
         n_shares, n_rows, n_queries, dim = given[2], given[3], given[4], given[5]
         queries = carray(pointer(given[6]), (n_rows, n_queries, dim), np.float32)
         output = carray(pointer(given[7]), (n_rows, n_queries, dim), np.float32)
         states = carray(pointer(given[8]), (n_rows + n_shares, n_queries, dim + 2), np.float32)
-        keys, values = carray(pointer(given[9]), (ENDLESS,), stored), carray(pointer(given[10]), (ENDLESS,), stored)
-        starts, lengths = (
-            carray(pointer(given[11]), (n_rows,), np.int64),
-            carray(pointer(given[12]), (n_rows,), np.int64),
-        )
+        keys, values = carray(pointer(given[9]), ENDLESS, stored), carray(pointer(given[10]), ENDLESS, stored)
+        starts, lengths = carray(pointer(given[11]), n_rows, np.int64), carray(pointer(given[12]), n_rows, np.int64)
         held = keys, values, starts, lengths, given[13]
-        keys, values = carray(pointer(given[14]), (ENDLESS,), stored), carray(pointer(given[15]), (ENDLESS,), stored)
-        new = keys, values, carray(pointer(given[16]), (n_rows,), np.int64), given[17], given[18]
-        ends = np.zeros(n_rows + 1, np.int64)
-        for row in range(n_rows):
-            ends[row + 1] = ends[row] + lengths[row] + new[3]
+        keys, values = carray(pointer(given[14]), ENDLESS, stored), carray(pointer(given[15]), ENDLESS, stored)
+        new = keys, values, carray(pointer(given[16]), n_rows, np.int64), given[17], given[18]
+        ends = ends_of(lengths, given[17])
         n_shares = max(1, min(n_shares, ends[-1]))  # none of them empty
-        share = count_up(given, 0)
+        share = count_up(given, 0, 1)
         while share < n_shares:
-            begin, end = share * ends[-1] // n_shares, (share + 1) * ends[-1] // n_shares
-            read_share(share, begin, end, ends, queries, held, new, states)
-            if count_up(given, 1) == n_shares - 1:  # all others are done
+            read_share(share, n_shares, ends, queries, held, new, states)
+            if count_up(given, 1, 1) == n_shares - 1:  # all others are done
                 for row in range(n_rows):
                     put_together(row, ends, n_shares, states, output[row])
-            share = count_up(given, 0)
+            share = count_up(given, 0, 1)
 
     return attend
 
@@ -364,26 +369,34 @@ def turn(numbers, cos, sin, half, rest, scale, output, like):
         output[2 * half + rest + i] = narrow(widen(numbers[2 * half + rest + i]) * scale, like)
 
 
+@compiled
+def place_token(numbers, cos, sin, half, rest, scale, query, keys, values, place, like):
+    """numbers (3, D): the query, scaled, goes to `query`, key and value among those of the cache."""
+    dim = numbers.shape[1]
+    turn(numbers[0], cos, sin, half, rest, scale, query, ZERO)
+    turn(numbers[1], cos, sin, half, rest, np.float32(1), keys[place : place + dim], like)
+    value = values[place : place + dim]
+    for i in range(dim):
+        value[i] = narrow(widen(numbers[2, i]), like)
+
+
 def _turn_into(stored):
     @cfunc(types.void(types.voidptr), cache=True)
     def turn_into(arguments):
-        given = carray(arguments, (19,), np.int64)
+        given = carray(arguments, 19, np.int64)
         batch, n, heads, dim, half, at = given[2], given[3], given[4], given[5], given[6], given[7]
-        rest, scale = (dim - 2 * half) // 2, carray(pointer(given[8]), (1,), np.float32)[0]
+        rest, scale = (dim - 2 * half) // 2, carray(pointer(given[8]), 1, np.float32)[0]
         fused = carray(pointer(given[9]), (batch, n, heads, 3, dim), stored)
-        cos, sin = carray(pointer(given[10]), (ENDLESS,), stored), carray(pointer(given[11]), (ENDLESS,), stored)
+        cos, sin = carray(pointer(given[10]), ENDLESS, stored), carray(pointer(given[11]), ENDLESS, stored)
         queries = carray(pointer(given[13]), (batch * heads, n, dim), np.float32)
-        keys, values = carray(pointer(given[14]), (ENDLESS,), stored), carray(pointer(given[15]), (ENDLESS,), stored)
-        starts, stride, whole, none = carray(pointer(given[16]), (batch * heads,), np.int64), given[18], keys[0], ZERO
+        keys, values = carray(pointer(given[14]), ENDLESS, stored), carray(pointer(given[15]), ENDLESS, stored)
+        starts, stride, like = carray(pointer(given[16]), batch * heads, np.int64), given[18], fused[0, 0, 0, 0, 0]
         for row in range(batch * heads):
             sample, head = row // heads, row % heads
             for t in range(n):
-                angle = sample * given[12] + t * (2 * half + 2 * rest)
-                c, s = cos[angle : angle + half], sin[angle : angle + half]
-                numbers, place = fused[sample, t, head], starts[row] + (at + t) * stride
-                turn(numbers[0], c, s, half, rest, scale, queries[row, t], none)
-                turn(numbers[1], c, s, half, rest, np.float32(1), keys[place : place + dim], whole)
-                values[place : place + dim] = numbers[2]
+                angle, place = sample * given[12] + t * dim, starts[row] + (at + t) * stride
+                c, s, numbers = cos[angle : angle + half], sin[angle : angle + half], fused[sample, t, head]
+                place_token(numbers, c, s, half, rest, scale, queries[row, t], keys, values, place, like)
 
     return turn_into
 
@@ -392,7 +405,7 @@ def _turn_into(stored):
 
 
 @compiled
-def multiply_share(x, weight, begin, end, output):
+def multiply_one(x, weight, begin, end, output):
     n_in, numbers = x.shape[0], weight.ravel()
     fours = end - (end - begin) % 4
     for out in range(begin, fours, 4):
@@ -409,22 +422,58 @@ def multiply_share(x, weight, begin, end, output):
         output[out] = dot(x, weight[out], 0)
 
 
+@compiled
+def two_by_four(first, second, a, b, c, d):
+    """The products of two rows of weights with four rows of x."""
+    a1 = b1 = c1 = d1 = a2 = b2 = c2 = d2 = ZERO
+    for i in range(first.shape[0]):
+        one, other = widen(first[i]), widen(second[i])
+        a1 += one * a[i]
+        b1 += one * b[i]
+        c1 += one * c[i]
+        d1 += one * d[i]
+        a2 += other * a[i]
+        b2 += other * b[i]
+        c2 += other * c[i]
+        d2 += other * d[i]
+    return a1, b1, c1, d1, a2, b2, c2, d2
+
+
+@compiled
+def multiply_share(x, weight, bias, has_bias, begin, end, output):
+    """x (one row or four, n in); output (rows, n out), from `begin` to `end`"""
+    n_in, numbers = x.shape[1], weight.ravel()
+    if x.shape[0] == 1:
+        multiply_one(x[0], weight, begin, end, output[0])
+    else:
+        for out in range(begin, end, 2):
+            other = min(out + 1, end - 1)
+            for i in range(0, 2 * n_in, LINE_BYTES // weight.itemsize):
+                ask_for(numbers, (out + 2) * n_in + i)
+            a1, b1, c1, d1, a2, b2, c2, d2 = two_by_four(weight[out], weight[other], x[0], x[1], x[2], x[3])
+            output[0, out], output[1, out], output[2, out], output[3, out] = a1, b1, c1, d1
+            output[0, other], output[1, other], output[2, other], output[3, other] = a2, b2, c2, d2
+    if has_bias:
+        for r in range(x.shape[0]):
+            for out in range(begin, end):
+                output[r, out] += widen(bias[out])
+
+
 def _multiply(stored):
     @cfunc(types.void(types.voidptr), cache=True)
     def multiply(arguments):
-        given = carray(arguments, (9,), np.int64)
-        n_shares, n_out, n_in, bias_too = given[2], given[3], given[4], given[8]
-        x, output = carray(pointer(given[5]), (n_in,), np.float32), carray(pointer(given[7]), (n_out,), np.float32)
-        weight = carray(pointer(given[6]), (n_out, n_in), stored)
-        share = count_up(given, 0)
+        given = carray(arguments, 10, np.int64)
+        n_shares, n_rows, n_out, n_in = given[2], given[3], given[4], given[5]
+        x, weight = (
+            carray(pointer(given[6]), (n_rows, n_in), np.float32),
+            carray(pointer(given[7]), (n_out, n_in), stored),
+        )
+        output = carray(pointer(given[9]), (n_rows, n_out), np.float32)
+        share = count_up(given, 0, 1)
         while share < n_shares:
             begin, end = share * n_out // n_shares, (share + 1) * n_out // n_shares
-            multiply_share(x, weight, begin, end, output)
-            if bias_too:
-                bias = carray(pointer(bias_too), (n_out,), stored)
-                for out in range(begin, end):
-                    output[out] += widen(bias[out])
-            share = count_up(given, 0)
+            multiply_share(x, weight, carray(pointer(given[8]), ENDLESS, stored), given[8] != 0, begin, end, output)
+            share = count_up(given, 0, 1)
 
     return multiply
 
@@ -487,9 +536,19 @@ def turn_into(new: Rows, at: int, fused: torch.Tensor, cos: torch.Tensor, sin: t
 
 
 def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """weight x + bias for a single x (n in), in float32."""
+    """x (up to 4 rows, n in) weight^T + bias, in float32."""
     n_out, n_in = weight.shape
-    x, output = x.float().contiguous(), torch.empty(n_out)
-    places = x.data_ptr(), weight.data_ptr(), output.data_ptr(), 0 if bias is None else bias.data_ptr()
-    run(kernel_for(_multiply, weight.dtype), torch.get_num_threads() * SHARES_PER_THREAD, n_out, n_in, *places)
-    return output
+    x, n_rows = in_fours(x.float()), len(x)
+    output = torch.empty(len(x), n_out)
+    places = x.data_ptr(), weight.data_ptr(), address_of(bias), output.data_ptr()
+    run(kernel_for(_multiply, weight.dtype), torch.get_num_threads() * SHARES_PER_THREAD, len(x), n_out, n_in, *places)
+    return output[:n_rows]
+
+
+def in_fours(x: torch.Tensor) -> torch.Tensor:
+    """(rows, n): one row or four."""
+    return pad(x, (0, 0, 0, 4 - len(x))) if 1 < len(x) < 4 else x.contiguous()
+
+
+def address_of(bias: torch.Tensor | None) -> int:
+    return 0 if bias is None else bias.data_ptr()

@@ -23,7 +23,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-FEW_ROWS = 32
+FEW_ROWS, LARGE = 32, 2**22
 FEW_QUERIES = 8
 PACKED_SHARE = 1 / 8  # of the machine's memory: so much do the copies of all models take together at most
 
@@ -66,8 +66,9 @@ def linear_of_few_rows(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     packed = module.__dict__.get("kvneox_packed")
     if packed is not None and not torch.is_grad_enabled():
         return torch.ops.mkldnn._linear_pointwise(x, packed, module.bias, "none", [], "")
-    if n_rows == 1 and _may_be_compiled(x) and _is_in_place(module.weight):
-        return compiled().multiply(x.flatten(), module.weight, module.bias).to(x.dtype).view(*x.shape[:-1], -1)
+    if _is_for_numba(n_rows, module.weight) and _may_be_compiled(x):
+        product = compiled().multiply(x.reshape(n_rows, -1), module.weight, module.bias)
+        return product.to(x.dtype).view(*x.shape[:-1], -1)
     if x.dtype != torch.float32:
         return module(x)
     # as weight @ x^T: 1.2 to 4 times as fast as x @ weight^T; a single row is the slowest of all and is doubled
@@ -80,7 +81,12 @@ def linear_of_few_rows(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return product.t()[:n_rows].reshape(*x.shape[:-1], -1)
 
 
-def _is_in_place(weight: torch.Tensor) -> bool:
+def _is_for_numba(n_rows: int, weight: torch.Tensor) -> bool:
+    few = n_rows <= (4 if weight.dtype == torch.float32 or weight.numel() < LARGE else 1)
+    return few and is_in_place(weight)
+
+
+def is_in_place(weight: torch.Tensor) -> bool:
     """Whether its numbers lie in memory as they are."""
     return type(weight) is nn.Parameter and weight.is_contiguous()
 
@@ -92,9 +98,9 @@ _copies: weakref.WeakKeyDictionary[nn.Module, tuple[torch.Tensor, torch.Tensor]]
 def packed_weights(model: nn.Module, n_rows: int) -> Iterator[None]:
     """Within it, `n_rows` are multiplied with packed copies of the model's weights, where that is faster and the copies
     are within their share of memory. They are kept, and made anew where weights have changed."""
-    modules = [module for module in model.modules() if is_plain(module) and _is_in_place(module.weight)]
-    by_numba = model.dtype == torch.float32 and n_rows == 1
-    if model.device.type != "cpu" or n_rows > FEW_ROWS or by_numba or not _packing_works(model.dtype):
+    modules = [module for module in model.modules() if is_plain(module) and is_in_place(module.weight)]
+    modules = [module for module in modules if not _is_for_numba(n_rows, module.weight)]
+    if model.device.type != "cpu" or n_rows > FEW_ROWS or not _packing_works(model.dtype):
         modules = []
     try:
         for module in modules:
@@ -109,7 +115,7 @@ def packed_weights(model: nn.Module, n_rows: int) -> Iterator[None]:
 def _packed_copy(module: nn.Linear) -> torch.Tensor | None:
     """Torch does not tell when weights are written to: what they make of a probe does."""
     weight = module.weight
-    probe = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0))
+    probe = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0))
     told = compiled().multiply(probe, weight, None)
     known, copy = _copies.get(module, (None, None))
     if known is not None and torch.equal(known, told):
@@ -201,6 +207,13 @@ def attend_turned(fused: torch.Tensor, cos, sin, half: int, layer, scaling: floa
     return output.view(batch, -1, n, output.shape[-1]).transpose(1, 2).flatten(2)
 
 
+def read_layers(layers, rooms, x, cos, sin) -> torch.Tensor:
+    """See `neox.layers`, which wants numba."""
+    from kvneox_lib.neox.layers import read_layers
+
+    return read_layers(layers, rooms, x, cos, sin)
+
+
 def attend_with_one_query(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
     """The same without numba, in float32 on a CPU, for query (rows, 1, D), key and value (rows, n, D).
 
@@ -225,5 +238,5 @@ def make_ready(dtype: torch.dtype) -> None:
     states = torch.zeros(1, 1, 1, 16, dtype=dtype)
     if is_for_few_queries(states):
         attend_with_few_queries(states, states, states, 1.0)
-        compiled().multiply(states.flatten(), states[0, 0], None)
+        compiled().multiply(states[0, 0], states[0, 0], None)
         _packing_works(dtype)

@@ -16,12 +16,14 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, pad
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel
+from transformers.activations import GELUActivation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neox.modeling_gpt_neox import (
     GPTNeoXAttention,
     GPTNeoXLayer,
+    GPTNeoXMLP,
     GPTNeoXPreTrainedModel,
     eager_attention_forward,
 )
@@ -34,11 +36,13 @@ from kvneox_lib.neox.kernels import (
     attend_with_few_queries,
     attend_with_one_query,
     is_for_few_queries,
+    is_in_place,
     is_plain,
     is_watched,
     linear_of_few_rows,
     may_be_turned,
     one_query_is_faster_alone,
+    read_layers,
 )
 from kvneox_lib.neox.masks import LayerMasks, as_additive
 
@@ -220,7 +224,11 @@ class KVNeoXAttention(GPTNeoXAttention):
         self._last_cache = None if past_key_values is None else weakref.ref(past_key_values)
         fused = linear_of_few_rows(self.query_key_value, hidden_states)
         held = past_key_values.layers[self.layer_idx : self.layer_idx + 1] if past_key_values is not None else []
-        if held and self._is_a_step(fused, held[0], attention_mask, past_key_values):
+        if (
+            held
+            and goes_on(self.config, attention_mask, past_key_values, held[0], self.layer_idx)
+            and may_be_turned(fused)
+        ):
             output = attend_turned(fused, *position_embeddings, self.rotary_ndims // 2, held[0], self.scaling)
             return linear_of_few_rows(self.dense, output), None
         query, key, value = self._turned(fused, *position_embeddings)
@@ -236,16 +244,6 @@ class KVNeoXAttention(GPTNeoXAttention):
                 key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
             output, weights = self._attend(query, key, value, attention_mask, past_key_values, **kwargs)
         return linear_of_few_rows(self.dense, output.flatten(2)), weights
-
-    def _is_a_step(self, fused, layer, attention_mask, cache) -> bool:
-        """Whether a few tokens go on from what a cache of ours holds, and see all of it."""
-        return (
-            hasattr(layer, "make_room")
-            and layer.get_seq_length() > 0
-            and self.config._attn_implementation == "sdpa"
-            and attention_mask.only_causal(evictions(cache).get(self.layer_idx))
-            and may_be_turned(fused)
-        )
 
     def _turned(self, fused, cos, sin):
         """Rotated queries, rotated keys and values, each (batch, heads, T, D), the first two in half-split order."""
@@ -401,20 +399,64 @@ class KVNeoXModel(KVNeoXPreTrainedModel, GPTNeoXModel):
 
         hidden_states = self.emb_dropout(inputs_embeds)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        for layer in self.layers:
-            hidden_states = layer(
-                hidden_states,  # positionally: the capture of hidden states reads args[0]
-                attention_mask=masks,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                cache_position=cache_position,
-                position_embeddings=position_embeddings,
-                **kwargs,
-            )
+        if self._is_a_step(hidden_states, masks, past_key_values):
+            hidden_states = self._step(hidden_states, past_key_values, *position_embeddings)
+        else:
+            for layer in self.layers:
+                hidden_states = layer(
+                    hidden_states,  # positionally: the capture of hidden states reads args[0]
+                    attention_mask=masks,
+                    position_ids=position_ids,
+                    past_key_values=past_key_values,
+                    use_cache=use_cache,
+                    cache_position=cache_position,
+                    position_embeddings=position_embeddings,
+                    **kwargs,
+                )
         return BaseModelOutputWithPast(
             last_hidden_state=self.final_layer_norm(hidden_states), past_key_values=past_key_values
         )
+
+    def _is_a_step(self, x: torch.Tensor, masks, cache: Cache | None) -> bool:
+        """Whether all layers can be gone through in one call: a few tokens go on from what a cache of ours holds, see
+        all of it, and nothing watches or has changed what is in between."""
+        return (
+            x.shape[0] * x.shape[1] <= 4
+            and cache is not None
+            and self.config.use_parallel_residual
+            and may_be_turned(x)
+            and all(goes_on(self.config, masks, cache, layer, index) for index, layer in enumerate(cache.layers))
+            and not self.training
+            and all(map(_is_untouched, self.layers))
+        )
+
+    def _step(self, x: torch.Tensor, cache: Cache, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            layer.attention._last_cache = weakref.ref(cache)
+        return read_layers(self.layers, [held.make_room(*x.shape[:2]) for held in cache.layers], x, cos, sin)
+
+
+def goes_on(config: GPTNeoXConfig, masks, cache: Cache, layer, index: int) -> bool:
+    """Whether tokens are read behind what a layer of a cache of ours holds, and see all of it."""
+    return (
+        hasattr(layer, "make_room")
+        and layer.get_seq_length() > 0
+        and config._attn_implementation == "sdpa"
+        and masks.only_causal(evictions(cache).get(index))
+    )
+
+
+def _is_untouched(layer: nn.Module) -> bool:
+    attention, mlp = layer.attention, layer.mlp
+    products = attention.query_key_value, attention.dense, mlp.dense_h_to_4h, mlp.dense_4h_to_h
+    others = layer, attention, mlp, layer.input_layernorm, layer.post_attention_layernorm
+    own_classes = type(layer) is KVNeoXLayer and type(attention) is KVNeoXAttention and type(mlp) is GPTNeoXMLP
+    return (
+        own_classes
+        and type(mlp.act) is GELUActivation
+        and not any(map(is_watched, others))
+        and all(is_plain(product) and is_in_place(product.weight) for product in products)
+    )
 
 
 class KVNeoXForCausalLM(KVNeoXPreTrainedModel, GPTNeoXForCausalLM):
