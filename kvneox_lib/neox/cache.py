@@ -220,11 +220,10 @@ class RaggedLayer(CacheLayerMixin):
 
     def _held_rows(self):
         """Each row's tiles lie one behind the other, and only the last of them is padded."""
-        size, dim = self.tile_keys.shape[1:]
-        n_tiles = -(-self.held // size)
-        return compiled().Rows(
-            self.tile_keys, self.tile_values, (n_tiles.cumsum(0) - n_tiles) * size * dim, self.held, dim
-        )
+        (size, dim), n_tiles = self.tile_keys.shape[1:], -(-self.held // self.tile_keys.shape[1])
+        n_words = dim // compiled().per(self.tile_keys.dtype)
+        starts = (n_tiles.cumsum(0) - n_tiles) * size * n_words
+        return compiled().Rows(self.tile_keys, self.tile_values, starts, self.held, n_words)
 
     def _new_rows(self):
         return rows_of(self.new_keys.buffer, self.new_values.buffer, self.new_keys.length)

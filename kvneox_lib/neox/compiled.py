@@ -1,8 +1,10 @@
 """The products of a decoding step, compiled by numba: they read memory as fast as it can be read.
 
-Numbers are read as they are stored and widened to float32 on the way, so that half precision reads half the bytes on
-any processor. Work is cut into shares that threads take one after the other. The threads are torch's own: two pools
-would keep each other from the cores (a step was slower than without these kernels). Compiled code is kept on disk.
+Numbers are read as they are stored, a word at a time, and widened to float32 on the way: half precision, two numbers a
+word, reads half the bytes on any processor. What is multiplied with them is in the order of their words: the first
+number of each, then the second ("in order of words"). Work is cut into shares that threads take one after the other.
+The threads are torch's own: two pools would keep each other from the cores, and a step was slower than without these
+kernels. Compiled code is kept on disk.
 """
 
 import ctypes
@@ -16,24 +18,18 @@ from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 from torch.nn.functional import pad
 
-TILE, AHEAD = 64, 16  # keys whose scores are at hand together; so many ahead memory is asked for
+TILE, AHEAD = 64, 16  # keys whose scores are at hand together; so many keys ahead memory is asked for
 LINE_BYTES = 64
-PIECE = 512  # of a row of weights: while it is multiplied, memory is asked for the same of later rows
 SHARES_PER_THREAD = 4
 # Sums may be put in another order; but NaN stays NaN and infinity infinity.
 FAST = {"reassoc", "contract", "arcp", "nsz"}
 ZERO, NOTHING = np.float32(0), np.float32(-np.inf)
 ENDLESS = 2**62  # the length of what is known by its address alone
-STORED_AS = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16: np.int16}
+WORDS = {torch.float32: np.float32, torch.bfloat16: np.uint32, torch.float16: np.int32}
 compiled = njit(fastmath=FAST, error_model="numpy")  # an exception would want Python, which runs in one thread
 
 
 # ---- running on torch's threads -------------------------------------------------------------------------------------
-
-
-def call_here(kernel, *arguments: int) -> None:
-    given = (ctypes.c_int64 * (2 + len(arguments)))(0, 0, *arguments)
-    kernel.ctypes(ctypes.addressof(given))
 
 
 def run(kernel, *arguments: int) -> None:
@@ -49,6 +45,12 @@ def run(kernel, *arguments: int) -> None:
         kernel.ctypes(ctypes.addressof(given))
         for other in others:
             other.result()
+
+
+def call_here(kernel, *arguments: int) -> None:
+    """On this thread alone."""
+    given = (ctypes.c_int64 * (2 + len(arguments)))(0, 0, *arguments)
+    kernel.ctypes(ctypes.addressof(given))
 
 
 @cache
@@ -94,43 +96,71 @@ def count_up(context, numbers, index, by):
 
 
 @intrinsic
-def widen(context, number):
-    """float32 of a number as it is stored."""
+def per_word(context, word):
+    """How many numbers a word holds."""
 
     def write(context, builder, signature, args):
-        float32, int32 = ir.FloatType(), ir.IntType(32)
-        if number == types.float32:
-            return args[0]
-        bits = builder.zext(args[0], int32)
-        if number == types.uint16:
-            return builder.bitcast(builder.shl(bits, int32(16)), float32)
-        # float16: its bits below the sign in the places of float32's are the number over 2^112
-        unsigned = builder.shl(builder.and_(bits, int32(0x7FFF)), int32(13))
-        scaled = builder.bitcast(builder.fmul(builder.bitcast(unsigned, float32), float32(2.0**112)), int32)
-        not_finite = builder.icmp_unsigned(">=", unsigned, int32(0x7C00 << 13))
-        unsigned = builder.select(not_finite, builder.or_(unsigned, int32(0x7F800000)), scaled)
-        sign = builder.shl(builder.and_(bits, int32(0x8000)), int32(16))
-        return builder.bitcast(builder.or_(unsigned, sign), float32)
+        return ir.IntType(64)(1 if word == types.float32 else 2)
 
-    return types.float32(number), write
+    return types.int64(word), write
 
 
 @intrinsic
-def narrow(context, number, like):
-    """As it is stored among numbers such as `like`: float32 as it is, bfloat16 (uint16) rounded to even."""
+def first_of(context, word):
+    """The first number of a word, in float32."""
+
+    def write(context, builder, signature, args):
+        float32, int32 = ir.FloatType(), ir.IntType(32)
+        if word == types.float32:
+            return args[0]
+        if word == types.uint32:  # bfloat16 is the upper half of float32
+            return builder.bitcast(builder.shl(args[0], int32(16)), float32)
+        return _from_float16(builder, builder.and_(args[0], int32(0xFFFF)))
+
+    return types.float32(word), write
+
+
+@intrinsic
+def second_of(context, word):
+    def write(context, builder, signature, args):
+        float32, int32 = ir.FloatType(), ir.IntType(32)
+        if word == types.float32:
+            return float32(0)
+        if word == types.uint32:
+            return builder.bitcast(builder.and_(args[0], int32(0xFFFF0000)), float32)
+        return _from_float16(builder, builder.lshr(args[0], int32(16)))
+
+    return types.float32(word), write
+
+
+def _from_float16(builder, bits):
+    """Its bits below the sign, in the places of float32's, are the number over 2^112."""
+    float32, int32 = ir.FloatType(), ir.IntType(32)
+    unsigned = builder.shl(builder.and_(bits, int32(0x7FFF)), int32(13))
+    scaled = builder.bitcast(builder.fmul(builder.bitcast(unsigned, float32), float32(2.0**112)), int32)
+    not_finite = builder.icmp_unsigned(">=", unsigned, int32(0x7C00 << 13))
+    unsigned = builder.select(not_finite, builder.or_(unsigned, int32(0x7F800000)), scaled)
+    sign = builder.shl(builder.and_(bits, int32(0x8000)), int32(16))
+    return builder.bitcast(builder.or_(unsigned, sign), float32)
+
+
+@intrinsic
+def word_of(context, first, second, like):
+    """Two numbers as they are stored in a word such as `like`: float32 is the first as it is, bfloat16 both rounded."""
 
     def write(context, builder, signature, args):
         if like == types.float32:
             return args[0]
-        int32, int16 = ir.IntType(32), ir.IntType(16)
-        bits = builder.bitcast(args[0], int32)
-        odd = builder.and_(builder.lshr(bits, int32(16)), int32(1))
-        rounded = builder.add(bits, builder.add(odd, int32(0x7FFF)))
-        is_nan = builder.fcmp_unordered("uno", args[0], args[0])
-        rounded = builder.select(is_nan, int32(0x7FC00000), rounded)
-        return builder.trunc(builder.lshr(rounded, int32(16)), int16)
+        int32, halves = ir.IntType(32), []
+        for number in args[:2]:
+            bits = builder.bitcast(number, int32)
+            odd = builder.and_(builder.lshr(bits, int32(16)), int32(1))
+            rounded = builder.add(bits, builder.add(odd, int32(0x7FFF)))  # to even
+            is_nan = builder.fcmp_unordered("uno", number, number)
+            halves.append(builder.lshr(builder.select(is_nan, int32(0x7FC00000), rounded), int32(16)))
+        return builder.or_(halves[0], builder.shl(halves[1], int32(16)))
 
-    return like(types.float32, like), write
+    return like(types.float32, types.float32, like), write
 
 
 @intrinsic
@@ -145,8 +175,8 @@ def power_of_two(context, exponent):
 
 
 @intrinsic
-def ask_for(context, numbers, index):
-    """Have memory bring the line with that number; there need not be one."""
+def ask_for(context, words, index):
+    """Have memory bring the line with that word; there need not be one."""
 
     def write(context, builder, signature, args):
         byte, int32 = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -157,7 +187,26 @@ def ask_for(context, numbers, index):
         builder.call(called, [place, int32(0), int32(2), int32(1)])  # to read, into the second cache, data
         return context.get_dummy_value()
 
-    return types.void(numbers, types.intp), write
+    return types.void(words, types.intp), write
+
+
+@compiled
+def at(address, n, dtype):
+    return carray(pointer(address), n, dtype)
+
+
+@compiled
+def number(words, i):
+    """The i-th number."""
+    if per_word(words[0]) == 1:
+        return first_of(words[i])
+    return second_of(words[i // 2]) if i % 2 else first_of(words[i // 2])
+
+
+@compiled
+def place(i, n, per):
+    """Of the i-th of `n` numbers, in order of words."""
+    return i % per * (n // per) + i // per
 
 
 @compiled
@@ -174,26 +223,37 @@ def exp_of_negative(x):
 
 
 @compiled
-def four_dots(row, numbers, first, stride):
-    """The products of `row` with four rows of `numbers`, the first beginning at `first`."""
-    n = row.shape[0]
-    a, b = numbers[first : first + n], numbers[first + stride : first + stride + n]
-    c, d = numbers[first + 2 * stride : first + 2 * stride + n], numbers[first + 3 * stride : first + 3 * stride + n]
+def four_dots(row, words, first, stride):
+    """The products of `row` (numbers in order of words) with four rows of words, the first beginning at `first`."""
+    per = per_word(words[0])
+    n = row.shape[0] // per
+    one, two = row[:n], row[row.shape[0] - n :]
+    a, b = words[first : first + n], words[first + stride : first + stride + n]
+    c, d = words[first + 2 * stride : first + 2 * stride + n], words[first + 3 * stride : first + 3 * stride + n]
     in_a = in_b = in_c = in_d = ZERO
     for i in range(n):
-        x = widen(row[i])
-        in_a += x * widen(a[i])
-        in_b += x * widen(b[i])
-        in_c += x * widen(c[i])
-        in_d += x * widen(d[i])
+        x, y = one[i], two[i]
+        in_a += x * first_of(a[i])
+        in_b += x * first_of(b[i])
+        in_c += x * first_of(c[i])
+        in_d += x * first_of(d[i])
+        if per == 2:
+            in_a += y * second_of(a[i])
+            in_b += y * second_of(b[i])
+            in_c += y * second_of(c[i])
+            in_d += y * second_of(d[i])
     return in_a, in_b, in_c, in_d
 
 
 @compiled
-def dot(row, numbers, first):
-    part, total = numbers[first : first + row.shape[0]], ZERO
-    for i in range(row.shape[0]):
-        total += widen(row[i]) * widen(part[i])
+def dot(row, words, first):
+    per = per_word(words[0])
+    n = row.shape[0] // per
+    one, two, part, total = row[:n], row[row.shape[0] - n :], words[first : first + n], ZERO
+    for i in range(n):
+        total += one[i] * first_of(part[i])
+        if per == 2:
+            total += two[i] * second_of(part[i])
     return total
 
 
@@ -202,19 +262,36 @@ def dot(row, numbers, first):
 
 @compiled
 def add_four(output, values, first, stride, weights, t):
-    n = output.shape[0]
+    per = per_word(values[0])
+    n = output.shape[0] // per
+    one, two = output[:n], output[output.shape[0] - n :]
     a, b = values[first : first + n], values[first + stride : first + stride + n]
     c, d = values[first + 2 * stride : first + 2 * stride + n], values[first + 3 * stride : first + 3 * stride + n]
     of_a, of_b, of_c, of_d = weights[t], weights[t + 1], weights[t + 2], weights[t + 3]
     for i in range(n):
-        output[i] += of_a * widen(a[i]) + of_b * widen(b[i]) + (of_c * widen(c[i]) + of_d * widen(d[i]))
+        one[i] += of_a * first_of(a[i]) + of_b * first_of(b[i]) + (of_c * first_of(c[i]) + of_d * first_of(d[i]))
+        if per == 2:
+            two[i] += (
+                of_a * second_of(a[i]) + of_b * second_of(b[i]) + (of_c * second_of(c[i]) + of_d * second_of(d[i]))
+            )
 
 
 @compiled
-def ask_for_four(numbers, first, stride, n):
+def add_one(output, values, first, weight):
+    per = per_word(values[0])
+    n = output.shape[0] // per
+    one, two, value = output[:n], output[output.shape[0] - n :], values[first : first + n]
+    for i in range(n):
+        one[i] += weight * first_of(value[i])
+        if per == 2:
+            two[i] += weight * second_of(value[i])
+
+
+@compiled
+def ask_for_four(words, first, stride, n):
     for t in range(4):
-        for i in range(0, n, LINE_BYTES // numbers.itemsize):
-            ask_for(numbers, first + (AHEAD + t) * stride + i)
+        for i in range(0, n, LINE_BYTES // 4):
+            ask_for(words, first + (AHEAD + t) * stride + i)
 
 
 @compiled
@@ -222,9 +299,9 @@ def take_in(query, keys, values, first, stride, n, scores, state):
     """Add the tile of `n` keys and values from `first` on to what the query has seen: state (D + 2) is the weighted sum
     of values, the largest score and the sum of weights relative to it."""
     dim = query.shape[0]
-    output, most, fours = state[:dim], state[dim], n - n % 4
+    output, most, fours, n_words = state[:dim], state[dim], n - n % 4, dim // per_word(keys[0])
     for t in range(0, fours, 4):
-        ask_for_four(keys, first + t * stride, stride, dim)
+        ask_for_four(keys, first + t * stride, stride, n_words)
         scores[t], scores[t + 1], scores[t + 2], scores[t + 3] = four_dots(query, keys, first + t * stride, stride)
     for t in range(fours, n):
         scores[t] = dot(query, keys, first + t * stride)
@@ -242,12 +319,10 @@ def take_in(query, keys, values, first, stride, n, scores, state):
         total += scores[t]
     state[dim + 1] += total
     for t in range(0, fours, 4):
-        ask_for_four(values, first + t * stride, stride, dim)
+        ask_for_four(values, first + t * stride, stride, n_words)
         add_four(output, values, first + t * stride, stride, scores, t)
     for t in range(fours, n):
-        value, weight = values[first + t * stride : first + t * stride + dim], scores[t]
-        for i in range(dim):
-            output[i] += weight * widen(value[i])
+        add_one(output, values, first + t * stride, scores[t])
 
 
 @compiled
@@ -289,17 +364,17 @@ def read_share(share, n_shares, ends, queries, held, new, states):
         until, since = min(high, n_held), max(low - n_held, 0)
         if low < until:
             hidden = n_queries - 1 - (n_new + n_held - until)
-            place = starts[row] + low * stride
-            take_in_all(queries[row], keys, values, place, stride, until - low, hidden, scores, state)
+            first = starts[row] + low * stride
+            take_in_all(queries[row], keys, values, first, stride, until - low, hidden, scores, state)
         if high > n_held:
             hidden = n_queries - 1 - (n_new + n_held - high)
-            place, n = new_starts[row] + since * new_stride, high - n_held - since
-            take_in_all(queries[row], new_keys, new_values, place, new_stride, n, hidden, scores, state)
+            first, n = new_starts[row] + since * new_stride, high - n_held - since
+            take_in_all(queries[row], new_keys, new_values, first, new_stride, n, hidden, scores, state)
         begin, row = stop, row + 1
 
 
 @compiled
-def put_together(row, ends, n_shares, states, output):
+def put_together(row, ends, n_shares, per, states, output):
     """From the states of all shares that hold a part of the row; zeros where there is nothing to see."""
     n_queries, dim = output.shape
     output[:] = ZERO
@@ -316,7 +391,7 @@ def put_together(row, ends, n_shares, states, output):
                 part = np.exp(state[dim] - most)
                 total += part * state[dim + 1]
                 for i in range(dim):
-                    output[j, i] += part * state[i]
+                    output[j, i] += part * state[place(i, dim, per)]
         if total != 0:
             for i in range(dim):
                 output[j, i] /= total
@@ -336,19 +411,22 @@ def _attend(stored):
         queries = carray(pointer(given[6]), (n_rows, n_queries, dim), np.float32)
         output = carray(pointer(given[7]), (n_rows, n_queries, dim), np.float32)
         states = carray(pointer(given[8]), (n_rows + n_shares, n_queries, dim + 2), np.float32)
-        keys, values = carray(pointer(given[9]), ENDLESS, stored), carray(pointer(given[10]), ENDLESS, stored)
-        starts, lengths = carray(pointer(given[11]), n_rows, np.int64), carray(pointer(given[12]), n_rows, np.int64)
-        held = keys, values, starts, lengths, given[13]
-        keys, values = carray(pointer(given[14]), ENDLESS, stored), carray(pointer(given[15]), ENDLESS, stored)
-        new = keys, values, carray(pointer(given[16]), n_rows, np.int64), given[17], given[18]
-        ends = ends_of(lengths, given[17])
+        keys, values, lengths = (
+            at(given[9], ENDLESS, stored),
+            at(given[10], ENDLESS, stored),
+            at(given[12], n_rows, np.int64),
+        )
+        held = keys, values, at(given[11], n_rows, np.int64), lengths, given[13]
+        keys, values = at(given[14], ENDLESS, stored), at(given[15], ENDLESS, stored)
+        new = keys, values, at(given[16], n_rows, np.int64), given[17], given[18]
+        ends, per = ends_of(lengths, given[17]), per_word(keys[0])
         n_shares = max(1, min(n_shares, ends[-1]))  # none of them empty
         share = count_up(given, 0, 1)
         while share < n_shares:
             read_share(share, n_shares, ends, queries, held, new, states)
             if count_up(given, 1, 1) == n_shares - 1:  # all others are done
                 for row in range(n_rows):
-                    put_together(row, ends, n_shares, states, output[row])
+                    put_together(row, ends, n_shares, per, states, output[row])
             share = count_up(given, 0, 1)
 
     return attend
@@ -358,45 +436,59 @@ def _attend(stored):
 
 
 @compiled
-def turn(numbers, cos, sin, half, rest, scale, output, like):
-    """A query or a key (D) in half-split order, its rotary part turned."""
+def turn(numbers, cos, sin, first_angle, half, scale, turned):
+    """numbers (D), a query or a key, in half-split order and its rotary part turned."""
+    rest = (numbers.shape[0] - 2 * half) // 2
     for i in range(half):
-        first, second, c, s = widen(numbers[i]), widen(numbers[half + i]), widen(cos[i]), widen(sin[i])
-        output[i] = narrow((first * c - second * s) * scale, like)
-        output[half + rest + i] = narrow((second * c + first * s) * scale, like)
+        first, second = numbers[i], numbers[half + i]
+        c, s = number(cos, first_angle + i), number(sin, first_angle + i)
+        turned[i] = (first * c - second * s) * scale
+        turned[half + rest + i] = (second * c + first * s) * scale
     for i in range(rest):
-        output[half + i] = narrow(widen(numbers[2 * half + i]) * scale, like)
-        output[2 * half + rest + i] = narrow(widen(numbers[2 * half + rest + i]) * scale, like)
+        turned[half + i] = numbers[2 * half + i] * scale
+        turned[2 * half + rest + i] = numbers[2 * half + rest + i] * scale
 
 
 @compiled
-def place_token(numbers, cos, sin, half, rest, scale, query, keys, values, place, like):
-    """numbers (3, D): the query, scaled, goes to `query`, key and value among those of the cache."""
-    dim = numbers.shape[1]
-    turn(numbers[0], cos, sin, half, rest, scale, query, ZERO)
-    turn(numbers[1], cos, sin, half, rest, np.float32(1), keys[place : place + dim], like)
-    value = values[place : place + dim]
+def store(numbers, words, first):
+    per = per_word(words[0])
+    for i in range(numbers.shape[0] // per):
+        words[first + i] = word_of(numbers[per * i], numbers[per * i + per - 1], words[0])
+
+
+@compiled
+def place_token(numbers, cos, sin, first_angle, half, scale, query, keys, values, first, turned):
+    """numbers (3, D): the query, scaled and in order of words, goes to `query`, key and value to the cache."""
+    dim, per = numbers.shape[1], per_word(keys[0])
+    turn(numbers[0], cos, sin, first_angle, half, scale, turned)
     for i in range(dim):
-        value[i] = narrow(widen(numbers[2, i]), like)
+        query[place(i, dim, per)] = turned[i]
+    turn(numbers[1], cos, sin, first_angle, half, np.float32(1), turned)
+    store(turned, keys, first)
+    store(numbers[2], values, first)
 
 
 def _turn_into(stored):
     @cfunc(types.void(types.voidptr), cache=True)
     def turn_into(arguments):
         given = carray(arguments, 19, np.int64)
-        batch, n, heads, dim, half, at = given[2], given[3], given[4], given[5], given[6], given[7]
-        rest, scale = (dim - 2 * half) // 2, carray(pointer(given[8]), 1, np.float32)[0]
-        fused = carray(pointer(given[9]), (batch, n, heads, 3, dim), stored)
-        cos, sin = carray(pointer(given[10]), ENDLESS, stored), carray(pointer(given[11]), ENDLESS, stored)
+        batch, n, heads, dim, half, since = given[2], given[3], given[4], given[5], given[6], given[7]
+        scale, fused = at(given[8], 1, np.float32)[0], at(given[9], ENDLESS, stored)
+        cos, sin = at(given[10], ENDLESS, stored), at(given[11], ENDLESS, stored)
         queries = carray(pointer(given[13]), (batch * heads, n, dim), np.float32)
-        keys, values = carray(pointer(given[14]), ENDLESS, stored), carray(pointer(given[15]), ENDLESS, stored)
-        starts, stride, like = carray(pointer(given[16]), batch * heads, np.int64), given[18], fused[0, 0, 0, 0, 0]
+        keys, values = at(given[14], ENDLESS, stored), at(given[15], ENDLESS, stored)
+        starts, numbers, turned = (
+            at(given[16], batch * heads, np.int64),
+            np.empty((3, dim), np.float32),
+            np.empty(dim, np.float32),
+        )
         for row in range(batch * heads):
-            sample, head = row // heads, row % heads
             for t in range(n):
-                angle, place = sample * given[12] + t * dim, starts[row] + (at + t) * stride
-                c, s, numbers = cos[angle : angle + half], sin[angle : angle + half], fused[sample, t, head]
-                place_token(numbers, c, s, half, rest, scale, queries[row, t], keys, values, place, like)
+                token = (row // heads * n + t) * heads + row % heads
+                for i in range(3 * dim):
+                    numbers[i // dim, i % dim] = number(fused, token * 3 * dim + i)
+                angle, first = row // heads * given[12] + t * dim, starts[row] + (since + t) * given[18]
+                place_token(numbers, cos, sin, angle, half, scale, queries[row, t], keys, values, first, turned)
 
     return turn_into
 
@@ -405,58 +497,68 @@ def _turn_into(stored):
 
 
 @compiled
-def multiply_one(x, weight, begin, end, output):
-    n_in, numbers = x.shape[0], weight.ravel()
+def multiply_one(x, weight, stride, begin, end, output):
+    """x (n in) in order of words; weight (words), `stride` of them a row."""
     fours = end - (end - begin) % 4
     for out in range(begin, fours, 4):
-        a = b = c = d = ZERO
-        for start in range(0, n_in, PIECE):
-            piece, first = x[start : start + PIECE], out * n_in + start
-            for row in range(4):
-                for i in range(0, PIECE, LINE_BYTES // weight.itemsize):
-                    ask_for(numbers, first + (4 + row) * n_in + i)
-            in_a, in_b, in_c, in_d = four_dots(piece, numbers, first, n_in)
-            a, b, c, d = a + in_a, b + in_b, c + in_c, d + in_d
-        output[out], output[out + 1], output[out + 2], output[out + 3] = a, b, c, d
+        for row in range(4):
+            for i in range(0, stride, LINE_BYTES // 4):
+                ask_for(weight, (out + 4 + row) * stride + i)
+        output[out], output[out + 1], output[out + 2], output[out + 3] = four_dots(x, weight, out * stride, stride)
     for out in range(fours, end):
-        output[out] = dot(x, weight[out], 0)
+        output[out] = dot(x, weight, out * stride)
 
 
 @compiled
-def two_by_four(first, second, a, b, c, d):
-    """The products of two rows of weights with four rows of x."""
+def two_by_four(x, weight, first, second):
+    """The products of four rows of x (4, n in) in order of words with two rows of words."""
+    per = per_word(weight[0])
+    n, last = x.shape[1] // per, x.shape[1]
+    one, other = weight[first : first + n], weight[second : second + n]
+    a, b, c, d = x[0, :n], x[1, :n], x[2, :n], x[3, :n]
+    e, f, g, h = x[0, last - n :], x[1, last - n :], x[2, last - n :], x[3, last - n :]
     a1 = b1 = c1 = d1 = a2 = b2 = c2 = d2 = ZERO
-    for i in range(first.shape[0]):
-        one, other = widen(first[i]), widen(second[i])
-        a1 += one * a[i]
-        b1 += one * b[i]
-        c1 += one * c[i]
-        d1 += one * d[i]
-        a2 += other * a[i]
-        b2 += other * b[i]
-        c2 += other * c[i]
-        d2 += other * d[i]
+    for i in range(n):
+        p, q = first_of(one[i]), first_of(other[i])
+        a1 += p * a[i]
+        b1 += p * b[i]
+        c1 += p * c[i]
+        d1 += p * d[i]
+        a2 += q * a[i]
+        b2 += q * b[i]
+        c2 += q * c[i]
+        d2 += q * d[i]
+        if per == 2:
+            p, q = second_of(one[i]), second_of(other[i])
+            a1 += p * e[i]
+            b1 += p * f[i]
+            c1 += p * g[i]
+            d1 += p * h[i]
+            a2 += q * e[i]
+            b2 += q * f[i]
+            c2 += q * g[i]
+            d2 += q * h[i]
     return a1, b1, c1, d1, a2, b2, c2, d2
 
 
 @compiled
 def multiply_share(x, weight, bias, has_bias, begin, end, output):
-    """x (one row or four, n in); output (rows, n out), from `begin` to `end`"""
-    n_in, numbers = x.shape[1], weight.ravel()
+    """x (one row or four, n in) in order of words; output (rows, n out), from `begin` to `end`"""
+    stride = x.shape[1] // per_word(weight[0])
     if x.shape[0] == 1:
-        multiply_one(x[0], weight, begin, end, output[0])
+        multiply_one(x[0], weight, stride, begin, end, output[0])
     else:
         for out in range(begin, end, 2):
             other = min(out + 1, end - 1)
-            for i in range(0, 2 * n_in, LINE_BYTES // weight.itemsize):
-                ask_for(numbers, (out + 2) * n_in + i)
-            a1, b1, c1, d1, a2, b2, c2, d2 = two_by_four(weight[out], weight[other], x[0], x[1], x[2], x[3])
+            for i in range(0, 2 * stride, LINE_BYTES // 4):
+                ask_for(weight, (out + 2) * stride + i)
+            a1, b1, c1, d1, a2, b2, c2, d2 = two_by_four(x, weight, out * stride, other * stride)
             output[0, out], output[1, out], output[2, out], output[3, out] = a1, b1, c1, d1
             output[0, other], output[1, other], output[2, other], output[3, other] = a2, b2, c2, d2
     if has_bias:
-        for r in range(x.shape[0]):
-            for out in range(begin, end):
-                output[r, out] += widen(bias[out])
+        for out in range(begin, end):
+            for r in range(x.shape[0]):
+                output[r, out] += number(bias, out)
 
 
 def _multiply(stored):
@@ -464,15 +566,12 @@ def _multiply(stored):
     def multiply(arguments):
         given = carray(arguments, 10, np.int64)
         n_shares, n_rows, n_out, n_in = given[2], given[3], given[4], given[5]
-        x, weight = (
-            carray(pointer(given[6]), (n_rows, n_in), np.float32),
-            carray(pointer(given[7]), (n_out, n_in), stored),
-        )
-        output = carray(pointer(given[9]), (n_rows, n_out), np.float32)
+        x, weight = carray(pointer(given[6]), (n_rows, n_in), np.float32), at(given[7], ENDLESS, stored)
+        bias, output = at(given[8], ENDLESS, stored), carray(pointer(given[9]), (n_rows, n_out), np.float32)
         share = count_up(given, 0, 1)
         while share < n_shares:
             begin, end = share * n_out // n_shares, (share + 1) * n_out // n_shares
-            multiply_share(x, weight, carray(pointer(given[8]), ENDLESS, stored), given[8] != 0, begin, end, output)
+            multiply_share(x, weight, bias, given[8] != 0, begin, end, output)
             share = count_up(given, 0, 1)
 
     return multiply
@@ -482,8 +581,8 @@ def _multiply(stored):
 
 
 class Rows:
-    """Keys and values of rows in one stretch of memory: the number with which each row begins, how many entries it has
-    (all rows alike, or each), and how far it is from one to the next."""
+    """Keys and values of rows in one stretch of memory: the word with which each row begins, how many entries it has (all
+    rows alike, or each), and how many words it is from one to the next."""
 
     def __init__(self, keys, values, starts: torch.Tensor, lengths: torch.Tensor | int, stride: int):
         self.held = keys, values, starts, lengths  # lest they go
@@ -501,13 +600,18 @@ def _zeros(n: int) -> torch.Tensor:
         return torch.zeros(n, dtype=torch.int64)
 
 
+def per(dtype: torch.dtype) -> int:
+    """Numbers a word."""
+    return 4 // dtype.itemsize
+
+
 @cache
 def kernel_for(make, dtype: torch.dtype):
-    return make(STORED_AS[dtype])
+    return make(WORDS[dtype])
 
 
 def attend(queries: torch.Tensor, held: Rows, new: Rows) -> torch.Tensor:
-    """softmax(queries keys^T) values for queries, and the result, (rows, n queries, D) in float32.
+    """softmax(queries keys^T) values for queries (rows, n queries, D) in order of words, and the result, in float32.
 
     Held entries of a row come before its new ones, of which each row has as many; the last query sees all, the one
     before it all but the last, and so on. All shares are of one size, however the lengths of rows differ.
@@ -521,16 +625,25 @@ def attend(queries: torch.Tensor, held: Rows, new: Rows) -> torch.Tensor:
     return output
 
 
-def turn_into(new: Rows, at: int, fused: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, half: int, scaling: float):
+def in_order_of_words(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(..., n) for products with numbers stored in `dtype`, in float32."""
+    if dtype == torch.float32:
+        return x.float().contiguous()
+    return x.float().unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2).contiguous()
+
+
+def turn_into(
+    new: Rows, since: int, fused: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, half: int, scaling: float
+):
     """Split what `query_key_value` gives for (batch, n) tokens, turn queries and keys by cos and sin (1 or batch, n, D)
-    in half-split order, and write keys and values among the rows of `new`, from entry `at` on. The queries
-    (rows, n, D), scaled, in float32. In float32 and bfloat16 only."""
+    in half-split order, and write keys and values among the rows of `new`, from entry `since` on. The queries
+    (rows, n, D), scaled, in order of words, in float32. For float32 and bfloat16."""
     batch, n, width = fused.shape
     dim = cos.shape[-1]
     heads = width // (3 * dim)
     queries, scale = torch.empty(batch * heads, n, dim), ctypes.c_float(scaling)
     turns = cos.data_ptr(), sin.data_ptr(), 0 if len(cos) == 1 else n * dim
-    given = batch, n, heads, dim, half, at, ctypes.addressof(scale), fused.data_ptr(), *turns, queries.data_ptr()
+    given = batch, n, heads, dim, half, since, ctypes.addressof(scale), fused.data_ptr(), *turns, queries.data_ptr()
     call_here(kernel_for(_turn_into, fused.dtype), *given, *new.arguments)
     return queries
 
@@ -538,7 +651,7 @@ def turn_into(new: Rows, at: int, fused: torch.Tensor, cos: torch.Tensor, sin: t
 def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x (up to 4 rows, n in) weight^T + bias, in float32."""
     n_out, n_in = weight.shape
-    x, n_rows = in_fours(x.float()), len(x)
+    n_rows, x = len(x), in_fours(in_order_of_words(x, weight.dtype))
     output = torch.empty(len(x), n_out)
     places = x.data_ptr(), weight.data_ptr(), address_of(bias), output.data_ptr()
     run(kernel_for(_multiply, weight.dtype), torch.get_num_threads() * SHARES_PER_THREAD, len(x), n_out, n_in, *places)

@@ -43,7 +43,7 @@ def _may_be_compiled(x: torch.Tensor) -> bool:
     """Numba knows neither gradients nor graphs."""
     if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    return compiled() is not None and x.dtype in compiled().STORED_AS
+    return compiled() is not None and x.dtype in compiled().WORDS
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -133,7 +133,7 @@ def _packed_copy(module: nn.Linear) -> torch.Tensor | None:
 @torch.no_grad()
 def _packing_works(dtype: torch.dtype) -> bool:
     """Whether this build of torch and this processor can, and the result is right."""
-    if compiled() is None or dtype not in compiled().STORED_AS:
+    if compiled() is None or dtype not in compiled().WORDS:
         return False
     weight, x = (torch.arange(n, dtype=torch.float32).view(-1, 16).sin().to(dtype) for n in (512, 32))
     try:
@@ -173,18 +173,19 @@ def attend_with_few_queries(
 
 def attend_to_rows(query: torch.Tensor, held, new, scaling: float) -> torch.Tensor:
     """query (batch, heads, n, D), a sample and head of it a row; held (or None) and new: `compiled.Rows`."""
-    queries = (query.flatten(0, 1).float() * scaling).contiguous()
+    queries = compiled().in_order_of_words(query.flatten(0, 1).float() * scaling, query.dtype)
     return compiled().attend(queries, held or new.none(), new).view(query.shape).to(query.dtype)
 
 
 def rows_of(keys: torch.Tensor, values: torch.Tensor, length: int):
     """`compiled.Rows` of keys and values (batch, heads, n or more, D) that lie in memory alike, `length` entries each."""
-    return compiled().Rows(keys, values, _starts(*keys.shape[:2], *keys.stride()[:2]), length, keys.stride(2))
+    of_a_sample, of_a_head, stride = (step // compiled().per(keys.dtype) for step in keys.stride()[:3])
+    return compiled().Rows(keys, values, _starts(*keys.shape[:2], of_a_sample, of_a_head), length, stride)
 
 
 @lru_cache(64)
 def _starts(batch: int, heads: int, of_a_sample: int, of_a_head: int) -> torch.Tensor:
-    """The number with which each row begins."""
+    """The word with which each row begins."""
     with torch.inference_mode(False):
         return (torch.arange(batch)[:, None] * of_a_sample + torch.arange(heads) * of_a_head).flatten()
 

@@ -17,6 +17,7 @@ from kvneox_lib.neox.compiled import (
     ZERO,
     Rows,
     address_of,
+    at,
     compiled,
     count_up,
     ends_of,
@@ -24,12 +25,14 @@ from kvneox_lib.neox.compiled import (
     in_fours,
     kernel_for,
     multiply_share,
+    number,
+    per_word,
+    place,
     place_token,
     pointer,
     put_together,
     read_share,
     run,
-    widen,
 )
 
 PHASES, NUMBERS = 5, 23  # of a layer
@@ -37,6 +40,7 @@ PHASES, NUMBERS = 5, 23  # of a layer
 
 @compiled
 def normalize(x, scale, shift, eps, output):
+    """The output in order of words."""
     n = np.float32(x.shape[1])
     for r in range(x.shape[0]):
         total, square = ZERO, ZERO
@@ -47,7 +51,8 @@ def normalize(x, scale, shift, eps, output):
             square += (x[r, i] - mean) * (x[r, i] - mean)
         factor = np.float32(1) / np.sqrt(square / n + eps)
         for i in range(x.shape[1]):
-            output[r, i] = (x[r, i] - mean) * factor * widen(scale[i]) + widen(shift[i])
+            turned = (x[r, i] - mean) * factor * number(scale, i) + number(shift, i)
+            output[r, place(i, x.shape[1], per_word(scale[0]))] = turned
 
 
 @compiled
@@ -60,11 +65,6 @@ def gelu(x):
         series = series * t + np.float32(term)
     tail = np.float32(0.5) * series * t * exp_of_negative(-z * z)
     return x * (np.float32(1) - tail) if x > 0 else x * tail
-
-
-@compiled
-def at(address, n, dtype):
-    return carray(pointer(address), n, dtype)
 
 
 @compiled
@@ -84,12 +84,12 @@ def done(counters, phase):
 
 
 @compiled
-def multiply_part(x, numbers, place, share, n_shares, output, dtype):
-    """The weight with that place among the numbers of a layer, its bias behind it; where the part begins and ends."""
-    n_out, n_in = output.shape[1], x.shape[1]
+def multiply_part(x, numbers, which, share, n_shares, output, dtype):
+    """By the weight that stands there among the numbers of a layer, its bias behind it; where the part begins and ends."""
+    n_out = output.shape[1]
     begin, end = share * n_out // n_shares, (share + 1) * n_out // n_shares
-    weight, bias = at(numbers[place], n_out * n_in, dtype).reshape(n_out, n_in), at(numbers[place + 1], n_out, dtype)
-    multiply_share(x, weight, bias, numbers[place + 1] != 0, begin, end, output)
+    weight, bias = at(numbers[which], ENDLESS, dtype), at(numbers[which + 1], ENDLESS, dtype)
+    multiply_share(x, weight, bias, numbers[which + 1] != 0, begin, end, output)
     return begin, end
 
 
@@ -99,18 +99,20 @@ def _read_layers(stored):
         given = carray(arguments, 23, np.int64)
         most, n_layers, batch, n, heads = given[2], given[3], given[4], given[5], given[6]
         dim, half, inner, rows = given[7], given[8], given[9], given[10]
-        width, rest, n_queries = heads * dim, (dim - 2 * half) // 2, batch * heads
+        width, n_queries = heads * dim, batch * heads
         counters, all_numbers = at(given[11], ENDLESS, np.int64), at(given[12], ENDLESS, np.int64)
         settings, step = at(given[13], 2, np.float32), given[16]
         cos, sin = at(given[14], ENDLESS, stored), at(given[15], ENDLESS, stored)
         x = carray(pointer(given[17]), (rows, width), np.float32)
         fused = carray(pointer(given[18]), (rows, 3 * width), np.float32)
-        wide = carray(pointer(given[19]), (rows, inner), np.float32)
+        wide = carray(pointer(given[19]), (2 * rows, inner), np.float32)
+        middle, wide = wide[:rows], wide[rows:]
         attended = carray(pointer(given[20]), (rows, width), np.float32)
         queries = carray(pointer(given[21]), (2 * n_queries, n, dim), np.float32)
         answers = queries[n_queries:]
         states = carray(pointer(given[22]), (n_queries + most, n, dim + 2), np.float32)
         one, other = np.empty((rows, width), np.float32), np.empty((rows, width), np.float32)
+        turned, per = np.empty(dim, np.float32), per_word(cos[0])
         for layer in range(n_layers):
             numbers, phase = all_numbers[layer * NUMBERS :], layer * PHASES
 
@@ -122,10 +124,12 @@ def _read_layers(stored):
                 if share < most:
                     multiply_part(one, numbers, 4, share, most, fused, stored)
                 else:
-                    begin, end = multiply_part(other, numbers, 6, share - most, most, wide, stored)
+                    begin, end = multiply_part(other, numbers, 6, share - most, most, middle, stored)
                     for r in range(rows):
                         for i in range(begin, end):
-                            wide[r, i] = gelu(wide[r, i])
+                            middle[r, i] = gelu(middle[r, i])
+                        for i in range(begin, end):
+                            wide[r, place(i, inner, per)] = middle[r, i]
                 done(counters, phase)
                 share = next_share(counters, phase, 2 * most)
 
@@ -142,9 +146,8 @@ def _read_layers(stored):
                     for t in range(n):
                         angle, token = row // heads * step + t * dim, row // heads * n + t
                         split = fused[token].reshape(heads, 3, dim)[row % heads]
-                        c, s, place = cos[angle : angle + half], sin[angle : angle + half], numbers[22] + t
-                        place = starts[row] + place * numbers[21]
-                        place_token(split, c, s, half, rest, settings[1], queries[row, t], keys, values, place, cos[0])
+                        first, query = starts[row] + (numbers[22] + t) * numbers[21], queries[row, t]
+                        place_token(split, cos, sin, angle, half, settings[1], query, keys, values, first, turned)
                 done(counters, phase)
             next_share(counters, phase, 1)
 
@@ -160,10 +163,11 @@ def _read_layers(stored):
             phase += 1
             if next_share(counters, phase, 1) >= 0:
                 for row in range(n_queries):
-                    put_together(row, ends, n_shares, states, answers[row])
+                    put_together(row, ends, n_shares, per, states, answers[row])
                     for t in range(n):
-                        place = row % heads * dim
-                        attended[row // heads * n + t, place : place + dim] = answers[row, t]
+                        for i in range(dim):
+                            in_order = place(row % heads * dim + i, width, per)
+                            attended[row // heads * n + t, in_order] = answers[row, t, i]
                 done(counters, phase)
             next_share(counters, phase, 1)
 
@@ -204,7 +208,7 @@ def read_layers(layers, rooms, x: torch.Tensor, cos: torch.Tensor, sin: torch.Te
     settings = torch.tensor([layers[0].input_layernorm.eps, attention.scaling])
     cos, sin, rows = cos.contiguous(), sin.contiguous(), in_fours(x.flatten(0, 1).float())
     rows = rows.clone() if rows.data_ptr() == x.data_ptr() else rows
-    fused, wide, attended = (torch.empty(len(rows), size) for size in (3 * width, inner, width))
+    fused, wide, attended = (torch.empty(len(rows), size) for size in (3 * width, 2 * inner, width))
     queries = torch.empty(2 * batch * heads, n, dim)
     states = torch.empty(batch * heads + most, n, dim + 2)
     counters = torch.zeros(2 * PHASES * len(layers), dtype=torch.int64)
