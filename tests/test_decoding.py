@@ -2,10 +2,11 @@
 
 import contextlib
 import re
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import stock_and_ours, tiny_config
+from conftest import relative_difference, stock_and_ours, tiny_config
 from transformers import pipeline
 
 from kvneox_lib import StreamingDecoder, continuation_nll, streaming_nll, teacher_forced_nll
@@ -13,7 +14,9 @@ from kvneox_lib.measures.decoding import generate
 from kvneox_lib.measures.streaming import recomputed_nll
 from kvneox_lib.measures.survivors import kept_positions
 from kvneox_lib.neox.cache import CompactCache
-from kvneox_lib.presses.by_name import make_press, press_names
+from kvneox_lib.neox.hooks import hooked
+from kvneox_lib.neox.modeling import stock_twin
+from kvneox_lib.presses.by_name import make_press, press_names, ratio_for
 from kvneox_lib.presses.facts import acts, attention_needed, rows_independent
 
 IN_HOOKS = [
@@ -24,6 +27,18 @@ IN_HOOKS = [
     and attention_needed(make_press(name)) != "eager"
     and not name.startswith(("key_rerotation", "finch"))  # transformers goes on at the true length there
 ]
+
+
+def mask_of(*lengths: int) -> torch.Tensor:
+    """Left padding to the longest."""
+    return (torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]).long()
+
+
+def padded(rows: list[torch.Tensor], fill: int = 0) -> dict[str, torch.Tensor]:
+    mask = mask_of(*map(len, rows))
+    ids = torch.full_like(mask, fill)
+    ids[mask == 1] = torch.cat(rows)
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +148,110 @@ def test_a_compact_cache_serves_transformers_and_the_pipeline(demo, tokenizer, r
         assert pipe(context, press=make_press(name), cache=CompactCache(8), **asked) == expected
 
 
+@pytest.fixture(scope="module")
+def unequal(reading):
+    """Texts of 150, 110 and 150 tokens."""
+    return [reading[0, start : start + n] for start, n in ((12000, 150), (13000, 110), (14000, 150))]
+
+
+ALONE = ("no_press", "knorm", "pyramidkv", "think", "block_knorm", "merging_snapkv", "per_layer_knorm")  # in hooks
+ALONE += ("adakv_snapkv", "kvcompose_unstructured", "kvzip", "kvgrad", "critical_adakv_snapkv")  # heads for themselves
+ALONE += ("chunkkv_snapkv", "simlayerkv", "kvcompose", "compactor", "dms_leverage", "random")  # mix rows, or draw
+ALONE += ("key_rerotation_snapkv", "finch")  # positions go on from the compressed length
+
+
+ASKED = [(name, n_questions) for name in ALONE for n_questions in ((0, 0, 0), (5, 9, 7))]
+ASKED += [("no_press", (5, 45, 5)), ("think", (5, 45, 5))]  # unequal prompts after which each row holds 155 entries
+
+
+@pytest.mark.parametrize(("name", "n_questions"), ASKED)
+def test_rows_of_unequal_length_are_generated_as_alone(demo, reading, unequal, name, n_questions):
+    options = {"n_recent": 32, "n_initial": 4, "n_last": 1} if name == "simlayerkv" else {}
+    questions = [reading[0, 16000 : 16000 + n] if n else None for n in n_questions]
+    settings = {"max_new_tokens": 5, "stop_at_eos": False, "with_logits": True}
+
+    def made(ids, question_ids, attention_mask=None):
+        press = make_press(name, ratio_for(name, 0.6, demo), **options)
+        return generate(demo, ids, press=press, question_ids=question_ids, attention_mask=attention_mask, **settings)
+
+    asked, batch = questions if all(n_questions) else None, padded(unequal)
+    torch.manual_seed(0)
+    together = made(batch["input_ids"], asked, batch["attention_mask"])
+    torch.manual_seed(0)
+    for row in (1, 0, 2):  # the shortest first, as in a batch: those that draw then draw the same
+        alone = made(unequal[row][None], None if questions[row] is None else questions[row][None])
+        assert torch.equal(alone.tokens[0], together.tokens[row])
+        assert relative_difference(together.logits[row], alone.logits[0]) < 1e-5
+        assert torch.equal(alone.kv_lengths[:, 0], together.kv_lengths[:, row])
+
+
+def test_rows_of_unequal_length_are_those_of_transformers(demo, unequal):
+    settings = {"max_new_tokens": 12, "min_new_tokens": 12}
+    batch = padded(unequal)
+    expected = stock_twin(demo).generate(**batch, do_sample=False, pad_token_id=0, **settings)[:, 150:]
+    assert torch.equal(generate(demo, **batch, **settings).tokens, expected)
+
+
+@pytest.mark.parametrize("name", ["no_press", "snapkv", "adakv_snapkv", "chunkkv_snapkv"])
+def test_padding_is_never_read(demo, unequal, name):
+    def made(fill):
+        settings = {"press": make_press(name, 0.6), "max_new_tokens": 3, "with_logits": True}
+        return generate(demo, **padded(unequal, fill), **settings)
+
+    assert torch.equal(made(0).logits, made(4711).logits)
+
+
+def test_padding_before_every_row_is_as_if_it_were_not_there(demo, pages):
+    mask = torch.ones(2, 280, dtype=torch.bool)
+    mask[:, :40] = False
+    settings = {"press": make_press("decoding_knorm", target_size=128), "max_new_tokens": 40}
+    expected, found = generate(demo, pages[:, 40:], **settings), generate(demo, pages, attention_mask=mask, **settings)
+    assert torch.equal(expected.tokens, found.tokens) and expected.kv_bytes == found.kv_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("knorm", [(1, 110), (2, 150), (3, 1)]), ("chunkkv_snapkv", [(1, 110), (1, 150), (1, 150), (3, 1)])],
+)
+def test_rows_of_one_length_are_read_at_once_and_all_are_continued_at_once(demo, unequal, name, expected):
+    shapes = []
+    with hooked([demo.gpt_neox.embed_in], lambda module, args, kwargs, output: shapes.append(tuple(args[0].shape))):
+        generate(demo, **padded(unequal), press=make_press(name), max_new_tokens=2, stop_at_eos=False)
+    assert shapes == expected
+
+
+def test_questions_of_unequal_length_after_prompts_of_equal_length(demo, pages):
+    for name in ("no_press", "adakv_snapkv", "key_rerotation_knorm"):
+        settings = {"max_new_tokens": 6, "stop_at_eos": False}
+        questions = [pages[0, :4], pages[1:, 50:61]]
+        together = generate(demo, pages, press=make_press(name, 0.6), question_ids=questions, **settings)
+        for row, tokens, question in zip(pages, together.tokens, questions):
+            asked = {"press": make_press(name, 0.6), "question_ids": question.view(1, -1)}
+            assert torch.equal(generate(demo, row[None], **asked, **settings).tokens[0], tokens)
+
+
+def test_samples_of_unequal_length_end_for_themselves(demo, unequal, monkeypatch):
+    free = generate(demo, **padded(unequal), max_new_tokens=16, stop_at_eos=False).tokens
+    others = free[1:].flatten().tolist()
+    first = next(t for t in range(1, 16) if free[0, t] not in free[0, :t] and int(free[0, t]) not in others)
+    monkeypatch.setattr(demo.generation_config, "eos_token_id", int(free[0, first]))
+    stopped = generate(demo, **padded(unequal), max_new_tokens=16).tokens
+    assert torch.equal(stopped[0, :first], free[0, :first]) and (stopped[0, first:] == free[0, first]).all()
+    assert torch.equal(stopped[1:], free[1:])
+
+
+def test_what_cannot_be_done_with_rows_of_unequal_length_is_refused(demo, pages, unequal, monkeypatch):
+    monkeypatch.setattr(demo.model, "forward", lambda *_, **__: pytest.fail("the model was called"))
+    for name in ("decoding_knorm", "ratio_decoding_knorm", "prefill_decoding_knorm"):
+        with pytest.raises(ValueError, match="compresses while decoding, which rows of unequal length cannot"):
+            generate(demo, **padded(unequal), press=make_press(name), max_new_tokens=4)
+        with pytest.raises(ValueError, match="compresses while decoding, which rows of unequal length cannot"):
+            generate(demo, pages, question_ids=[pages[0, :3], pages[1, :4]], press=make_press(name), max_new_tokens=4)
+    for name, message in (("snapkv", "a context of 60 tokens"), ("finch", "the context has 60")):
+        with pytest.raises(ValueError, match=message):
+            generate(demo, **padded([*unequal, unequal[0][:60]]), press=make_press(name), max_new_tokens=4)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -140,10 +259,22 @@ def test_a_compact_cache_serves_transformers_and_the_pipeline(demo, tokenizer, r
         ({"min_new_tokens": -1}, "min_new_tokens=-1: must be a whole number of at least 0"),
         ({"temperature": -1.0}, "temperature=-1.0: must be 0 (greedy) or above"),
         ({"question_ids": torch.ones(1, 3, dtype=torch.long)}, "question_ids has shape (1, 3)"),
-        ({"attention_mask": torch.tensor([[0] + [1] * 279] * 2)}, "attention_mask marks padding"),
+        ({"question_ids": [torch.ones(3, dtype=torch.long)]}, "question_ids has 1 questions; must be one for each"),
+        ({"question_ids": [torch.ones(3, dtype=torch.long), [1]]}, "question_ids[1] is a list; must be a tensor"),
+        ({"question_ids": [torch.ones(2, 3, dtype=torch.long)] * 2}, "question_ids[0] has shape (2, 3); must be (n,)"),
+        ({"question_ids": [torch.ones(0, dtype=torch.long)] * 2}, "question_ids[0] has shape (1, 0)"),
+        ({"attention_mask": [[1] * 280] * 2}, "attention_mask is a list; must be a tensor"),
+        ({"attention_mask": torch.ones(2, 279)}, "attention_mask has shape (2, 279); must be (2, 280)"),
+        ({"attention_mask": torch.ones(2, 1, 280, 280)}, "attention_mask has shape (2, 1, 280, 280); must be (2, 280)"),
+        ({"attention_mask": torch.full((2, 280), 2)}, "attention_mask holds 2; must be 0 or 1"),
+        ({"attention_mask": torch.full((2, 280), -0.5)}, "attention_mask holds -0.5; must be 0 or 1"),
+        ({"attention_mask": mask_of(280, 0)}, "attention_mask: row 1 is all padding; must be zeros, if any, then ones"),
+        ({"attention_mask": mask_of(280, 270).flip(1)}, "attention_mask: row 1 has padding after text"),
+        ({"attention_mask": mask_of(280, 5).roll(-2, 1) | mask_of(280, 1)}, "row 1 has padding after text"),  # a hole
     ],
 )
-def test_wrong_arguments_are_refused(demo, pages, wrong, message):
+def test_wrong_arguments_are_refused(demo, pages, wrong, message, monkeypatch):
+    monkeypatch.setattr(demo.model, "forward", lambda *_, **__: pytest.fail("the model was called"))
     with pytest.raises(ValueError, match=re.escape(message)):
         generate(demo, pages, **{"max_new_tokens": 4, **wrong})
     with pytest.raises(ValueError, match="mixes the rows of a batch while decoding"):
@@ -153,6 +284,11 @@ def test_wrong_arguments_are_refused(demo, pages, wrong, message):
 def test_going_past_the_trained_length_is_said(demo, reading):
     with pytest.warns(UserWarning, match="max_new_tokens=3 goes on to position 2050, the model was trained on 2048"):
         generate(demo, reading[:, :2047], max_new_tokens=3)
+    mask = mask_of(1000, 10)
+    with pytest.warns(UserWarning, match="max_new_tokens=2 goes on to position 2053") as warned:
+        asked = [reading[0, :1], reading[0, :2041]]  # the longest row in all: 10 + 2041
+        generate(demo, reading[:, :2000].view(2, 1000), attention_mask=mask, question_ids=asked, max_new_tokens=2)
+    assert [Path(one.filename).name for one in warned] == ["test_decoding.py"]
 
 
 def test_logits_are_those_that_chose_the_tokens(demo, pages):

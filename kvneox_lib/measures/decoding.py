@@ -1,12 +1,14 @@
 """Decoding from what a press left of a context."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from kvneox_lib.measures.clock import Clock, PeakMemory
-from kvneox_lib.measures.prefill import first_position, prefill_rows
+from kvneox_lib.measures.prefill import first_position, free_evicted, prefill_rows
+from kvneox_lib.measures.rows import check_questions, readable_together, without_padding
 from kvneox_lib.neox.cache import CompactCache
 from kvneox_lib.neox.checks import check_ids, check_int, check_temperature
 from kvneox_lib.neox.kernels import linear_of_few_rows, make_ready, packed_weights
@@ -34,7 +36,7 @@ def generate(
     input_ids: torch.Tensor,
     *,
     press=None,
-    question_ids: torch.Tensor | None = None,
+    question_ids: torch.Tensor | Sequence[torch.Tensor] | None = None,
     max_new_tokens: int,
     min_new_tokens: int = 0,
     stop_at_eos: bool = True,
@@ -45,50 +47,50 @@ def generate(
     """Compress `input_ids` (batch, T), then decode: greedily, or by drawing at a `temperature` above 0.
 
     Without `question_ids` the first token follows from the prefill, as in `with press(model): model.generate(...)`.
-    With them (batch, n), they are read after compression, as in the kvpress pipeline. min_new_tokens: none of so many
-    ends a sample.
+    With them, (batch, n) or a list with one (n_i,) for each row, they are read after compression, as in the kvpress
+    pipeline. attention_mask (batch, T): prompts of unequal length are padded on the left, and each is read, compressed
+    and continued as if it were alone. min_new_tokens: none of so many ends a sample.
     """
-    if attention_mask is not None and not attention_mask.all():
-        raise ValueError(
-            "attention_mask marks padding: after compression nobody knows which entries were padding. Give prompts of "
-            "equal length, or one by one"
-        )
     input_ids = check_ids("input_ids", input_ids, model)
-    if question_ids is not None:
-        question_ids = check_ids("question_ids", question_ids, model, rows=len(input_ids))
+    prompts = without_padding(input_ids, attention_mask)
+    questions = check_questions(question_ids, model, prompts)
     check_int("max_new_tokens", max_new_tokens, 1)
     check_int("min_new_tokens", min_new_tokens, 0)
     check_temperature(temperature)
-    n_question = 0 if question_ids is None else question_ids.shape[1]
-    total, trained = input_ids.shape[1] + n_question + max_new_tokens, model.config.max_position_embeddings
-    if total > trained:
-        warnings.warn(
-            f"max_new_tokens={max_new_tokens} goes on to position {total}, the model was trained on {trained}: expect "
-            "poor text beyond",
-            stacklevel=4,  # past the two decorators
-        )
-    decoding = decoding_part(press)
-    if decoding is not None and len(input_ids) > 1 and not rows_independent(press):
-        raise ValueError(f"{type(press).__name__} mixes the rows of a batch while decoding; give it one row at a time")
+    lengths = [(len(prompt), len(question)) for prompt, question in zip(prompts, questions)]
+    _check_batch(decoding_part(press), len(prompts), len(set(lengths)) == 1)
+    _warn_beyond_training(model, max(map(sum, lengths)), max_new_tokens)
 
-    make_ready(model.dtype)
-    peak, clock = PeakMemory(input_ids.device), Clock(input_ids.device)
+    make_ready(model.dtype)  # neither that nor packing is on the clock
+    with packed_weights(model, len(prompts)):
+        ends = Ends(model, len(prompts), min_new_tokens, stop_at_eos)
+        return _generate(model, prompts, questions, press, max_new_tokens, ends, temperature, with_logits)
+
+
+def _generate(model, prompts, questions, press, max_new_tokens, ends, temperature, with_logits) -> Generation:
+    peak, clock, decoding = PeakMemory(model.device), Clock(model.device), decoding_part(press)
+    lengths = [(len(prompt), len(question)) for prompt, question in zip(prompts, questions)]
+    equal, n_question = len(set(lengths)) == 1, max(n for _, n in lengths)
     headroom = n_question + max_new_tokens
     if decoding is not None:  # then it shrinks again, however long the text becomes
         headroom = min(headroom, _interval(decoding, headroom))
-    cache, hidden = prefill_rows(model, input_ids, press, headroom)
-    ends = Ends(model, len(input_ids), min_new_tokens, stop_at_eos)
-    position = first_position(cache, input_ids.shape[1], press)
-    tokens, all_logits = [], []
-    with packed_weights(model, len(input_ids)), applied(decoding, model):
+    if equal:
+        cache, hidden = prefill_rows(model, torch.stack(prompts), press, headroom)
+        free_evicted(cache, press)
+        position = torch.tensor([first_position(cache, len(prompts[0]), press)], device=model.device)
         kv_lengths = cache.kv_lengths
-        if question_ids is not None:
-            hidden = _step(model, question_ids, position, cache)
-            position += n_question
+    else:
+        cache, hidden, position = _read_unequal(model, prompts, questions, press, headroom)
+        kv_lengths = cache.kv_lengths - torch.tensor([n for _, n in lengths])[:, None]
+    tokens, all_logits = [], []
+    with applied(decoding, model):
+        if equal and n_question:
+            hidden = _step(model, torch.stack(questions), position, cache)
+            position = position + n_question
         while len(tokens) < max_new_tokens and not ends.all_ended:
             if tokens:
                 hidden = _step(model, tokens[-1][:, None], position, cache)
-                position += 1
+                position = position + 1
             logits = linear_of_few_rows(model.embed_out, hidden)  # (batch, vocabulary)
             tokens.append(ends.apply(choose(logits, ends, temperature)))
             if with_logits:
@@ -107,14 +109,54 @@ def generate(
     )
 
 
+def _check_batch(decoding, n_rows: int, equal: bool) -> None:
+    """Refuse a batch in which `decoding`, a press that acts then, would not do to each row as to one alone."""
+    if decoding is None:
+        return
+    name = type(decoding).__name__
+    if n_rows > 1 and not rows_independent(decoding):
+        raise ValueError(f"{name} mixes the rows of a batch while decoding; give it one row at a time")
+    if not equal:
+        raise ValueError(
+            f"{name} compresses while decoding, which rows of unequal length cannot do together. Give it prompts "
+            "(attention_mask) and questions (question_ids) of equal length, or one row at a time"
+        )
+
+
+def _warn_beyond_training(model: KVNeoXForCausalLM, longest: int, max_new_tokens: int) -> None:
+    total, trained = longest + max_new_tokens, model.config.max_position_embeddings
+    if total > trained:
+        warnings.warn(
+            f"max_new_tokens={max_new_tokens} goes on to position {total}, the model was trained on {trained}: expect "
+            "poor text beyond",
+            stacklevel=5,  # past generate and its two decorators
+        )
+
+
 def _interval(press, otherwise: int) -> int:
     """After how many tokens a press that acts while decoding compresses."""
     return getattr(getattr(press, "decoding_press", press), "compression_interval", otherwise)
 
 
-def _step(model: KVNeoXForCausalLM, input_ids: torch.Tensor, position: int, cache: CompactCache) -> torch.Tensor:
-    """Read (batch, n) from `position` on; the last hidden states (batch, d)."""
-    positions = torch.arange(position, position + input_ids.shape[1], device=input_ids.device)[None]
+def _read_unequal(model: KVNeoXForCausalLM, prompts: list, questions: list, press, headroom: int):
+    """The cache, the last hidden states (batch, d) and the next positions (batch,), when all prompts are read and
+    compressed and all questions read: group by group, as only rows of one length can be read together."""
+    groups, parts = readable_together(prompts, questions, press), []
+    for rows in groups:
+        context, question = (torch.stack([texts[row] for row in rows]) for texts in (prompts, questions))
+        cache, hidden = prefill_rows(model, context, press, headroom)
+        position = torch.full_like(context[:, 0], first_position(cache, context.shape[1], press))
+        if question.shape[1]:
+            hidden = _step(model, question, position, cache)
+        parts.append((cache, hidden, position + question.shape[1]))
+    caches, hidden, position = zip(*parts)
+    order = torch.tensor(sum(groups, [])).argsort()  # back to that of the prompts
+    return CompactCache.stack(caches, order.tolist()), torch.cat(hidden)[order], torch.cat(position)[order]
+
+
+def _step(model: KVNeoXForCausalLM, input_ids: torch.Tensor, position: torch.Tensor, cache: CompactCache):
+    """Read (batch, n) from `position` on, one for all or one for each row; the last hidden states (batch, d)."""
+    positions = position[:, None] + torch.arange(input_ids.shape[1], device=input_ids.device)
     return model.model(input_ids=input_ids, past_key_values=cache, position_ids=positions).last_hidden_state[:, -1]
 
 

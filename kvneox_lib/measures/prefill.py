@@ -28,12 +28,10 @@ def prefill(model: KVNeoXForCausalLM, input_ids: torch.Tensor, press, headroom: 
 
 
 def prefill_rows(model: KVNeoXForCausalLM, input_ids: torch.Tensor, press, headroom: int):
-    """The cache, ready to be decoded from, and the last hidden states (batch, d), whatever the batch."""
+    """`prefill`, whatever the press does to a batch, and the last hidden states (batch, d)."""
     parts = [_prefill(model, rows, press, headroom) for rows in readable_at_once(input_ids, press)]
     caches, hidden = zip(*parts)
-    cache = caches[0] if len(caches) == 1 else CompactCache.stack(caches)
-    free_evicted(cache, press)
-    return cache, torch.cat(hidden)
+    return caches[0] if len(caches) == 1 else CompactCache.stack(caches), torch.cat(hidden)
 
 
 def _prefill(model: KVNeoXForCausalLM, input_ids: torch.Tensor, press, headroom: int):

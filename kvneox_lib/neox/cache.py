@@ -148,16 +148,19 @@ class CompactCache(EvictionsFollow, Cache):
                 evictions(self)[index] = None
 
     @classmethod
-    def stack(cls, caches: list["CompactCache"]) -> "CompactCache":
-        """One cache for a batch from those of its samples. They may hold different numbers of entries."""
+    def stack(cls, caches: Sequence["CompactCache"], order: Sequence[int] | None = None) -> "CompactCache":
+        """One cache for a batch from those of its samples. They may hold different numbers of entries.
+
+        order: the sample, counted through all caches, that comes to each row; as they are, if None.
+        """
         stacked = cls(caches[0].layers[0].headroom)
         for index, layers in enumerate(zip(*(cache.layers for cache in caches))):
             evicted = [evictions(cache).get(index) for cache in caches]
             if any(map(_names_any, evicted)) or len({layer.get_seq_length() for layer in layers}) > 1:
-                stacked.layers.append(RaggedLayer.of(layers, evicted))
+                stacked.layers.append(RaggedLayer.of(layers, evicted, order))
             else:
                 states = (torch.cat(parts) for parts in zip(*((layer.keys, layer.values) for layer in layers)))
-                stacked.update(*states, index)
+                stacked.update(*(states if order is None else (part[order] for part in states)), index)
         return stacked
 
 
@@ -187,8 +190,13 @@ class RaggedLayer(CacheLayerMixin):
         self.new_keys, self.new_values = Room(headroom), Room(headroom)  # (1, rows, n, D)
 
     @classmethod
-    def of(cls, layers: Sequence[CompactLayer], evicted: Sequence[tuple | None]) -> "RaggedLayer":
-        """One layer of the samples in `layers`, without what was evicted from each."""
+    def of(
+        cls,
+        layers: Sequence[CompactLayer],
+        evicted: Sequence[tuple | None],
+        order: Sequence[int] | None = None,
+    ) -> "RaggedLayer":
+        """One layer of the samples in `layers`, without what was evicted from each; `order` as in `stack`."""
         keys, values = [], []
         for layer, gone in zip(layers, evicted):
             keep = torch.ones(layer.keys.shape[:3], dtype=torch.bool, device=layer.keys.device)
@@ -196,7 +204,10 @@ class RaggedLayer(CacheLayerMixin):
                 keep[tuple(index.to(keep.device) for index in gone)] = False
             for rows, states in ((keys, layer.keys), (values, layer.values)):
                 rows += [row[mask] for row, mask in zip(states.flatten(0, 1), keep.flatten(0, 1))]
-        batch = sum(len(layer.keys) for layer in layers)
+        batch, heads = sum(len(layer.keys) for layer in layers), layers[0].keys.shape[1]
+        if order is not None:
+            rows = [sample * heads + head for sample in order for head in range(heads)]
+            keys, values = [keys[row] for row in rows], [values[row] for row in rows]
         return cls(keys, values, batch, max(layer.get_seq_length() for layer in layers), layers[0].headroom)
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
