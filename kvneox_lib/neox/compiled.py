@@ -581,8 +581,8 @@ def _multiply(stored):
 
 
 class Rows:
-    """Keys and values of rows in one stretch of memory: the word with which each row begins, how many entries it has (all
-    rows alike, or each), and how many words it is from one to the next."""
+    """Keys and values of rows in one stretch of memory: the word with which each row begins, how many entries it has
+    (all rows alike, or each), and how many words it is from one to the next."""
 
     def __init__(self, keys, values, starts: torch.Tensor, lengths: torch.Tensor | int, stride: int):
         self.held = keys, values, starts, lengths  # lest they go

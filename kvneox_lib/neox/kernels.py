@@ -5,11 +5,13 @@ shapes libraries choose kernels made for large ones, which on a CPU read at a ha
 Attention reads keys and values once, compiled by numba (see `compiled`). With weights it depends on the numbers:
 
     rows       float32                           bfloat16, float16
-    one        numba, on the weights             oneDNN, on a packed copy
-    up to 32   oneDNN, on a packed copy of them  oneDNN, on a packed copy
+    one        numba                             numba
+    2 to 4     numba                             numba; large weights: oneDNN, on a packed copy of them
+    5 to 32    oneDNN, on a packed copy          oneDNN, on a packed copy
     more       the module itself                 the module itself
 
-Copies are made and used within `packed_weights` alone. Without numba all is as torch has it.
+Copies are made and used within `packed_weights` alone. Without numba all is as torch has it. Up to four tokens go
+through all layers in one call (see `layers`).
 """
 
 import os
@@ -23,8 +25,8 @@ from types import ModuleType
 import torch
 from torch import nn
 
-FEW_ROWS, LARGE = 32, 2**22
-FEW_QUERIES = 8
+FEW_ROWS, FEW_QUERIES = 32, 8
+LARGE = 2**22  # numbers in a weight
 PACKED_SHARE = 1 / 8  # of the machine's memory: so much do the copies of all models take together at most
 
 
@@ -66,7 +68,7 @@ def linear_of_few_rows(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     packed = module.__dict__.get("kvneox_packed")
     if packed is not None and not torch.is_grad_enabled():
         return torch.ops.mkldnn._linear_pointwise(x, packed, module.bias, "none", [], "")
-    if _is_for_numba(n_rows, module.weight) and _may_be_compiled(x):
+    if _is_for_numba(n_rows, module.weight) and x.dtype == module.weight.dtype and _may_be_compiled(x):
         product = compiled().multiply(x.reshape(n_rows, -1), module.weight, module.bias)
         return product.to(x.dtype).view(*x.shape[:-1], -1)
     if x.dtype != torch.float32:
@@ -82,13 +84,14 @@ def linear_of_few_rows(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
 
 
 def _is_for_numba(n_rows: int, weight: torch.Tensor) -> bool:
-    few = n_rows <= (4 if weight.dtype == torch.float32 or weight.numel() < LARGE else 1)
+    few = 0 < n_rows <= (4 if weight.dtype == torch.float32 or weight.numel() < LARGE else 1)
     return few and is_in_place(weight)
 
 
 def is_in_place(weight: torch.Tensor) -> bool:
-    """Whether its numbers lie in memory as they are."""
-    return type(weight) is nn.Parameter and weight.is_contiguous()
+    """Whether its numbers lie in memory as they are, its rows in whole words."""
+    whole = weight.dtype == torch.float32 or weight.shape[-1] % 2 == 0 and weight.data_ptr() % 4 == 0
+    return type(weight) is nn.Parameter and weight.is_contiguous() and whole
 
 
 _copies: weakref.WeakKeyDictionary[nn.Module, tuple[torch.Tensor, torch.Tensor]] = weakref.WeakKeyDictionary()
@@ -166,7 +169,7 @@ def attend_with_few_queries(
 ) -> torch.Tensor:
     """softmax(query key^T) value, all (batch, heads, n, D); the last query sees all keys, the one before it all but the
     last, and so on. For what `is_for_few_queries` is true of."""
-    if key.stride() != value.stride() or key.stride(-1) != 1:
+    if key.stride() != value.stride() or key.stride(-1) != 1 or any(step % 2 for step in key.stride()[:3]):
         key, value = key.contiguous(), value.contiguous()
     return attend_to_rows(query, None, rows_of(key, value, key.shape[2]), scaling)
 
@@ -178,7 +181,7 @@ def attend_to_rows(query: torch.Tensor, held, new, scaling: float) -> torch.Tens
 
 
 def rows_of(keys: torch.Tensor, values: torch.Tensor, length: int):
-    """`compiled.Rows` of keys and values (batch, heads, n or more, D) that lie in memory alike, `length` entries each."""
+    """`compiled.Rows` of keys and values (batch, heads, _, D) that lie in memory alike, `length` entries of each."""
     of_a_sample, of_a_head, stride = (step // compiled().per(keys.dtype) for step in keys.stride()[:3])
     return compiled().Rows(keys, values, _starts(*keys.shape[:2], of_a_sample, of_a_head), length, stride)
 

@@ -85,7 +85,7 @@ def done(counters, phase):
 
 @compiled
 def multiply_part(x, numbers, which, share, n_shares, output, dtype):
-    """By the weight that stands there among the numbers of a layer, its bias behind it; where the part begins and ends."""
+    """By the weight that stands there among the numbers of a layer, its bias behind it. Where the part begins, ends."""
     n_out = output.shape[1]
     begin, end = share * n_out // n_shares, (share + 1) * n_out // n_shares
     weight, bias = at(numbers[which], ENDLESS, dtype), at(numbers[which + 1], ENDLESS, dtype)
