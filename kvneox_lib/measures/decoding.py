@@ -41,12 +41,15 @@ def generate(
     temperature: float = 0.0,
     attention_mask: torch.Tensor | None = None,
     with_logits: bool = False,
+    prefill_chunk: int | None = None,
+    evict_while_reading: bool = False,
 ) -> Generation:
     """Compress `input_ids` (batch, T), then decode: greedily, or by drawing at a `temperature` above 0.
 
     Without `question_ids` the first token follows from the prefill, as in `with press(model): model.generate(...)`.
     With them (batch, n), they are read after compression, as in the kvpress pipeline. min_new_tokens: none of so many
-    ends a sample.
+    ends a sample. prefill_chunk: the context is read by so many tokens at a time, with the result of one pass;
+    evict_while_reading: and after each chunk evicted from, which is another result; see `chunks`.
     """
     if attention_mask is not None and not attention_mask.all():
         raise ValueError(
@@ -75,7 +78,8 @@ def generate(
     headroom = n_question + max_new_tokens
     if decoding is not None:  # then it shrinks again, however long the text becomes
         headroom = min(headroom, _interval(decoding, headroom))
-    cache, hidden = prefill_rows(model, input_ids, press, headroom)
+    reading = {"prefill_chunk": prefill_chunk, "evict_while_reading": evict_while_reading}
+    cache, hidden = prefill_rows(model, input_ids, press, headroom, **reading)
     ends = Ends(model, len(input_ids), min_new_tokens, stop_at_eos)
     position = first_position(cache, input_ids.shape[1], press)
     tokens, all_logits = [], []

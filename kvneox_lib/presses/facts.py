@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 
 import kvpress
-from kvpress import BasePress
+from kvpress import BasePress, ScorerPress
 
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
 
@@ -118,6 +118,7 @@ NOT_SCORED = {
     kvpress.CompactorPress: ("sink_size_start", "sink_size_end"),
     kvpress.TOVAPress: (),  # the last token
 }
+FINCH_WINDOW = 64  # tokens at the end of a context, which FINCH takes for the question
 
 
 def not_scored(press: BasePress | None) -> tuple[str, int]:
@@ -126,6 +127,8 @@ def not_scored(press: BasePress | None) -> tuple[str, int]:
         return "", 0
     if isinstance(press, kvpress.PrefillDecodingPress):
         return not_scored(press.prefilling_press)
+    if isinstance(press, kvpress.FinchPress):
+        return f"the {FINCH_WINDOW} tokens that FINCH takes for the question", FINCH_WINDOW
     # These score whatever the ratio of the press inside; others do not score at ratio 0
     always = isinstance(press, kvpress.DMSPress) or any(getattr(press, "compression_ratios", None) or [])
     found = [("", 0)]
@@ -136,3 +139,86 @@ def not_scored(press: BasePress | None) -> tuple[str, int]:
             total = sum(getattr(part, name) for name in names) if names else 1
             found.append((f"{said} of {type(part).__name__}", total))
     return max(found, key=lambda option: option[1])
+
+
+# -- what a press wants of a context that is read in chunks -----------------------------------------------------------
+
+# How many of the context's last hidden states a press reads, or the option that says so; of the presses inside a
+# wrapper the most counts. Those not named may read all. Expected attention with statistics asks how many there are.
+READS_LAST = {
+    kvpress.RandomPress: 0,
+    kvpress.KnormPress: 0,
+    kvpress.KeyDiffPress: 0,
+    kvpress.StreamingLLMPress: 0,
+    kvpress.LagKVPress: 0,
+    kvpress.CURPress: 0,
+    kvpress.QFilterPress: 0,
+    kvpress.ExpectedAttentionStatsPress: 0,
+    kvpress.DuoAttentionPress: 0,
+    kvpress.KVzipPress: 0,
+    kvpress.TOVAPress: 1,
+    kvpress.SnapKVPress: "window_size",
+    kvpress.ThinKPress: "window_size",
+    kvpress.FinchPress: FINCH_WINDOW,
+    kvpress.SimLayerKVPress: "n_last",
+    kvpress.AdaKVPress: 0,
+    kvpress.CriticalKVPress: 0,
+    kvpress.CriticalAdaKVPress: 0,
+    kvpress.ChunkKVPress: 0,
+    kvpress.KeyRerotationPress: 0,
+    kvpress.PerLayerCompressionPress: 0,
+    kvpress.ComposedPress: 0,
+    kvpress.MergingPress: 0,
+    kvpress.DMSPress: 0,
+    kvpress.DecodingPress: 0,
+    kvpress.PrefillDecodingPress: 0,
+    kvpress.ChunkPress: 0,
+    kvpress.BlockPress: 0,
+}
+IN_PIECES = (kvpress.ChunkPress, kvpress.BlockPress)  # the press inside is handed those of a piece, wherever it lies
+# Their context managers do nothing of a prefill but what is known: reset, find FINCH's window, keep KVzip's context.
+KNOWN_AROUND_A_PASS = (
+    kvpress.DecodingPress,
+    kvpress.PrefillDecodingPress,
+    kvpress.FinchPress,
+    kvpress.KVzipPress,
+)
+
+
+def last_states_read(press: BasePress) -> int | None:
+    """How many of a context's last hidden states `press` reads when it compresses; None: it may read all."""
+    most = 0
+    for part in parts_of(press):
+        reads = next((reads for kind, reads in READS_LAST.items() if isinstance(part, kind)), None)
+        if reads is None:
+            return None
+        most = max(most, getattr(part, reads) if isinstance(reads, str) else reads)
+    return None if most and _is(press, IN_PIECES) else most
+
+
+def needs_whole_pass(press: BasePress | None) -> str | None:
+    """Why a context cannot be read in chunks under `press`; None if it can."""
+    if press is None:
+        return None
+    if _is(press, NEEDS_EAGER):
+        return "it reads the attention weights of all queries of the context"
+    if _is(press, (kvpress.KVComposePress,)):
+        return "it replays the whole context in a pass of its own"
+    if type(press).__call__ is not BasePress.__call__ and not isinstance(press, KNOWN_AROUND_A_PASS):
+        return "it surrounds the pass with work of its own"
+    return None
+
+
+def evicts_only_at_the_end(press: BasePress) -> str | None:
+    """Why `press` cannot evict while the context is still being read; None if it can."""
+    for part in parts_of(press):
+        keeps_the_best = (
+            isinstance(part, ScorerPress)
+            and type(part).compress is ScorerPress.compress
+            and type(part).forward_hook is BasePress.forward_hook
+        )
+        if not keeps_the_best:
+            return f"{type(part).__name__} does more than keep the best-scored entries of each head"
+    if last_states_read(press) is None:
+        return "it scores by queries or attention weights of the whole context"
+    return None
