@@ -1,19 +1,19 @@
 """Reading a context in chunks, and evicting while it is read.
 
-One pass over a context holds hidden states, queries and keys of all its tokens at once: the peak of memory is there,
-before any press has acted. In chunks only those of a chunk are held. kvpress' hooks take a call that reads as many
-tokens as the cache holds for the whole context, so none is attached; what a press may ask for is collected and handed
-to its own hook in the last chunk, layer by layer, in a call that looks like one over the whole context. The result is
-that of one pass.
+One pass over a context holds queries, keys, values and more of all its tokens at once: the peak of memory is there,
+before decoding begins. With `prefill_chunk` only those of a chunk are held. Each layer reads all chunks before the next
+layer reads any, and is compressed when it has them all, as in one pass: of the whole context there are at any time the
+hidden states, and the keys and values of one layer. The hooks of kvpress take a call that reads as many tokens as the
+cache holds for a whole context, so none is attached; a press' hook is called with what one pass would have called it
+with, and the result is that of one pass.
 
-So read, the cache still grows with the context. With `evict_while_reading` each layer is cut after every chunk to what
-the press would keep of the whole context, and the next chunk reads what is left: a layer never holds more than that and
-a chunk. KeyDiff's authors call it block prompt processing, kvpress' BlockPress simulates it. It is another method than
-compressing at the end, with another result: later tokens have themselves been read from a compressed cache. Positions
-stay the true ones.
+With `evict_while_reading` memory does not grow with the context at all. Here each chunk goes through all layers, after
+it every layer is cut to what the press would keep of the whole context, and the next chunk reads what is left: a layer
+never holds more than that and a chunk. KeyDiff's authors call it block prompt processing, kvpress' BlockPress simulates
+it. It is another method than compressing at the end, with another result: later tokens have themselves been read from a
+compressed cache. Positions stay the true ones.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,7 +23,8 @@ from kvpress.utils import compute_n_kept
 
 from kvneox_lib.neox.cache import CompactCache
 from kvneox_lib.neox.checks import check_int
-from kvneox_lib.neox.hooks import hooked, refuse_attached, turn
+from kvneox_lib.neox.hooks import refuse_attached, turn
+from kvneox_lib.neox.masks import LayerMasks
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
 from kvneox_lib.presses.applying import applied, check_press
 from kvneox_lib.presses.facts import (
@@ -75,112 +76,103 @@ def read_in_chunks(
     model: KVNeoXForCausalLM, input_ids: torch.Tensor, press, headroom: int, chunk: int, evict: bool
 ) -> tuple[CompactCache, torch.Tensor]:
     """The cache, and the last hidden states (batch, d)."""
-    n_tokens = input_ids.shape[1]
-    budget, first = n_tokens, chunk
-    if evict:
-        budget = budget_of(press, n_tokens)
-        first = budget % chunk or chunk  # from a full budget on there are whole chunks, as BlockPress has its blocks
-    edges = [0, *range(first, n_tokens, chunk), n_tokens]
-    cache = CompactCache(min(budget + chunk, n_tokens) - edges[1] + headroom)
-    reading = _Reading(press, n_tokens, budget if evict else None)
-    with _surrounding(press, model, input_ids), hooked(reading.attentions(model), reading.after_attention):
-        for start, stop in zip(edges, edges[1:]):
-            cache.expect(headroom if stop == n_tokens else chunk)
-            reading.n_read = stop
-            positions = torch.arange(start, stop, device=input_ids.device)[None]
-            read = model.model(input_ids=input_ids[:, start:stop], past_key_values=cache, position_ids=positions)
-    return cache, read.last_hidden_state[:, -1]
-
-
-@contextmanager
-def _surrounding(press, model: KVNeoXForCausalLM, input_ids: torch.Tensor) -> Iterator[None]:
-    """What the press' own context manager does but for attaching hooks, in a turn of the model's."""
+    read = _read_chunk_by_chunk if evict else _read_layer_by_layer
     if acts(press) == "exit":
         with applied(press, model):
-            yield
-            press._context_ids = input_ids  # KVzip has seen the last chunk alone
-        return
-    with turn(model):
-        refuse_attached(model)
-        check_press(press, model)
+            _make_ready(None, model)
+            cache, last = read(model, input_ids, None, headroom, chunk)
+            press._context_ids, press._cache = input_ids, cache  # KVzip takes them from the call of one pass
+    else:
+        with turn(model):
+            refuse_attached(model)
+            check_press(press, model)
+            _make_ready(press, model)
+            cache, last = read(model, input_ids, press, headroom, chunk)
+    return cache, model.model.final_layer_norm(last)
+
+
+def _make_ready(press, model: KVNeoXForCausalLM) -> None:
+    """What a press' context manager does, but for attaching hooks."""
+    if press is not None:
+        press.post_init_from_model(model)
+    if isinstance(press, kvpress.FinchPress):
+        press.window_size = FINCH_WINDOW  # else it looks for a delimiter, see `with_delimiter`
+    for layer in model.model.layers:
+        layer.self_attn.rotary_emb = model.model.rotary_emb
+
+
+def _read_layer_by_layer(model: KVNeoXForCausalLM, input_ids: torch.Tensor, press, headroom: int, chunk: int):
+    n_tokens = input_ids.shape[1]
+    cache = CompactCache(max(0, n_tokens - chunk) + headroom)  # for a layer's first chunk, the others will follow
+    hidden = _embed(model, input_ids)  # (batch, T, d): what a layer has read is replaced by what it says
+    for layer in model.model.layers:
+        attended = None if press is None else layer.input_layernorm(hidden)
+        for start in range(0, n_tokens, chunk):
+            part = hidden[:, start : start + chunk]
+            masks = LayerMasks(None, model.config._attn_implementation)  # those of all chunks would be a square
+            part.copy_(_through(layer, part, start, cache, masks))
+        cache.expect(headroom)
         if press is not None:
-            press.post_init_from_model(model)
-        if isinstance(press, kvpress.FinchPress):
-            press.window_size = FINCH_WINDOW  # else it looks for a delimiter, see `with_delimiter`
-        yield
+            called = _call(attended, 0, cache, layer.self_attn)
+            press.forward_hook(layer.self_attn, (), called | {"hidden_states": attended}, (None, None))
+    return cache, hidden[:, -1]
 
 
-class _Reading:
-    """What is kept of a context of `n_tokens` for the press while it is read, and what the press does with it.
+def _read_chunk_by_chunk(model: KVNeoXForCausalLM, input_ids: torch.Tensor, press, headroom: int, chunk: int):
+    n_tokens = input_ids.shape[1]
+    budget = budget_of(press, n_tokens)
+    first = budget % chunk or chunk  # so that whole chunks follow a full budget, as with the blocks of BlockPress
+    edges = [0, *range(first, n_tokens, chunk), n_tokens]
+    cache = CompactCache(min(budget + chunk, n_tokens) - edges[1] + headroom)
+    n_recent = last_states_read(press) + 1  # SnapKV wants to see more than its window
+    recent = [None] * len(model.model.layers)  # for each layer the last hidden states that it attended with
+    for start, stop in zip(edges, edges[1:]):
+        cache.expect(headroom if stop == n_tokens else chunk)
+        hidden, masks = _embed(model, input_ids[:, start:stop]), LayerMasks(None, model.config._attn_implementation)
+        for index, layer in enumerate(model.model.layers):
+            attended = layer.input_layernorm(hidden[:, -n_recent:])
+            before = [] if recent[index] is None else [recent[index]]
+            recent[index] = torch.cat([*before, attended], dim=1)[:, -n_recent:].clone()
+            hidden = _through(layer, hidden, start, cache, masks)
+            _evict(press, layer.self_attn, cache, recent[index], stop, budget)
+    return cache, hidden[:, -1]
 
-    budget: what is left of a layer after each chunk. None: the press acts when all is read.
-    """
 
-    def __init__(self, press, n_tokens: int, budget: int | None):
-        self.press, self.n_tokens, self.budget, self.n_read = press, n_tokens, budget, 0
-        self.states = defaultdict(list)  # layer to hidden states (batch, n, d), one after the other
-        reads = last_states_read(press)
-        self.n_last = reads and reads + 1  # SnapKV wants to see more than its window
+def _embed(model: KVNeoXForCausalLM, input_ids: torch.Tensor) -> torch.Tensor:
+    return model.model.emb_dropout(model.model.embed_in(input_ids))
 
-    def attentions(self, model: KVNeoXForCausalLM) -> list:
-        """The layers on which the press acts, as kvpress wants to find them."""
-        if self.press is None or acts(self.press) == "exit":
-            return []
-        attentions = [layer.self_attn for layer in model.model.layers]
-        for module in attentions:
-            module.rotary_emb = model.model.rotary_emb
-        return attentions
 
-    def after_attention(self, module, args, kwargs, output) -> None:
-        self._keep(module.layer_idx, kwargs["hidden_states"])
-        if self.budget is not None:
-            self._evict(module, kwargs)
-        elif self.n_read == self.n_tokens:
-            # Weights of this chunk are not those of the context: without any, presses compute what they need
-            self.press.forward_hook(module, args, self._as_one_pass(module, kwargs), (output[0], None))
+def _through(layer, hidden: torch.Tensor, start: int, cache: CompactCache, masks: LayerMasks) -> torch.Tensor:
+    """What the layer says about tokens of which the first has position `start`."""
+    return layer(hidden, attention_mask=masks, use_cache=True, **_call(hidden, start, cache, layer.self_attn))
 
-    def _keep(self, layer: int, hidden: torch.Tensor) -> None:
-        if self.n_last == 0:
-            return
-        self.states[layer].append(hidden)
-        if self.n_last is not None:
-            self.states[layer] = [torch.cat(self.states[layer], dim=1)[:, -self.n_last :].clone()]
 
-    def _as_one_pass(self, module, kwargs: dict) -> dict:
-        """With what the layer would have been called in one pass."""
-        hidden = self._unread(kwargs["hidden_states"], self.n_tokens)
-        if self.n_last != 0:
-            hidden = torch.cat(self.states.pop(module.layer_idx), dim=1)
-            hidden = torch.cat([self._unread(hidden, self.n_tokens - hidden.shape[1]), hidden], dim=1)
-        positions = torch.arange(self.n_tokens, device=hidden.device)
-        whole = {"hidden_states": hidden, "cache_position": positions, "position_ids": positions[None]}
-        return kwargs | whole | {"position_embeddings": module.rotary_emb(hidden, positions[None])}
+def _call(hidden: torch.Tensor, start: int, cache: CompactCache, module) -> dict:
+    """What an attention layer is called with beside hidden states."""
+    positions = torch.arange(start, start + hidden.shape[1], device=hidden.device)
+    return {
+        "past_key_values": cache,
+        "position_ids": positions[None],
+        "cache_position": positions,
+        "position_embeddings": module.rotary_emb(hidden, positions[None]),
+    }
 
-    def _recent(self, module, kwargs: dict) -> dict:
-        """The same for the last tokens; where none are looked at, it may still be asked how many there were."""
-        if self.n_last == 0:
-            return kwargs | {"hidden_states": self._unread(kwargs["hidden_states"], self.n_read)}
-        (hidden,) = self.states[module.layer_idx]
-        positions = torch.arange(self.n_read - hidden.shape[1], self.n_read, device=hidden.device)
-        return kwargs | {"hidden_states": hidden, "position_embeddings": module.rotary_emb(hidden, positions[None])}
 
-    @staticmethod
-    def _unread(like: torch.Tensor, length: int) -> torch.Tensor:
-        """(batch, length, d) in the place of states that the press does not look at, without memory of their own."""
-        return like.new_zeros(1).expand(len(like), length, like.shape[2])
-
-    def _evict(self, module, kwargs: dict) -> None:
-        layer = kwargs["past_key_values"].layers[module.layer_idx]
-        keys, values = layer.keys, layer.values
-        if keys.shape[2] <= self.budget:
-            return
-        recent = self._recent(module, kwargs)
-        with _keeping(self.press, self.budget, keys.shape[2]):
-            scores = self.press.score(module, recent["hidden_states"], keys, values, None, recent)
-        # In the order of time, which windows and sinks of the next evictions rely on
-        kept = scores.topk(self.budget, dim=-1).indices.sort(dim=-1).values
-        kept = kept[..., None].expand(-1, -1, -1, keys.shape[3])
-        layer.keys, layer.values = keys.gather(2, kept), values.gather(2, kept)
+def _evict(press, module, cache: CompactCache, recent: torch.Tensor, n_read: int, budget: int) -> None:
+    """Cut a layer to `budget` entries of each head. recent: its last hidden states (batch, n, d)."""
+    layer = cache.layers[module.layer_idx]
+    keys, values = layer.keys, layer.values
+    if keys.shape[2] <= budget:
+        return
+    called = _call(recent, n_read - recent.shape[1], cache, module)
+    if last_states_read(press) == 0:
+        recent = recent[:, -1:].expand(-1, n_read, -1)  # it may still ask how many there were
+    with _keeping(press, budget, keys.shape[2]):
+        scores = press.score(module, recent, keys, values, None, called | {"hidden_states": recent})
+    # In the order of time, which windows and sinks of the next eviction rely on
+    kept = scores.topk(budget, dim=-1).indices.sort(dim=-1).values
+    kept = kept[..., None].expand(-1, -1, -1, keys.shape[3])
+    layer.keys, layer.values = keys.gather(2, kept), values.gather(2, kept)
 
 
 @contextmanager

@@ -141,10 +141,17 @@ def not_scored(press: BasePress | None) -> tuple[str, int]:
     return max(found, key=lambda option: option[1])
 
 
-# -- what a press wants of a context that is read in chunks -----------------------------------------------------------
+# -- contexts that are read in chunks ---------------------------------------------------------------------------------
 
-# How many of the context's last hidden states a press reads, or the option that says so; of the presses inside a
-# wrapper the most counts. Those not named may read all. Expected attention with statistics asks how many there are.
+# What their context managers do to a prefill is known: reset, look for FINCH's window, note what KVzip is to replay.
+KNOWN_AROUND_A_PASS = (
+    kvpress.DecodingPress,
+    kvpress.PrefillDecodingPress,
+    kvpress.FinchPress,
+    kvpress.KVzipPress,
+)
+# How many of the last hidden states a score reads besides keys and values, or the option that says so. Those that are
+# not named read more. Expected attention with statistics asks how many there are, not what they are.
 READS_LAST = {
     kvpress.RandomPress: 0,
     kvpress.KnormPress: 0,
@@ -154,46 +161,10 @@ READS_LAST = {
     kvpress.CURPress: 0,
     kvpress.QFilterPress: 0,
     kvpress.ExpectedAttentionStatsPress: 0,
-    kvpress.DuoAttentionPress: 0,
-    kvpress.KVzipPress: 0,
+    kvpress.CriticalKVPress: 0,  # what the press inside reads
     kvpress.TOVAPress: 1,
     kvpress.SnapKVPress: "window_size",
-    kvpress.ThinKPress: "window_size",
-    kvpress.FinchPress: FINCH_WINDOW,
-    kvpress.SimLayerKVPress: "n_last",
-    kvpress.AdaKVPress: 0,
-    kvpress.CriticalKVPress: 0,
-    kvpress.CriticalAdaKVPress: 0,
-    kvpress.ChunkKVPress: 0,
-    kvpress.KeyRerotationPress: 0,
-    kvpress.PerLayerCompressionPress: 0,
-    kvpress.ComposedPress: 0,
-    kvpress.MergingPress: 0,
-    kvpress.DMSPress: 0,
-    kvpress.DecodingPress: 0,
-    kvpress.PrefillDecodingPress: 0,
-    kvpress.ChunkPress: 0,
-    kvpress.BlockPress: 0,
 }
-IN_PIECES = (kvpress.ChunkPress, kvpress.BlockPress)  # the press inside is handed those of a piece, wherever it lies
-# Their context managers do nothing of a prefill but what is known: reset, find FINCH's window, keep KVzip's context.
-KNOWN_AROUND_A_PASS = (
-    kvpress.DecodingPress,
-    kvpress.PrefillDecodingPress,
-    kvpress.FinchPress,
-    kvpress.KVzipPress,
-)
-
-
-def last_states_read(press: BasePress) -> int | None:
-    """How many of a context's last hidden states `press` reads when it compresses; None: it may read all."""
-    most = 0
-    for part in parts_of(press):
-        reads = next((reads for kind, reads in READS_LAST.items() if isinstance(part, kind)), None)
-        if reads is None:
-            return None
-        most = max(most, getattr(part, reads) if isinstance(reads, str) else reads)
-    return None if most and _is(press, IN_PIECES) else most
 
 
 def needs_whole_pass(press: BasePress | None) -> str | None:
@@ -209,6 +180,17 @@ def needs_whole_pass(press: BasePress | None) -> str | None:
     return None
 
 
+def last_states_read(press: BasePress) -> int | None:
+    """How many of the last hidden states the scores of `press` are made from; None: more than those."""
+    most = 0
+    for part in parts_of(press):
+        reads = next((reads for kind, reads in READS_LAST.items() if isinstance(part, kind)), None)
+        if reads is None:
+            return None
+        most = max(most, getattr(part, reads) if isinstance(reads, str) else reads)
+    return most
+
+
 def evicts_only_at_the_end(press: BasePress) -> str | None:
     """Why `press` cannot evict while the context is still being read; None if it can."""
     for part in parts_of(press):
@@ -220,5 +202,5 @@ def evicts_only_at_the_end(press: BasePress) -> str | None:
         if not keeps_the_best:
             return f"{type(part).__name__} does more than keep the best-scored entries of each head"
     if last_states_read(press) is None:
-        return "it scores by queries or attention weights of the whole context"
+        return "it scores by queries, keys or attention weights of the whole context"
     return None
