@@ -30,6 +30,14 @@ def page(reading):
     return reading[:, 3000:3300]
 
 
+@pytest.fixture
+def distinct(demo):
+    """300 tokens of which none comes twice: on the first layer a token's keys have one norm wherever they are, and
+    rounding alone would say which of them knorm keeps."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randperm(demo.config.vocab_size, generator=generator)[None, :300]
+
+
 def made(name: str, model, ratio: float = 0.6):
     decoding = {"target_size": 64} if name.startswith(("decoding", "cam")) else {}
     return make_press(name, ratio_for(name, ratio, model), **decoding)
@@ -44,17 +52,17 @@ def held_of(layer, all_keys: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", press_names())
-def test_chunks_are_one_pass(demo, page, name):
+def test_chunks_are_one_pass(demo, distinct, name):
     press = made(name, demo)
     with attention(demo, "eager" if attention_needed(press) == "eager" else "sdpa"):
         if name in REFUSED:
             with pytest.raises(ValueError, match="prefill_chunk=97 cannot serve .* it re.*of the context|in a pass"):
-                generate(demo, page, press=press, max_new_tokens=1, prefill_chunk=97)
+                generate(demo, distinct, press=press, max_new_tokens=1, prefill_chunk=97)
             return
         made_of, how = [], {"max_new_tokens": 8, "with_logits": True, "stop_at_eos": False}
         for chunk in (None, 97, 13):
             torch.manual_seed(0)
-            made_of.append(generate(demo, page, press=made(name, demo), prefill_chunk=chunk, **how))
+            made_of.append(generate(demo, distinct, press=made(name, demo), prefill_chunk=chunk, **how))
     for other in made_of[1:]:
         assert torch.equal(other.tokens, made_of[0].tokens)
         assert relative_difference(other.logits, made_of[0].logits) < 1e-4
@@ -128,15 +136,13 @@ def test_which_presses_can_evict_while_reading(demo):
 
 @pytest.mark.parametrize("name", ["keydiff", "knorm"])
 @pytest.mark.parametrize(("ratio", "chunk"), [(0.5, 64), (0.68, 32), (0.9, 128), (0.4, 77)])
-def test_layer_0_keeps_what_block_press_keeps(demo, name, ratio, chunk):
-    """Its keys depend on their own token alone, so there kvpress' simulation is no simulation. No token comes twice: on
-    that layer its norms would be equal."""
-    ids = torch.randperm(demo.config.vocab_size)[None, :300]
-    blocks = kept_positions(demo, ids, make_press(f"block_{name}", ratio, block_size=chunk))[0]
-    at_the_end = kept_positions(demo, ids, make_press(name, ratio))[0]
+def test_layer_0_keeps_what_block_press_keeps(demo, distinct, name, ratio, chunk):
+    """Its keys depend on their own token alone, so there kvpress' simulation is no simulation."""
+    blocks = kept_positions(demo, distinct, make_press(f"block_{name}", ratio, block_size=chunk))[0]
+    at_the_end = kept_positions(demo, distinct, make_press(name, ratio))[0]
     assert torch.equal(blocks, at_the_end) == (name == "knorm")  # a norm is that of its key, a mean key of all held
-    cache = prefill(demo, ids, make_press(name, ratio), prefill_chunk=chunk, evict_while_reading=True)
-    found = held_of(cache.layers[0], prefill(demo, ids, None).layers[0].keys)
+    cache = prefill(demo, distinct, make_press(name, ratio), prefill_chunk=chunk, evict_while_reading=True)
+    found = held_of(cache.layers[0], prefill(demo, distinct, None).layers[0].keys)
     assert torch.equal(torch.zeros_like(blocks).scatter_(-1, found, True), blocks)
 
 
