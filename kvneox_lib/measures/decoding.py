@@ -43,13 +43,17 @@ def generate(
     temperature: float = 0.0,
     attention_mask: torch.Tensor | None = None,
     with_logits: bool = False,
+    prefill_chunk: int | None = None,
+    evict_while_reading: bool = False,
 ) -> Generation:
     """Compress `input_ids` (batch, T), then decode: greedily, or by drawing at a `temperature` above 0.
 
     Without `question_ids` the first token follows from the prefill, as in `with press(model): model.generate(...)`.
     With them, (batch, n) or a list with one (n_i,) for each row, they are read after compression, as in the kvpress
     pipeline. attention_mask (batch, T): prompts of unequal length are padded on the left, and each is read, compressed
-    and continued as if it were alone. min_new_tokens: none of so many ends a sample.
+    and continued as if it were alone. min_new_tokens: none of so many ends a sample. prefill_chunk: the context is read
+    by so many tokens at a time, with the result of one pass; evict_while_reading: and after each chunk evicted from,
+    which is another result; see `chunks`.
     """
     input_ids = check_ids("input_ids", input_ids, model)
     prompts = without_padding(input_ids, attention_mask)
@@ -61,13 +65,14 @@ def generate(
     _check_batch(decoding_part(press), len(prompts), len(set(lengths)) == 1)
     _warn_beyond_training(model, max(map(sum, lengths)), max_new_tokens)
 
+    reading = {"prefill_chunk": prefill_chunk, "evict_while_reading": evict_while_reading}
     make_ready(model.dtype)  # neither that nor packing is on the clock
     with packed_weights(model, len(prompts)):
         ends = Ends(model, len(prompts), min_new_tokens, stop_at_eos)
-        return _generate(model, prompts, questions, press, max_new_tokens, ends, temperature, with_logits)
+        return _generate(model, prompts, questions, press, reading, max_new_tokens, ends, temperature, with_logits)
 
 
-def _generate(model, prompts, questions, press, max_new_tokens, ends, temperature, with_logits) -> Generation:
+def _generate(model, prompts, questions, press, reading, max_new_tokens, ends, temperature, with_logits) -> Generation:
     peak, clock, decoding = PeakMemory(model.device), Clock(model.device), decoding_part(press)
     lengths = [(len(prompt), len(question)) for prompt, question in zip(prompts, questions)]
     equal, n_question = len(set(lengths)) == 1, max(n for _, n in lengths)
@@ -75,12 +80,12 @@ def _generate(model, prompts, questions, press, max_new_tokens, ends, temperatur
     if decoding is not None:  # then it shrinks again, however long the text becomes
         headroom = min(headroom, _interval(decoding, headroom))
     if equal:
-        cache, hidden = prefill_rows(model, torch.stack(prompts), press, headroom)
+        cache, hidden = prefill_rows(model, torch.stack(prompts), press, headroom, **reading)
         free_evicted(cache, press)
         position = torch.tensor([first_position(cache, len(prompts[0]), press)], device=model.device)
         kv_lengths = cache.kv_lengths
     else:
-        cache, hidden, position = _read_unequal(model, prompts, questions, press, headroom)
+        cache, hidden, position = _read_unequal(model, prompts, questions, press, headroom, reading)
         kv_lengths = cache.kv_lengths - torch.tensor([n for _, n in lengths])[:, None]
     tokens, all_logits = [], []
     with applied(decoding, model):
@@ -138,13 +143,13 @@ def _interval(press, otherwise: int) -> int:
     return getattr(getattr(press, "decoding_press", press), "compression_interval", otherwise)
 
 
-def _read_unequal(model: KVNeoXForCausalLM, prompts: list, questions: list, press, headroom: int):
+def _read_unequal(model: KVNeoXForCausalLM, prompts: list, questions: list, press, headroom: int, reading: dict):
     """The cache, the last hidden states (batch, d) and the next positions (batch,), when all prompts are read and
     compressed and all questions read: group by group, as only rows of one length can be read together."""
     groups, parts = readable_together(prompts, questions, press), []
     for rows in groups:
         context, question = (torch.stack([texts[row] for row in rows]) for texts in (prompts, questions))
-        cache, hidden = prefill_rows(model, context, press, headroom)
+        cache, hidden = prefill_rows(model, context, press, headroom, **reading)
         position = torch.full_like(context[:, 0], first_position(cache, context.shape[1], press))
         if question.shape[1]:
             hidden = _step(model, question, position, cache)

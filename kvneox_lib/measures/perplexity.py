@@ -39,30 +39,53 @@ class Scored:
 
 
 @torch.no_grad()
-def continuation_nll(model, input_ids: torch.Tensor, *, n_context: int, press=None) -> torch.Tensor:
+def continuation_nll(
+    model,
+    input_ids: torch.Tensor,
+    *,
+    n_context: int,
+    press=None,
+    prefill_chunk: int | None = None,
+    evict_while_reading: bool = False,
+) -> torch.Tensor:
     """(batch, T - n_context - 1): nll of tokens n_context + 1 ... T - 1 after `press` compressed the first `n_context`.
 
     The token at n_context itself is predicted by the prefill, which no press has touched, and is not scored.
+    prefill_chunk, evict_while_reading: how the context is read, see `chunks`.
     """
-    return score_each(model, input_ids, n_context=n_context, presses=[press])[0].nll
+    reading = {"prefill_chunk": prefill_chunk, "evict_while_reading": evict_while_reading}
+    return score_each(model, input_ids, n_context=n_context, presses=[press], **reading)[0].nll
 
 
 @torch.no_grad()
 @with_model
-def score_each(model, input_ids: torch.Tensor, *, n_context: int, presses: list) -> list[Scored]:
-    """`continuation_nll` under each press, with what it kept; the context is read once for all that allow it."""
+def score_each(
+    model,
+    input_ids: torch.Tensor,
+    *,
+    n_context: int,
+    presses: list,
+    prefill_chunk: int | None = None,
+    evict_while_reading: bool = False,
+) -> list[Scored]:
+    """`continuation_nll` under each press, with what it kept; the context is read once for all that allow it, unless it
+    is read in chunks."""
     input_ids = check_ids("input_ids", input_ids, model, least=3)
     if isinstance(n_context, bool) or not isinstance(n_context, int) or not 1 <= n_context <= input_ids.shape[1] - 2:
         raise ValueError(
             f"n_context={n_context!r}: must be from 1 to {input_ids.shape[1] - 2}, so that of these tokens"
             " one is read after compression and one is scored"
         )
-    parts = [_score_at_once(model, rows, n_context, presses) for rows in readable_at_once(input_ids, *presses)]
+    reading = {"prefill_chunk": prefill_chunk, "evict_while_reading": evict_while_reading}
+    rows_at_once = readable_at_once(input_ids, *presses)
+    parts = [_score_at_once(model, rows, n_context, presses, reading) for rows in rows_at_once]
     return [_stacked(scored) for scored in zip(*parts)]
 
 
-def _score_at_once(model: KVNeoXForCausalLM, input_ids: torch.Tensor, n_context: int, presses: list) -> list[Scored]:
-    caches = prefill_each(model, input_ids[:, :n_context], presses)
+def _score_at_once(
+    model: KVNeoXForCausalLM, input_ids: torch.Tensor, n_context: int, presses: list, reading: dict
+) -> list[Scored]:
+    caches = prefill_each(model, input_ids[:, :n_context], presses, **reading)
     scored = []
     for press in presses:
         cache = caches.pop(0)  # freed when it is done with

@@ -11,34 +11,45 @@ import torch
 from kvpress import BasePress
 from transformers import Cache, DynamicCache
 
+from kvneox_lib.measures.chunks import check_reading, read_in_chunks
 from kvneox_lib.neox.cache import CompactCache
 from kvneox_lib.neox.hooks import hooked, in_turn, refuse_attached
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
 from kvneox_lib.presses.applying import applied, check_context, check_press, readable_at_once
-from kvneox_lib.presses.facts import decoding_part, rerotates, rows_independent
+from kvneox_lib.presses.facts import FINCH_WINDOW, decoding_part, rerotates, rows_independent
 
 
 @torch.no_grad()
-def prefill(model: KVNeoXForCausalLM, input_ids: torch.Tensor, press, headroom: int = 0) -> CompactCache:
+def prefill(model: KVNeoXForCausalLM, input_ids: torch.Tensor, press, headroom: int = 0, **reading) -> CompactCache:
     """The cache after `press` compressed `input_ids`; what a head-wise press evicted is in `evictions(cache)`.
 
-    headroom: how many tokens follow.
+    headroom: how many tokens follow. reading: prefill_chunk and evict_while_reading, see `chunks`.
     """
-    return _prefill(model, input_ids, press, headroom)[0]
+    return _prefill(model, input_ids, press, headroom, **reading)[0]
 
 
-def prefill_rows(model: KVNeoXForCausalLM, input_ids: torch.Tensor, press, headroom: int):
+def prefill_rows(model: KVNeoXForCausalLM, input_ids: torch.Tensor, press, headroom: int, **reading):
     """`prefill`, whatever the press does to a batch, and the last hidden states (batch, d)."""
-    parts = [_prefill(model, rows, press, headroom) for rows in readable_at_once(input_ids, press)]
+    parts = [_prefill(model, rows, press, headroom, **reading) for rows in readable_at_once(input_ids, press)]
     caches, hidden = zip(*parts)
     return caches[0] if len(caches) == 1 else CompactCache.stack(caches), torch.cat(hidden)
 
 
-def _prefill(model: KVNeoXForCausalLM, input_ids: torch.Tensor, press, headroom: int):
+def _prefill(
+    model: KVNeoXForCausalLM,
+    input_ids: torch.Tensor,
+    press,
+    headroom: int,
+    prefill_chunk: int | None = None,
+    evict_while_reading: bool = False,
+):
     """The cache, and the last hidden states (batch, d), which no press has touched."""
     if not rows_independent(press) and len(input_ids) > 1:
         raise ValueError(f"{type(press).__name__} mixes the rows of a batch; give it one row at a time")
     check_context(press, input_ids.shape[1])
+    check_reading(model, input_ids.shape[1], press, prefill_chunk, evict_while_reading)
+    if prefill_chunk is not None:
+        return read_in_chunks(model, input_ids, press, headroom, prefill_chunk, evict_while_reading)
     cache, input_ids = CompactCache(headroom), with_delimiter(press, input_ids)
     with applied(press, model):
         hidden = model.model(input_ids=input_ids, past_key_values=cache).last_hidden_state[:, -1]
@@ -53,13 +64,23 @@ def free_evicted(cache: CompactCache, press) -> None:
 
 @torch.no_grad()
 @in_turn
-def prefill_each(model: KVNeoXForCausalLM, input_ids: torch.Tensor, presses: list) -> list[CompactCache]:
+def prefill_each(
+    model: KVNeoXForCausalLM,
+    input_ids: torch.Tensor,
+    presses: list,
+    prefill_chunk: int | None = None,
+    evict_while_reading: bool = False,
+) -> list[CompactCache]:
     """`prefill` under each press. They share one pass where they act in hooks alone: a hook runs after the attention of
     its layer, so what it evicts changes nothing in the layers above, and all presses see the same keys."""
     refuse_attached(model)
     for press in presses:
         check_press(press, model)
         check_context(press, input_ids.shape[1])
+        check_reading(model, input_ids.shape[1], press, prefill_chunk, evict_while_reading)
+    if prefill_chunk is not None:
+        reading = {"prefill_chunk": prefill_chunk, "evict_while_reading": evict_while_reading}
+        return [prefill(model, input_ids, press, **reading) for press in presses]
     sharing = [(press, CompactCache(headroom=0)) for press in presses if _shares_the_pass(press, len(input_ids))]
     if len(sharing) < 2:
         return [prefill(model, input_ids, press) for press in presses]
@@ -111,14 +132,11 @@ def first_position(cache: Cache, n_context: int, press) -> int:
     return cache.get_seq_length() if rerotates(press) else n_context
 
 
-def with_delimiter(press, input_ids: torch.Tensor, window: int = 64) -> torch.Tensor:
-    """For FINCH, mark where the question begins (the last `window` tokens), with an id that the text does not use."""
+def with_delimiter(press, input_ids: torch.Tensor) -> torch.Tensor:
+    """For FINCH, mark where the question begins, with an id that the text does not use."""
     if not hasattr(press, "delimiter_token_id"):
         return input_ids
-    if input_ids.shape[1] <= window:
-        raise ValueError(
-            f"input_ids: FINCH takes the last {window} tokens for the question; the context has {input_ids.shape[1]}"
-        )
     unused = next(i for i in range(input_ids.max() + 2) if not (input_ids == i).any())
     press.delimiter_token_id = unused
-    return torch.cat([input_ids[:, :-window], input_ids.new_full((1, 1), unused), input_ids[:, -window:]], dim=1)
+    context, question = input_ids[:, :-FINCH_WINDOW], input_ids[:, -FINCH_WINDOW:]
+    return torch.cat([context, input_ids.new_full((1, 1), unused), question], dim=1)

@@ -140,6 +140,11 @@ class CompactCache(EvictionsFollow, Cache):
         """(layers, batch, heads): entries physically held, masked ones included."""
         return torch.stack([layer.lengths() for layer in self.layers])
 
+    def expect(self, n_tokens: int) -> None:
+        """That many follow: what is allocated from now on has room for them."""
+        for layer in self.layers:
+            layer.headroom = layer._keys.headroom = layer._values.headroom = n_tokens
+
     def make_ragged(self) -> None:
         """Free what head-wise presses evicted. After prefill, for presses that are idle while decoding."""
         for index, evicted in list(evictions(self).items()):

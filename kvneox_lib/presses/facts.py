@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 
 import kvpress
-from kvpress import BasePress
+from kvpress import BasePress, ScorerPress
 
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
 
@@ -118,6 +118,7 @@ NOT_SCORED = {
     kvpress.CompactorPress: ("sink_size_start", "sink_size_end"),
     kvpress.TOVAPress: (),  # the last token
 }
+FINCH_WINDOW = 64  # tokens at the end of a context, which FINCH takes for the question
 
 
 def not_scored(press: BasePress | None) -> tuple[str, int]:
@@ -126,6 +127,8 @@ def not_scored(press: BasePress | None) -> tuple[str, int]:
         return "", 0
     if isinstance(press, kvpress.PrefillDecodingPress):
         return not_scored(press.prefilling_press)
+    if isinstance(press, kvpress.FinchPress):
+        return f"the {FINCH_WINDOW} tokens that FINCH takes for the question", FINCH_WINDOW
     # These score whatever the ratio of the press inside; others do not score at ratio 0
     always = isinstance(press, kvpress.DMSPress) or any(getattr(press, "compression_ratios", None) or [])
     found = [("", 0)]
@@ -136,3 +139,68 @@ def not_scored(press: BasePress | None) -> tuple[str, int]:
             total = sum(getattr(part, name) for name in names) if names else 1
             found.append((f"{said} of {type(part).__name__}", total))
     return max(found, key=lambda option: option[1])
+
+
+# -- contexts that are read in chunks ---------------------------------------------------------------------------------
+
+# What their context managers do to a prefill is known: reset, look for FINCH's window, note what KVzip is to replay.
+KNOWN_AROUND_A_PASS = (
+    kvpress.DecodingPress,
+    kvpress.PrefillDecodingPress,
+    kvpress.FinchPress,
+    kvpress.KVzipPress,
+)
+# How many of the last hidden states a score reads besides keys and values, or the option that says so. Those that are
+# not named read more. Expected attention with statistics asks how many there are, not what they are.
+READS_LAST = {
+    kvpress.RandomPress: 0,
+    kvpress.KnormPress: 0,
+    kvpress.KeyDiffPress: 0,
+    kvpress.StreamingLLMPress: 0,
+    kvpress.LagKVPress: 0,
+    kvpress.CURPress: 0,
+    kvpress.QFilterPress: 0,
+    kvpress.ExpectedAttentionStatsPress: 0,
+    kvpress.CriticalKVPress: 0,  # what the press inside reads
+    kvpress.TOVAPress: 1,
+    kvpress.SnapKVPress: "window_size",
+}
+
+
+def needs_whole_pass(press: BasePress | None) -> str | None:
+    """Why a context cannot be read in chunks under `press`; None if it can."""
+    if press is None:
+        return None
+    if _is(press, NEEDS_EAGER):
+        return "it reads the attention weights of all queries of the context"
+    if _is(press, (kvpress.KVComposePress,)):
+        return "it replays the whole context in a pass of its own"
+    if type(press).__call__ is not BasePress.__call__ and not isinstance(press, KNOWN_AROUND_A_PASS):
+        return "it surrounds the pass with work of its own"
+    return None
+
+
+def last_states_read(press: BasePress) -> int | None:
+    """How many of the last hidden states the scores of `press` are made from; None: more than those."""
+    most = 0
+    for part in parts_of(press):
+        reads = next((reads for kind, reads in READS_LAST.items() if isinstance(part, kind)), None)
+        if reads is None:
+            return None
+        most = max(most, getattr(part, reads) if isinstance(reads, str) else reads)
+    return most
+
+
+def evicts_only_at_the_end(press: BasePress) -> str | None:
+    """Why `press` cannot evict while the context is still being read; None if it can."""
+    for part in parts_of(press):
+        keeps_the_best = (
+            isinstance(part, ScorerPress)
+            and type(part).compress is ScorerPress.compress
+            and type(part).forward_hook is BasePress.forward_hook
+        )
+        if not keeps_the_best:
+            return f"{type(part).__name__} does more than keep the best-scored entries of each head"
+    if last_states_read(press) is None:
+        return "it scores by queries, keys or attention weights of the whole context"
+    return None

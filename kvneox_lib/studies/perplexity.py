@@ -12,16 +12,19 @@ import torch
 from tqdm.auto import tqdm
 
 from kvneox_lib.inputs.windows import Windows, windows
-from kvneox_lib.measures.perplexity import by_distance, score_each, summarize, teacher_forced_nll
+from kvneox_lib.measures.chunks import check_reading
+from kvneox_lib.measures.perplexity import Scored, by_distance, score_each, summarize, teacher_forced_nll
 from kvneox_lib.presses.by_name import expand_presses
 from kvneox_lib.studies import arguments as may_be
-from kvneox_lib.studies.plan import Planned, at_ratios, fitting_context
+from kvneox_lib.studies.plan import Planned, at_ratios, fitting_context, one_after_the_other
 from kvneox_lib.studies.provenance import provenance
 from kvneox_lib.studies.runs import Runs, Study, head_table
 
 
 def plan(asked: dict, trained: int | None) -> list[Planned]:
     """No compression, and each press at each ratio."""
+    if asked["evict_while_reading"] and asked["prefill_chunk"] is None:
+        raise ValueError("evict_while_reading=True: allowed beside a prefill_chunk, after each of which is evicted")
     length = fitting_context(asked, asked["continuation_length"], trained)
     presses = dict.fromkeys(["no_press", *expand_presses(asked["press"])])
     return [run for name in presses for run in at_ratios(name, asked["compression_ratio"], context_length=length)]
@@ -44,6 +47,8 @@ def measure_perplexity(
     max_windows: may_be.Count | None = 16,
     control_windows: may_be.Count = 4,
     batch_size: may_be.Count = 4,
+    prefill_chunk: may_be.Count | None = None,
+    evict_while_reading: may_be.YesOrNo = False,
     attn_implementation: may_be.Attention = "auto",
     dtype: may_be.Dtype = "auto",
     device: may_be.Device = "auto",
@@ -55,9 +60,12 @@ def measure_perplexity(
     on the first `control_windows` windows. `no_press` is always measured too: differences are to it, window by window.
 
     context_limit: no window, context and continuation together, is longer; its context is cut for that.
+    prefill_chunk, evict_while_reading: how a context is read under a press; without one it is read in one pass.
     """
     runs = Runs(measure_perplexity, plan, locals())
     context_length = runs.context_length()
+    reading = {"prefill_chunk": prefill_chunk, "evict_while_reading": evict_while_reading}
+    _refuse_what_cannot_be_read_so(runs, context_length, reading)
     cut = windows(
         runs.text,
         runs.loaded.tokenizer,
@@ -71,7 +79,7 @@ def measure_perplexity(
         progress.set_postfix_str(group[0].press)
         started, clock = provenance(runs.device), time.perf_counter()
         with runs.presses(group) as presses:
-            baseline, *scored = _score_windows(runs.loaded.model, cut, [None, *presses], batch_size, progress)
+            baseline, *scored = _score_windows(runs.loaded.model, cut, presses, batch_size, reading, progress)
             still, *control = _control(runs.loaded.model, cut, [None, *presses], control_windows, batch_size)
         seconds = (time.perf_counter() - clock) / len(group)
         for run, result, control_nll in zip(group, scored, control):
@@ -94,6 +102,14 @@ def measure_perplexity(
     return runs.study()
 
 
+def _refuse_what_cannot_be_read_so(runs: Runs, context_length: int, reading: dict) -> None:
+    """Before any of them is run."""
+    for group in one_after_the_other([run for run in runs.planned if run.press != "no_press"]):
+        with runs.presses(group) as presses:
+            for press in presses:
+                check_reading(runs.loaded.model, context_length, press, **reading)
+
+
 @dataclass(frozen=True)
 class _WindowsScored:
     nll: np.ndarray  # (windows, L)
@@ -101,17 +117,27 @@ class _WindowsScored:
     kv_bytes: int  # of one window
 
 
-def _score_windows(model, cut: Windows, presses: list, batch_size: int, progress: tqdm) -> list[_WindowsScored]:
+def _score_windows(
+    model, cut: Windows, presses: list, batch_size: int, reading: dict, progress: tqdm
+) -> list[_WindowsScored]:
+    """No press, then each of `presses`."""
     batches = []
     for ids in cut.input_ids.split(batch_size):
-        batches.append(score_each(model, ids, n_context=cut.context_length, presses=presses))
-        progress.update(len(ids) * len(presses))
+        batches.append(_score_batch(model, ids, cut.context_length, presses, reading))
+        progress.update(len(ids) * (len(presses) + 1))
     n, results = len(cut.input_ids), []
     for scored in zip(*batches):
         nll = torch.cat([part.nll for part in scored]).double().cpu().numpy()
         kept = torch.cat([part.kept.cpu() for part in scored], dim=1).double().mean(1).numpy()
         results.append(_WindowsScored(nll, kept, sum(part.kv_bytes for part in scored) // n))
     return results
+
+
+def _score_batch(model, ids: torch.Tensor, n_context: int, presses: list, reading: dict) -> list[Scored]:
+    if reading["prefill_chunk"] is None or presses == [None]:
+        return score_each(model, ids, n_context=n_context, presses=[None, *presses])  # of one pass
+    baseline = score_each(model, ids, n_context=n_context, presses=[None])
+    return baseline + score_each(model, ids, n_context=n_context, presses=presses, **reading)
 
 
 def _control(model, cut: Windows, presses: list, n_windows: int, batch_size: int) -> list[float]:
