@@ -86,6 +86,7 @@ def _time_loop(model, engine: str, press, input_ids: torch.Tensor, n_new: int) -
     if static:  # what it holds are the context, and room
         compressed, kept = compressed * n_context // (n_context + n_new), 1.0
     prefill_peak = peak.lap()
+    clock.lap()  # asking for the peak takes milliseconds
     position = n_context if static else first_position(cache, n_context, press)
     with applied(decoding_part(press), model):
         for step in range(n_new):

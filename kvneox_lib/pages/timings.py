@@ -260,7 +260,7 @@ def gains_everywhere(runs: pd.DataFrame) -> list[str]:
 def peaks_in_words(runs: pd.DataFrame) -> str:
     """Of the prefill, at the longest context."""
     shown = at_largest(peaks(runs)["预填充峰值"], "context_tokens")
-    listing = listed(f"{row.press} {row.peak_mb:.0f} MB" for row in shown.itertuples())
+    listing = "；".join(f"{row.press} {row.peak_mb:.0f} MB" for row in shown.itertuples())
     return f"上下文 {shown['context_tokens'].iloc[0]} 时，预填充的峰值比运行之前多：{listing}。"
 
 
