@@ -575,8 +575,8 @@ def test_an_endpoint_that_is_no_url_is_named(monkeypatch):
 @pytest.mark.parametrize(("bf16", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
 def test_dtype_auto_follows_the_card(monkeypatch, bf16, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
-    assert models._dtype("auto", torch.device("cuda")) == expected
-    assert models._dtype("auto", torch.device("cpu")) == torch.float32
+    assert models.find_dtype("auto", torch.device("cuda")) == expected
+    assert models.find_dtype("auto", torch.device("cpu")) == torch.float32
 
 
 def test_a_folder_may_be_given_as_a_path():

@@ -124,15 +124,16 @@ def test_recall_notebook(tmp_path):
 
 @pytest.mark.slow
 def test_speed_notebook(tmp_path):
-    cells = {"context_lengths": [200, 300], "batch_sizes": [1, 2], "max_new_tokens": 12}
-    presses = {"press": ["snapkv", "chunkkv_snapkv"], "compression_ratio": [0.5, 0.75]}
+    cells = {"context_lengths": [200, 300], "batch_sizes": 2, "max_new_tokens": 6}
+    presses = {"press": ["snapkv", "chunkkv_snapkv"], "dtype": ["float32", "bfloat16"]}
     notebook = run("03_speed", tmp_path, model="demo", **cells, **presses, output_dir=str(tmp_path / "out"))
     text = said(notebook)
     assert "模型 **demo**（权重：bundled），随机词元" in text
-    assert "kvpress 循环，chunkkv_snapkv 0.75（上下文 200，批 2）没有计时：不能整批运行" in text
-    assert "上下文 300、批 2：不压缩时，本库的解码速度是 transformers 的" in text
+    assert "kvpress 循环，chunkkv_snapkv 0.75，float32（上下文 200，批 2）没有计时：不能整批运行" in text
+    assert "上下文 300、批 2、bfloat16：不压缩时，本库的解码速度是 transformers（DynamicCache）的" in text
+    assert "bfloat16 与 float32 每步用时之比：本库为" in text and "bfloat16 的代价" in text
     runs = records.load_records(tmp_path / "out")
-    assert len(runs) == 4 * (5 + 1 + 4)
+    assert len(runs) == 2 * 2 * (3 + 1 + 1 + 2)
 
 
 @pytest.mark.slow

@@ -214,17 +214,27 @@ def write(folder: Path, name: str, **row) -> None:
 def test_speeds_of_two_machines_are_two_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "REFERENCE", tmp_path)
     assert "还没有记录" in readme.speed_table() and "还没有记录" in readme.streaming_table()
-    for i, (engine, press, ratio, device, rate) in enumerate(
-        [("stock", "no_press", 0.0, "A", 10), ("ours", "snapkv", 0.5, "A", 31), ("ours", "snapkv", 0.5, "B", 99)]
-    ):
-        cell = {"context_tokens": 512, "batch_size": 4, "engine": engine, "press": press, "device_name": device}
-        write(tmp_path / "speed", f"run{i}", **cell, compression_ratio=ratio, decode_tok_per_s=rate, failure=None)
-    failed = {**cell, "press": "tova", "compression_ratio": 0.5, "decode_tok_per_s": None, "failure": "out of memory"}
-    write(tmp_path / "speed", "bad", **failed)
+    measured = [
+        (machine, engine, ms)
+        for machine, steps in {"A": (40, 31), "B": (80, 9)}.items()
+        for engine, ms in zip(("stock", "ours"), steps)
+    ]
+    for i, (machine, engine, ms) in enumerate([*measured, ("C", "ours", 77)]):
+        press, ratio = ("no_press", 0.0) if engine == "stock" else ("snapkv", 0.5)
+        cell = {"batch_size": 4, "engine": engine, "press": press, "device_name": machine}
+        times = {f"step_s{end}": ms / 1e3 * by for end, by in (("", 1), ("_q25", 0.9), ("_q75", 1.2))}
+        times |= {name: 1.0 for name in ("prefill_s", "prefill_s_q25", "prefill_s_q75", "times_floor")}
+        cell |= {"compression_ratio": ratio, "failure": None, **times}
+        for length in (512, 256):
+            where = {"context_tokens": length, "context_length": length, "decode_tok_per_s": 4e3 / ms * (512 / length)}
+            write(tmp_path / "speed", f"run{i}-{length}", **cell, **where)
+    failed = {"press": "tova", "device_name": "A", "failure": "out of memory"}
+    write(tmp_path / "speed", "bad", **{**cell, **where, **failed})
     first, second = readme.speed_table().split("B，float32")
-    assert "| 上下文 × 批 | 512 × 4 |" in first and "| transformers，不压缩 | 10 |" in first
-    assert "| 本库，snapkv 0.50 | 31 |" in first and "| 本库，snapkv 0.50 | 99 |" in second
-    assert "99" not in first and "tova" not in first
+    assert "A，float32，上下文 512，批 4；" in first
+    assert "| transformers（DynamicCache），不压缩 | 1000 (1000–1000) | 40.0 (36.0–48.0) | 1.00 | 100 |" in first
+    assert "| 31.0 (27.9–37.2) |" in first and "| 本库，snapkv 0.50 | 1000 (1000–1000) | 9.0 (8.1–10.8) |" in second
+    assert "| 9.0" not in first and not re.search(r"tova|\| 200 \||77.0", first + second)  # C compares with nothing
 
 
 def test_the_table_of_streaming(tmp_path, monkeypatch):

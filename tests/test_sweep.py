@@ -90,6 +90,7 @@ def test_a_file_expands_to_these_runs(sweep):
             ("no_press__0.00", "ours"),
             ("snapkv__0.75", "ours"),
             ("no_press__0.00", "stock"),
+            ("no_press__0.00", "static"),
             ("snapkv__0.75", "kvpress"),
         )
     )

@@ -1,11 +1,13 @@
 """What pages say of speed, on runs of which the answers are known by hand."""
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
 
-from kvneox_lib.pages import front, timings
+from kvneox_lib.pages import front, machines, timings
 from kvneox_lib.pages.ranks import rank_correlation
-from kvneox_lib.pages.report import Missing
+from kvneox_lib.pages.report import Missing, Records
 
 
 def run(engine, press, ratio, step_s, *, context=512, batch=4, failure=None, prefill_s=1.0, kv_bytes=8_000_000):
@@ -13,7 +15,9 @@ def run(engine, press, ratio, step_s, *, context=512, batch=4, failure=None, pre
     figures |= {"prefill_s": prefill_s, "prefill_s_q25": prefill_s, "prefill_s_q75": prefill_s, "times_floor": 2.0}
     figures |= {"decode_tok_per_s": batch / step_s, "total_tok_per_s": 1.0, "kv_bytes": kv_bytes}
     figures |= {"kv_bytes_compressed": kv_bytes, "kv_bytes_full": 16_000_000, "peak_bytes": 1e8}
-    where = {"context_tokens": context, "batch_size": batch, "failure": failure}
+    figures |= {"bandwidth_bytes_per_s": 40e9, "peak_flop_per_s": 180e9, "weight_bytes": 160e6}
+    figures |= {f"{phase}peak_above_bytes": context * 1e5 for phase in ("", "prefill_")}
+    where = {"context_tokens": context, "batch_size": batch, "failure": failure, "dtype": "float32"}
     return {"engine": engine, "press": press, "compression_ratio": ratio, **where, **figures}
 
 
@@ -26,6 +30,7 @@ def runs():
             run("ours", "knorm", 0.5, 0.016, prefill_s=1.5),
             run("ours", "no_press", 0.0, 0.02),
             run("stock", "no_press", 0.0, 0.05),
+            run("static", "no_press", 0.0, 0.03),
             run("ours", "tova", 0.75, float("nan"), failure="out of memory"),
             run("ours", "snapkv", 0.75, 0.001, batch=1),
             run("ours", "snapkv", 0.75, 0.001, context=256, batch=16),
@@ -38,12 +43,13 @@ def test_the_corner_is_of_the_longest_context_and_then_the_largest_batch(runs):
     cell = timings.corner(runs)
     assert list(zip(cell["press"], cell["engine"])) == [
         ("no_press", "ours"),
+        ("no_press", "static"),
         ("no_press", "stock"),
         ("knorm", "ours"),
         ("snapkv", "kvpress"),
         ("snapkv", "ours"),
     ]
-    assert len(timings.timed_runs(runs)) == 7
+    assert len(timings.timed_runs(runs)) == 8
     assert timings.corner(runs.iloc[:0]).empty
     with pytest.raises(Missing, match="speed 的 计了时的运行"):
         timings.gains(runs[runs["failure"].notna()])
@@ -55,29 +61,43 @@ def test_a_variant_has_engine_press_and_ratio():
         columns=["engine", "press", "compression_ratio"],
     )
     names = ["本库，不压缩", "kvpress 循环，snapkv 0.50", "本库，think", "本库，knorm 0.875"]
-    assert timings.variants(frame).tolist() == names
+    assert timings.variants(frame.assign(dtype="float32")).tolist() == names
+    several = frame.assign(dtype=["float32", "bfloat16", "float32", "float32"], evict_while_reading=[False, True] * 2)
+    read = several.assign(prefill_chunk=[None, 512, None, 1024.0], evict_while_reading=[False, False, False, True])
+    assert timings.variants(read).tolist() == [
+        "本库，不压缩，float32",
+        "kvpress 循环，snapkv 0.50，每块 512 词元，bfloat16",
+        "本库，think，float32",
+        "本库，knorm 0.875，每块 1024 词元，边读边淘汰，float32",
+    ]
 
 
 def test_gains_by_hand(runs):
-    """50 / 20 = 2.5; 20 / 10 = 2; 50 / 10 = 5; 40 / 10 = 4."""
+    """50 / 20 = 2.5; 30 / 20 = 1.5; 20 / 10 = 2; 30 / 10 = 3 and not 50 / 10; 40 / 10 = 4."""
     found = timings.engine_gains(runs)
     assert found[["context_tokens", "batch_size"]].to_numpy().tolist() == [[512, 4]]  # elsewhere no baseline
     assert found.iloc[0]["best"] == "snapkv，压缩率 0.75"
     said = timings.gains(runs)
     for words in (
-        "transformers 的 2.5 倍",
+        "transformers（DynamicCache）的 2.5 倍、transformers（StaticCache）的 1.5 倍，这与压缩无关",
         "不压缩时的 2.0 倍",
-        "不压缩时的 5.0 倍",
+        "不压缩的 transformers（StaticCache）的 3.0 倍",
         "下界的 2.0 倍",
         "本库的 4.00 倍",
     ):
         assert words in said
     (line,) = timings.gains_everywhere(runs)
     assert line == f"上下文 512、批 4：{said}"
-    with pytest.raises(Missing, match="三种实现的对照"):
+    with pytest.raises(Missing, match="几种实现的对照"):
         timings.gains(runs[runs["engine"] == "ours"])
     plain = runs[runs["press"] == "no_press"]
-    assert timings.gains_everywhere(plain)[0].endswith("2.5 倍，这与压缩无关。")
+    assert timings.gains_everywhere(plain)[0].endswith("1.5 倍，这与压缩无关。")
+    without = timings.gains(runs[runs["engine"] != "static"])  # as of a record from before there was this engine
+    assert (
+        "transformers（DynamicCache）的 2.5 倍，这" in without
+        and "不压缩的 transformers（DynamicCache）的 5.0 倍" in without
+    )
+    assert timings.fastest_transformers(timings.corner(runs))["engine"] == "static"
 
 
 def test_strengths_of_their_own_are_compared_too(runs):
@@ -91,12 +111,16 @@ def test_the_middle_ratio_with_the_baseline(runs):
     assert set(zip(shown["press"], shown["engine"])) == {
         ("no_press", "ours"),
         ("no_press", "stock"),
+        ("no_press", "static"),
         ("snapkv", "kvpress"),
         ("snapkv", "ours"),
     }
-    assert {title: len(part) for title, part in timings.by_context(runs[runs["batch_size"] == 4]).items()} == {
-        "本库": 2,
-        "transformers（不压缩）与 kvpress 循环": 2,
+    panels = timings.by_context(runs[runs["batch_size"] == 4])
+    assert {title: sorted(part["press"]) for title, part in panels.items()} == {
+        "本库": ["snapkv", "不压缩"],
+        "transformers（不压缩）与 kvpress 循环": [
+            *("snapkv", "transformers（DynamicCache）", "transformers（StaticCache）"),
+        ],
     }
 
 
@@ -105,11 +129,86 @@ def test_tables_and_what_was_not_measured(runs):
     assert row.tolist() == ["1000 (1000–1000)", "40.0 (36.0–44.0)", "2.00", "100"]
     without = timings.times(runs.assign(prefill_s=None, prefill_s_q25=None, prefill_s_q75=None))
     assert set(without["首词元"]) == {"—"}
-    assert timings.memory(runs).iloc[0].tolist() == ["4.0", "4.0", "100.0"]
+    assert timings.memory(runs).iloc[0].tolist() == ["4.0", "4.0", "51.2", "51.2"]
+    assert timings.memory(runs.drop(columns="peak_above_bytes"))["解码峰值"].tolist() == ["—"] * len(runs)
     assert timings.results(runs).isna().to_numpy().sum() == 0
     assert timings.not_timed(runs) == ["本库，tova 0.75（上下文 512，批 4）没有计时：内存不够。"]
     assert timings.smallest_cache(runs).startswith("缓存实际分配的字节最少的是 snapkv 0.75：4.0 MB")
     assert "最慢的是 snapkv，用时为不压缩的 3.00 倍" in timings.slowest_prefill(runs)
+
+
+def test_peaks_by_context():
+    """A line for each way of reading; the largest batch alone."""
+    ways = [(None, False, 1e5), (1024.0, False, 2e4), (1024.0, True, 1e4)]
+    found = []
+    for chunk, evicting, slope in ways:
+        for context, batch in ((4096, 1), (16384, 1), (4096, 2)):
+            one = run("ours", "keydiff", 0.75, 0.01, context=context, batch=batch)
+            peaks = {"prefill_peak_above_bytes": slope * context, "peak_above_bytes": 5e6}
+            found.append({**one, **peaks, "prefill_chunk": chunk, "evict_while_reading": evicting})
+    runs = pd.DataFrame(found)
+    with pytest.raises(Missing, match="内存峰值"):
+        timings.peaks(runs.drop(columns="prefill_peak_above_bytes"))
+    shown = timings.peaks(runs[runs["batch_size"] == 1])["预填充峰值"].pivot(
+        index="press", columns="context_tokens", values="peak_mb"
+    )
+    assert shown.round(2).to_numpy().tolist() == [[409.6, 1638.4], [81.92, 327.68], [40.96, 163.84]]
+    assert shown.index.tolist() == [
+        "本库，keydiff 0.75",
+        "本库，keydiff 0.75，每块 1024 词元",
+        "本库，keydiff 0.75，每块 1024 词元，边读边淘汰",
+    ]
+    assert set(timings.peaks(runs)["解码峰值"]["batch_size"]) == {2}
+    said = timings.peaks_in_words(runs[runs["batch_size"] == 1])
+    assert said.startswith("上下文 16384 时，") and "边读边淘汰 164 MB" in said
+
+
+def records_of(frame: pd.DataFrame) -> Records:
+    where = {"model": "m", "device_name": "A", "max_new_tokens": 96, "repeats": 3}
+    return Records("speed", Path("results/speed"), Path(), frame.assign(**where))
+
+
+def test_tables_are_of_settings_in_which_engines_are_compared(runs):
+    """Not of those that were made to see how memory grows; unless there are no others."""
+    chunks = runs[runs["engine"] == "ours"].assign(prefill_chunk=[1024.0, *[None] * 5])
+    peaks, compared = records_of(chunks), records_of(runs)
+    assert timings.timed_settings([peaks, compared]) == [compared] and timings.timed_settings([peaks]) == [peaks]
+    assert timings.read_in_chunks([compared, peaks]) is peaks
+    with pytest.raises(Missing, match="分块读上下文的运行"):
+        timings.read_in_chunks([compared])
+
+
+def test_precisions_beside_each_other(runs):
+    half = runs.assign(dtype="bfloat16", step_s=runs["step_s"] * 0.5)
+    half.loc[(half["engine"] == "stock"), "step_s"] = 0.06
+    half["demo_nll_diff"] = half["demo_logits_rel_diff"] = None
+    half.loc[3, ["demo_logits_rel_diff", "demo_nll_diff"]] = 0.0123, -0.0005
+    other = records_of(half)
+    slower = Records(other.study, other.folder, other.root, other.frame.assign(device_name="B"))
+    both = machines.in_all_precisions([records_of(runs), slower, other])
+    assert len(both) == 2 * len(runs)
+    assert machines.precisions(both) == (
+        "不压缩时，bfloat16 与 float32 每步用时之比：本库为 0.50、transformers（StaticCache）为 0.50、"
+        "transformers（DynamicCache）为 1.20。"
+    )
+    said = machines.cost_of_precision(both)
+    assert said.startswith("bfloat16 的代价") and "最大值的 1.2%" in said and "-5.0e-04 nat" in said
+    assert timings.gains_everywhere(both)[0].startswith("上下文 512、批 4、bfloat16：")
+    for missing in (machines.precisions, machines.cost_of_precision):
+        with pytest.raises(Missing):
+            missing(runs)
+
+
+def test_a_bandwidth_that_drifts_is_a_range(runs):
+    steady = runs.assign(bandwidth_low_bytes_per_s=39e9, bandwidth_high_bytes_per_s=41e9)
+    assert machines.rates(steady) == "读带宽 40 GB/s，float32 矩阵乘法的峰值 180 GFLOP/s"
+    assert machines.rates(steady.assign(bandwidth_low_bytes_per_s=27e9)).startswith("读带宽 27–41 GB/s")
+    before = runs.drop(columns="peak_flop_per_s")  # a record from before
+    assert machines.rates(before) == "读带宽 40 GB/s"
+    parts = runs.assign(floor_bytes_s=0.008, floor_operations_s=0.004)
+    assert machines.floor_in_words(parts).endswith("每步 10.0 毫秒；只计读取是 8.0 毫秒，只计运算是 4.0 毫秒。")
+    with pytest.raises(Missing, match="屋顶线的两项"):
+        machines.floor_in_words(before)
 
 
 def test_the_front(runs):

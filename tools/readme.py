@@ -19,6 +19,7 @@ import papermill
 from matplotlib.figure import Figure
 
 from kvneox_lib import expand_presses
+from kvneox_lib.pages import report as reporting
 from kvneox_lib.pages import streams, timings
 from kvneox_lib.pages.figures import press_lines, use_style
 from kvneox_lib.pages.tables import press_table
@@ -34,7 +35,7 @@ SAID_IN_NO_NOTEBOOK = {
     "context_length": "被压缩的上下文有多少个词元",
     "context_lengths": "上下文的长度",
     "device": "`auto`：有 CUDA 就用，否则 CPU；`all`：一个模型铺在看得见的全部 GPU 上",
-    "dtype": "`auto`：GPU 上 bfloat16（不支持时 float16），CPU 上 float32",
+    "dtype": "`auto`：GPU 上 bfloat16（不支持时 float16），CPU 上 float32；03 也可以给一个列表，在同一次运行里轮流计时",
     "output_dir": "记录放在哪里，从 `params/` 所在的文件夹算起",
     "seed": "随机权重与随机 press 的种子",
     "split": "数据集的哪一部分",
@@ -139,20 +140,20 @@ def control_line() -> str:
 
 
 def speed_table() -> str:
-    """Decoding throughput by context and batch, a table for each model and machine: they are never mixed."""
-    runs = load_records(REFERENCE / "speed")
-    if not len(runs):
+    """The longest context and the largest batch, a table for each model, machine and precision: never mixed."""
+    settings = reporting.settings_in(Path("speed"), REFERENCE)
+    if not settings:
         return missing("speed")
     parts = []
-    for (model, weights, device, dtype), group in runs.groupby(["model", "weights", "device_name", "dtype"]):
-        table = timings.throughput(group, ["context_tokens", "batch_size"])
-        rows = [
-            [variant, *("—" if pd.isna(value) else f"{value:.0f}" for value in row)]
-            for variant, row in zip(table.index, table.to_numpy())
-        ]
-        head = ["上下文 × 批", *(f"{context} × {batch}" for context, batch in table.columns)]
-        caption = f"{model}（权重：{weights}），{device}，{dtype}；解码吞吐，词元/秒。"
-        parts.append(f"{caption}\n\n{markdown(rows, head=head)}")
+    for records in timings.timed_settings(settings):
+        cell = timings.at_middle_ratio(timings.corner(records.frame))
+        run, table = cell.iloc[0], timings.times(cell)
+        table.insert(0, "变体", timings.variants(cell))
+        caption = (
+            f"{run.model}（权重：{run.weights}），{run.device_name}，{run['dtype']}，上下文 {run.context_tokens}，批 "
+            f"{run.batch_size}；毫秒，各轮的中位数（四分位数）。"
+        )
+        parts.append(f"{caption}\n\n{markdown(table.to_numpy().tolist(), head=list(table))}")
     return "\n\n".join(parts)
 
 

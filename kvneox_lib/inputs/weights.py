@@ -117,7 +117,7 @@ def load_model(
     device = find_device("auto" if spread else device)
     options = dict(
         attn_implementation="sdpa" if attn_implementation == "auto" else attn_implementation,
-        dtype=_dtype(dtype, device),
+        dtype=find_dtype(dtype, device),
         device=device,
     )
     target = find_target(name, revision)
@@ -169,7 +169,8 @@ def find_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+def find_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """What "auto" means is decided here alone."""
     if dtype == "auto":
         if device.type != "cuda":
             return torch.float32

@@ -1,5 +1,6 @@
-"""Seconds, and the highest use of memory."""
+"""Seconds, and how much memory is in use at the highest and before."""
 
+import ctypes
 import time
 from pathlib import Path
 
@@ -45,8 +46,27 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return
+        _give_back()
         try:
             self.RESET.write_text("5")  # Linux: from now on VmHWM counts anew
             self.known = True
         except OSError:
             self.known = False
+
+
+def resident_bytes(device: torch.device) -> int | None:
+    """In use now, in the terms of `PeakMemory`: what a peak is measured above."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if not PeakMemory.STATUS.exists():
+        return None
+    _give_back()
+    line = next(line for line in PeakMemory.STATUS.read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024
+
+
+def _give_back() -> None:
+    """To the system, what the C library holds on to of freed memory: else a phase would be charged with what the one
+    before it used, or find room that it need not ask for."""
+    if PeakMemory.STATUS.exists():
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)  # glibc's

@@ -118,11 +118,14 @@ def settings(study: str, root: Path | None = None) -> list[Records]:
     if study not in NOTEBOOKS:
         raise ValueError(f"study={study!r}: must be one of {', '.join(NOTEBOOKS)}")
     root = root or repository()
-    for folder in (Path("results") / study, Path("results") / "reference" / study):
-        frame = load_records(root / folder)
-        if len(frame):
-            break
-    else:
+    folders = (Path("results") / study, Path("results") / "reference" / study)
+    return next((found for folder in folders if (found := settings_in(folder, root))), [])
+
+
+def settings_in(folder: Path, root: Path) -> list[Records]:
+    """The same of that folder, relative to `root`, which is called after its study."""
+    study, frame = folder.name, load_records(root / folder)
+    if frame.empty:
         return []
     for name in ("model", "dataset", "device_name"):
         frame[name] = frame[name].map(plain, na_action="ignore")

@@ -4,7 +4,7 @@ import pandas as pd
 
 from kvneox_lib.pages.report import Missing
 from kvneox_lib.pages.selecting import middle_ratio, pressed, with_strength
-from kvneox_lib.pages.words import ENGINES, WEIGHTS, listed, numbers
+from kvneox_lib.pages.words import ENGINES, listed, numbers
 
 FAILURES = {"out of memory": "内存不够", "mixes the rows of a batch": "不能整批运行"}
 
@@ -42,19 +42,56 @@ def at_corner(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def timed_settings(settings: list) -> list:
-    """Those of a study's settings (`Records`) in which anything was timed."""
+    """Those of a study's settings (`Records`) in which engines were compared; where there are none, those in which
+    anything was timed."""
     found = [records for records in settings if len(timed_runs(records.frame))]
     if not found:
         raise Missing("speed", "计了时的运行" if settings else "")
-    return found
+    return [records for records in found if timed_runs(records.frame)["engine"].nunique() > 1] or found
+
+
+def read_in_chunks(settings: list):
+    """The setting in which the context was read in several ways, at most lengths."""
+    found = [records for records in settings if _ways_of_reading(timed_runs(records.frame)) > 1]
+    if not found:
+        raise Missing("speed", "分块读上下文的运行")
+    return max(found, key=lambda records: records.frame["context_tokens"].nunique())
+
+
+def _ways_of_reading(runs: pd.DataFrame) -> int:
+    return column(runs, "prefill_chunk").nunique(dropna=False)
+
+
+def fastest_transformers(runs: pd.DataFrame) -> pd.Series | None:
+    """Of transformers' own without a press the one with the shortest step: to be faster than the others is no merit."""
+    plain = runs[runs["engine"].isin(["stock", "static"])].dropna(subset="step_s")
+    return plain.loc[plain["step_s"].idxmin()] if len(plain) else None
 
 
 # ---- columns --------------------------------------------------------------------------------------------------------
 
 
 def variants(runs: pd.DataFrame) -> pd.Series:
-    """Engine, press and ratio in words."""
-    return runs["engine"].map(ENGINES) + "，" + _presses(runs)
+    """Engine, press and ratio in words, and how the context was read; the precision where there are several."""
+    named = runs["engine"].map(ENGINES) + "，" + _presses(runs) + _readings(runs)
+    return named + "，" + runs["dtype"] if several_precisions(runs) else named
+
+
+def several_precisions(runs: pd.DataFrame) -> bool:
+    return runs["dtype"].nunique() > 1
+
+
+def _readings(runs: pd.DataFrame) -> list[str]:
+    chunks, evicting = column(runs, "prefill_chunk"), column(runs, "evict_while_reading").eq(1)
+    return [
+        "" if pd.isna(chunk) else f"，每块 {chunk:.0f} 词元" + ("，边读边淘汰" if evicts else "")
+        for chunk, evicts in zip(chunks, evicting)
+    ]
+
+
+def column(runs: pd.DataFrame, name: str) -> pd.Series:
+    """As numbers; of records from before there was that column, none."""
+    return pd.to_numeric(runs[name]) if name in runs else pd.Series(float("nan"), runs.index)
 
 
 def _presses(runs: pd.DataFrame) -> pd.Series:
@@ -98,10 +135,29 @@ def times(runs: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+PEAKS = {
+    "预填充峰值": "prefill_peak_above_bytes",
+    "解码峰值": "peak_above_bytes",
+}  # above what was there before the run
+
+
 def memory(runs: pd.DataFrame) -> pd.DataFrame:
-    """Megabytes: of the compressed cache, allocated for it at the end, and the peak of decoding."""
-    columns = {"压缩后": "kv_bytes_compressed", "分配": "kv_bytes", "峰值": "peak_bytes"}
-    return pd.DataFrame({name: _written(pd.to_numeric(runs[of]) / 1e6, 1) for name, of in columns.items()})
+    """Megabytes: of the compressed cache, allocated for it at the end, and the peaks of both phases."""
+    columns = {"压缩后": "kv_bytes_compressed", "分配": "kv_bytes", **PEAKS}
+    return pd.DataFrame({name: _written(column(runs, of) / 1e6, 1) for name, of in columns.items()})
+
+
+def peaks(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """A panel for each phase: megabytes by context length, a line for each variant; the largest batch, the middle
+    ratio."""
+    shown = at_middle_ratio(at_largest(timed_runs(runs), "batch_size"))
+    shown = shown.assign(press=variants(shown))
+    panels = {
+        name: shown.assign(peak_mb=column(shown, of) / 1e6).dropna(subset="peak_mb") for name, of in PEAKS.items()
+    }
+    if not all(map(len, panels.values())):
+        raise Missing("speed", "内存峰值")
+    return panels
 
 
 def results(runs: pd.DataFrame) -> pd.DataFrame:
@@ -112,22 +168,15 @@ def results(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def at_corners(settings: list, measured) -> pd.DataFrame:
-    """The corner of each setting, one below the other, with the columns that `measured` makes of runs. Machine and
-    precision are shown where they differ."""
+    """The corner of each setting at its middle ratio, one below the other, with the columns that `measured` makes of
+    runs. Machine and precision are shown where they differ."""
     tables = []
     for records in timed_settings(settings):
-        cell = corner(records.frame)
+        cell = at_middle_ratio(corner(records.frame))
         where = {"机器": cell["device_name"], "精度": cell["dtype"], "模型": cell["model"]}
         tables.append(pd.concat([pd.DataFrame(where), cells(cell), measured(cell)], axis=1))
     table = pd.concat(tables, ignore_index=True)
     return table.drop(columns=[name for name in ("机器", "精度") if table[name].nunique() == 1])
-
-
-def throughput(runs: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    """Decoded tokens a second: a row for each variant, a column for each value of `columns`."""
-    timed = timed_runs(runs)
-    timed = timed.assign(variant=variants(timed))
-    return timed.pivot_table(index="variant", columns=columns, values="decode_tok_per_s")
 
 
 def by_context(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -137,44 +186,55 @@ def by_context(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
         raise Missing("speed", "计了时的运行")
     shown = at_middle_ratio(at_largest(timed, "batch_size")).sort_values("press")
     shown = shown.replace({"press": {"no_press": "不压缩"}})
+    own = shown["engine"].isin(["stock", "static"])
+    shown.loc[own, "press"] = shown["engine"].map(ENGINES)
     ours = shown["engine"] == "ours"
-    panels = {ENGINES["ours"]: shown[ours], f"{ENGINES['stock']}（不压缩）与 {ENGINES['kvpress']}": shown[~ours]}
+    panels = {ENGINES["ours"]: shown[ours], f"transformers（不压缩）与 {ENGINES['kvpress']}": shown[~ours]}
     return {title: part for title, part in panels.items() if len(part)}
 
 
 def engine_gains(runs: pd.DataFrame) -> pd.DataFrame:
-    """For each context and batch at which both were timed without a press: the step of the stock model (`stock_s`) and
-    of this library (`plain_s`); of its fastest compressed run `best` in words, `best_s` and `times_floor`, and the same
-    compression in the loop of kvpress (`kvpress_s`)."""
+    """For each context, batch and precision at which both were timed without a press: the step of this library
+    (`plain_s`) and of transformers (`stock_s`, `static_s`, where timed); of its fastest compressed run `best` in words,
+    `best_s` and `times_floor`, and the same compression in the loop of kvpress (`kvpress_s`)."""
     rows = []
-    for (context, batch), cell in timed_runs(runs).groupby(["context_tokens", "batch_size"]):
+    for (context, batch, dtype), cell in timed_runs(runs).groupby(["context_tokens", "batch_size", "dtype"]):
         plain = cell[cell["press"] == "no_press"].groupby("engine")["step_s"].first()
-        ours = cell[(cell["engine"] == "ours") & (cell["press"] != "no_press")].dropna(subset="step_s")
-        if not {"stock", "ours"} <= set(plain.index):
+        if "ours" not in plain or not {"stock", "static"} & set(plain.index):
             continue
-        row = {"context_tokens": context, "batch_size": batch, "stock_s": plain["stock"], "plain_s": plain["ours"]}
-        if len(ours):
-            best = ours.loc[ours["step_s"].idxmin()]
-            theirs = cell[(cell["engine"] == "kvpress") & (cell["press"] == best.press)]
-            theirs = theirs[theirs["compression_ratio"] == best.compression_ratio]["step_s"]
-            row |= {"best": with_strength(best), "best_s": best.step_s, "times_floor": best.times_floor}
-            row |= {"kvpress_s": theirs.iloc[0] if len(theirs) else None}
-        rows.append(row)
-    columns = ["context_tokens", "batch_size", "stock_s", "plain_s", "best", "best_s", "times_floor", "kvpress_s"]
-    return pd.DataFrame(rows, columns=columns)
+        row = {"context_tokens": context, "batch_size": batch, "dtype": dtype, "plain_s": plain["ours"]}
+        row |= {f"{engine}_s": plain.get(engine) for engine in ("stock", "static")}
+        rows.append(row | _best_compressed(cell))
+    columns = ["context_tokens", "batch_size", "dtype", "plain_s", "stock_s", "static_s"]
+    return pd.DataFrame(rows, columns=[*columns, "best", "best_s", "times_floor", "kvpress_s"])
+
+
+def _best_compressed(cell: pd.DataFrame) -> dict:
+    ours = cell[(cell["engine"] == "ours") & (cell["press"] != "no_press")].dropna(subset="step_s")
+    if ours.empty:
+        return {}
+    best = ours.loc[ours["step_s"].idxmin()]
+    theirs = cell[(cell["engine"] == "kvpress") & (cell["press"] == best.press)]
+    theirs = theirs[theirs["compression_ratio"] == best.compression_ratio]["step_s"]
+    found = {"best": with_strength(best), "best_s": best.step_s, "times_floor": best.times_floor}
+    return found | {"kvpress_s": theirs.iloc[0] if len(theirs) else None}
 
 
 # ---- sentences ------------------------------------------------------------------------------------------------------
 
 
 def gain_in_words(row) -> str:
-    """A row of `engine_gains`."""
-    text = f"不压缩时，本库的解码速度是 transformers 的 {row.stock_s / row.plain_s:.1f} 倍，这与压缩无关"
+    """A row of `engine_gains`. Who compares with the slower of transformers' caches alone flatters himself."""
+    timed = {engine: getattr(row, f"{engine}_s") for engine in ("stock", "static")}
+    timed = {ENGINES[engine]: seconds for engine, seconds in timed.items() if pd.notna(seconds)}
+    times = listed(f"{name}的 {seconds / row.plain_s:.1f} 倍" for name, seconds in timed.items())
+    text = f"不压缩时，本库的解码速度是 {times}，这与压缩无关"
     if pd.isna(row.best_s):
         return text + "。"
+    compared = min(timed, key=timed.get)
     text += (
-        f"；压缩之后最快的（{row.best}）是本库不压缩时的 {row.plain_s / row.best_s:.1f} 倍、transformers 不压缩时的 "
-        f"{row.stock_s / row.best_s:.1f} 倍，每步用时是下界的 {row.times_floor:.1f} 倍。"
+        f"；压缩之后最快的（{row.best}）是本库不压缩时的 {row.plain_s / row.best_s:.1f} 倍、不压缩的 {compared}的 "
+        f"{timed[compared] / row.best_s:.1f} 倍，每步用时是下界的 {row.times_floor:.1f} 倍。"
     )
     if pd.notna(row.kvpress_s):
         text += f"同样的压缩在 kvpress 的循环里，每步用时是本库的 {row.kvpress_s / row.best_s:.2f} 倍。"
@@ -185,15 +245,23 @@ def gains(runs: pd.DataFrame) -> str:
     """At the corner."""
     found = engine_gains(at_corner(runs))
     if found.empty or found["best_s"].isna().all():
-        raise Missing("speed", "三种实现的对照")
+        raise Missing("speed", "几种实现的对照")
     return gain_in_words(found.iloc[0])
 
 
 def gains_everywhere(runs: pd.DataFrame) -> list[str]:
+    several = several_precisions(runs)
     return [
-        f"上下文 {row.context_tokens}、批 {row.batch_size}：{gain_in_words(row)}"
+        f"上下文 {row.context_tokens}、批 {row.batch_size}{several * f'、{row.dtype}'}：{gain_in_words(row)}"
         for row in engine_gains(runs).itertuples()
     ]
+
+
+def peaks_in_words(runs: pd.DataFrame) -> str:
+    """Of the prefill, at the longest context."""
+    shown = at_largest(peaks(runs)["预填充峰值"], "context_tokens")
+    listing = "；".join(f"{row.press} {row.peak_mb:.0f} MB" for row in shown.itertuples())
+    return f"上下文 {shown['context_tokens'].iloc[0]} 时，预填充的峰值比运行之前多：{listing}。"
 
 
 def not_timed(runs: pd.DataFrame) -> list[str]:
@@ -205,15 +273,6 @@ def not_timed(runs: pd.DataFrame) -> list[str]:
         f"{FAILURES.get(row.failure, row.failure)}。"
         for row in failed.itertuples()
     ]
-
-
-def machine(runs: pd.DataFrame) -> str:
-    run = at_corner(runs).iloc[0]
-    return (
-        f"机器是 {run.device_name}（{run.device}，{run['dtype']}），测得的读带宽 {run.bandwidth_bytes_per_s / 1e9:.0f} "
-        f"GB/s；模型 {run.model}（{WEIGHTS[run.weights]}），每步要读 {run.weight_bytes / 1e6:.0f} MB 权重；最长的"
-        f"上下文 {run.context_tokens}、最大的批 {run.batch_size} 时，完整的缓存是 {run.kv_bytes_full / 1e6:.0f} MB。"
-    )
 
 
 def ratio_shown(runs: pd.DataFrame) -> str:

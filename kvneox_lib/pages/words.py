@@ -4,7 +4,12 @@ import re
 
 import pandas as pd
 
-ENGINES = {"ours": "本库", "stock": "transformers", "kvpress": "kvpress 循环"}
+ENGINES = {
+    "ours": "本库",
+    "stock": "transformers（DynamicCache）",
+    "static": "transformers（StaticCache）",
+    "kvpress": "kvpress 循环",
+}
 READINGS = {"dense": "全部保留", "window": "只留窗口", "sinks": "汇聚点加窗口", "recompute": "窗口重算"}
 STUDY_NAMES = {
     "adapter": "适配检查",

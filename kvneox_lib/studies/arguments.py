@@ -121,6 +121,7 @@ YesOrNo = Annotated[bool, yes_or_no()]
 YesesAndNoes = Annotated[bool | Sequence[bool], yes_or_no(several=True)]
 Attention = Annotated[str, one_of("auto", *ATTENTION)]
 Dtype = Annotated[str, one_of("auto", *DTYPES)]
+Dtypes = Annotated[str | Sequence[str], one_of("auto", *DTYPES, several=True)]
 Device = Annotated[str, Rule(_device)]
 OutputDir = Annotated[str, Rule(_output_dir)]
 _AGAIN = {True: "what is done again follows from what changed"}

@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 
 from kvneox_lib.inputs.files import make_ready
 from kvneox_lib.inputs.text import HUB, PYTHON_DOCS, Text, load_text
-from kvneox_lib.inputs.weights import LoadedModel, load_model
+from kvneox_lib.inputs.weights import LoadedModel, find_device, find_dtype, load_model
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
 from kvneox_lib.presses.applying import attention, check_press
 from kvneox_lib.presses.by_name import make_press, ratio_for
@@ -47,7 +47,8 @@ class Runs:
         reads_text = "dataset" in asked  # time and memory do not depend on the text
         names = [name for name in ("weights", "attn_implementation", "dtype", "device", "seed") if name in asked]
         how = {"weights": "pretrained", "fallback": "demo" if reads_text else "random"}
-        self.loaded = load_model(asked["model"], **how | {name: asked[name] for name in names})
+        how |= {name: asked[name] for name in names}
+        self.loaded = load_model(asked["model"], **how | {"dtype": _widest(asked["dtype"], asked["device"])})
         self.device = self.loaded.model.device
         self.folder = records.output_folder(asked["output_dir"])
         self.planned = plan(asked, self.loaded.model.config.max_position_embeddings)
@@ -114,8 +115,10 @@ class Runs:
         return run.run_id(self.measure, self.asked, **found)
 
     def parameters(self, run: Planned) -> dict:
-        found = identity(self.asked, run, self.turned_out)
-        return {**found, "attn_implementation": self._attention_for(run)}
+        found = {**identity(self.asked, run, self.turned_out), "attn_implementation": self._attention_for(run)}
+        if "dtype" in run.settings:  # one of several that were asked for
+            found["dtype"] = str(find_dtype(run.settings["dtype"], self.device)).removeprefix("torch.")
+        return found
 
     def _attention_for(self, run: Planned) -> str:
         used = self.loaded.model.config._attn_implementation
@@ -146,6 +149,14 @@ class Runs:
         wanted = dict.fromkeys(self.run_id(run) for run in self.planned)
         found = records.load_records(self.folder).set_index("run_id", drop=False).loc[list(wanted)]
         return Study(self.loaded, self.text, self.folder, found.reset_index(drop=True))
+
+
+def _widest(dtype: str | Sequence[str], device: str) -> str | torch.dtype:
+    """Of several the one in which nothing is lost that another holds."""
+    if isinstance(dtype, str):
+        return dtype
+    place = find_device("auto" if device == "all" else device)
+    return max((find_dtype(name, place) for name in dtype), key=lambda found: found.itemsize)
 
 
 @contextmanager

@@ -2,41 +2,53 @@
 
 import itertools
 import warnings
+from collections.abc import Iterable, Sequence
+from typing import Annotated
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from kvneox_lib.inputs.weights import find_dtype
+from kvneox_lib.measures.precision import cost_of_precision, in_precision
 from kvneox_lib.measures.speed import (
     ENGINES,
     WARM_UP,
     Timing,
     can_batch,
+    entry_bytes,
     figures,
+    floors,
     is_out_of_memory,
+    peak_flop_per_s,
     read_bandwidth,
+    step_products,
     time_once,
     weight_bytes,
 )
+from kvneox_lib.neox.modeling import KVNeoXForCausalLM
 from kvneox_lib.presses.by_name import expand_presses
 from kvneox_lib.studies import arguments as may_be
 from kvneox_lib.studies.plan import Planned, as_list, at_ratios
 from kvneox_lib.studies.provenance import provenance
-from kvneox_lib.studies.runs import Runs, Study
+from kvneox_lib.studies.runs import Runs, Study, made_presses
 
 RANDOM_TOKENS = "random-tokens"
+Engines = Annotated[str | Sequence[str], may_be.one_of(*ENGINES, several=True)]
 
 
 def plan(asked: dict, trained: int | None) -> list[Planned]:
-    """For each context length and batch size: no compression in ours and in transformers' own, each press at each
-    ratio in ours and in kvpress' loop."""
-    presses = list(dict.fromkeys(["no_press", *expand_presses(asked["press"])]))
-    return [
-        run
-        for length, batch in itertools.product(
-            *(dict.fromkeys(as_list(asked[n])) for n in ("context_lengths", "batch_sizes"))
+    """For each context length, batch size and precision: no compression in ours and in transformers' own, each press at
+    each ratio in ours and in kvpress' loop."""
+    if asked["evict_while_reading"] and asked["prefill_chunk"] is None:
+        raise ValueError(
+            "evict_while_reading=True: wants prefill_chunk, the number of tokens read before each eviction"
         )
-        for engine in ENGINES
+    presses = list(dict.fromkeys(["no_press", *expand_presses(asked["press"])]))
+    varied = (dict.fromkeys(as_list(asked[name])) for name in ("context_lengths", "batch_sizes", "dtype", "engines"))
+    planned = [
+        run
+        for length, batch, dtype, engine in itertools.product(*varied)
         for name in for_engine(engine, presses)
         for run in at_ratios(
             name,
@@ -44,9 +56,25 @@ def plan(asked: dict, trained: int | None) -> list[Planned]:
             dataset=RANDOM_TOKENS,
             context_length=length,
             batch_size=batch,
+            dtype=dtype,
             engine=engine,
+            **_reading(asked, engine, name),
         )
     ]
+    if not planned:
+        raise ValueError(
+            f"engines={asked['engines']!r}: kvpress alone times nothing without a press; give one, or ours"
+        )
+    return planned
+
+
+def _reading(asked: dict, engine: str, press: str) -> dict:
+    """Chunks are ours alone, and without a press nothing is evicted: those runs are the same whatever is asked."""
+    chunk = asked["prefill_chunk"] if engine == "ours" else None
+    return {
+        "prefill_chunk": chunk,
+        "evict_while_reading": bool(chunk and asked["evict_while_reading"] and press != "no_press"),
+    }
 
 
 def _cell(run: Planned) -> tuple[int, int]:
@@ -59,43 +87,49 @@ def measure_speed(
     weights: may_be.Weights = "auto",
     press: may_be.Presses = "snapkv",
     compression_ratio: may_be.Ratios = 0.75,
-    context_lengths: may_be.Counts = (512, 2048),
+    context_lengths: may_be.Counts = (2048,),
     batch_sizes: may_be.Counts = (1, 4),
+    engines: Engines = ("ours", "stock", "static", "kvpress"),
+    prefill_chunk: may_be.Count | None = None,
+    evict_while_reading: may_be.YesOrNo = False,
     max_new_tokens: may_be.Count = 200,
     min_new_tokens: may_be.Count | None = None,
     decode_only: may_be.YesOrNo = False,
     repeats: may_be.Count = 3,
     attn_implementation: may_be.Attention = "auto",
-    dtype: may_be.Dtype = "auto",
+    dtype: may_be.Dtypes = "auto",
     device: may_be.Device = "auto",
     seed: may_be.Index = 0,
     output_dir: may_be.OutputDir = "results/speed",
     overwrite: may_be.Overwrite = False,
 ) -> Study:
     """Time and memory of prefill and decoding: each press at each ratio in ours and in kvpress' loop, no compression in
-    ours and in transformers' own, for each context length and batch size.
+    ours and in transformers' own, for each context length, batch size and precision.
 
     The variants of one context length and batch size take turns, `repeats` times; in a turn each reads the context and
     decodes its share of `max_new_tokens`, and nothing ends early. min_new_tokens: so many in each turn at least.
+    prefill_chunk, evict_while_reading: how ours reads the context; see `generate`.
     """
     runs = Runs(measure_speed, plan, locals())
     runs.times_on_this_machine()
-    lm, n_turn = runs.loaded.model, max(-(-max_new_tokens // repeats), min_new_tokens or 0, 2)
+    n_turn = max(-(-max_new_tokens // repeats), min_new_tokens or 0, 2)
     open_runs = runs.open()
+    models = _models(runs, open_runs)
     progress = tqdm(total=repeats * len(open_runs), unit="轮", desc="速度")
     for (length, batch), cell in itertools.groupby(open_runs, _cell):
         started, variants = provenance(runs.device), list(cell)
-        ids = torch.randint(lm.config.vocab_size, (batch, length), device=runs.device)
-        timings, bandwidths = [[] for _ in variants], []
+        ids = torch.randint(runs.loaded.model.config.vocab_size, (batch, length), device=runs.device)
+        timings, rates = [[] for _ in variants], []
         for _ in range(repeats):
-            bandwidths.append(read_bandwidth(runs.device))
+            rates.append(_rates(runs.device, models))
             for run, found in zip(variants, timings):
                 progress.set_postfix_str(f"{run.settings['engine']} {run.press}, {length} × {batch}")
-                found.append(_time_or_why_not(runs, run, ids, n_turn))
+                found.append(_time_or_why_not(models[_precision(runs, run)], run, ids, n_turn, runs.asked))
                 progress.update()
         for run, found in zip(variants, timings):
-            record = _record(lm, found, run.settings, max_new_tokens, decode_only, float(np.median(bandwidths)))
-            runs.write(run, length, started, record, {})
+            lm = models[_precision(runs, run)]
+            record = _record(lm, found, run.settings, max_new_tokens, decode_only, rates)
+            runs.write(run, length, started, record | _accuracy(run, lm), {})
     progress.close()
     return runs.study()
 
@@ -103,18 +137,35 @@ def measure_speed(
 def for_engine(engine: str, names: list[str]) -> list[str]:
     if engine == "ours":
         return names
-    return ["no_press"] if engine == "stock" else [name for name in names if name != "no_press"]
+    return [name for name in names if name != "no_press"] if engine == "kvpress" else ["no_press"]
 
 
-def _time_or_why_not(runs: Runs, run: Planned, ids, n_turn: int) -> Timing | str:
-    engine = run.settings["engine"]
-    with runs.presses([run]) as (press,), warnings.catch_warnings():
+def _precision(runs: Runs, run: Planned) -> torch.dtype:
+    return find_dtype(run.settings["dtype"], runs.device)
+
+
+def _models(runs: Runs, open_runs: list[Planned]) -> dict[torch.dtype, KVNeoXForCausalLM]:
+    """The model in each precision: rounded from the one that was loaded, so that all have the same weights."""
+    loaded, wanted = runs.loaded.model, dict.fromkeys(_precision(runs, run) for run in open_runs)
+    return {dtype: loaded if dtype == loaded.dtype else in_precision(loaded, dtype) for dtype in wanted}
+
+
+def _rates(device: torch.device, dtypes: Iterable[torch.dtype]) -> dict:
+    """Of the machine now: bytes a second, and operations a second in each precision."""
+    return {"bytes": read_bandwidth(device)} | {dtype: peak_flop_per_s(device, dtype) for dtype in dtypes}
+
+
+def _time_or_why_not(lm: KVNeoXForCausalLM, run: Planned, ids, n_turn: int, asked: dict) -> Timing | str:
+    engine, chunk = run.settings["engine"], run.settings["prefill_chunk"]
+    evicting = run.settings["evict_while_reading"]
+    reading = {} if chunk is None else {"prefill_chunk": chunk, "evict_while_reading": evicting}
+    with made_presses(lm, [run], asked["attn_implementation"], asked["seed"]) as (press,), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*the model was trained on")  # time does not depend on that
         if not can_batch(engine, press, len(ids)):
             return "mixes the rows of a batch"
         try:
-            time_once(runs.loaded.model, engine, press, ids[:, :WARM_UP], 2)
-            return time_once(runs.loaded.model, engine, press, ids, n_turn)
+            time_once(lm, engine, press, ids[:, :WARM_UP], 2, **reading)
+            return time_once(lm, engine, press, ids, n_turn, **reading)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -123,17 +174,28 @@ def _time_or_why_not(runs: Runs, run: Planned, ids, n_turn: int) -> Timing | str
             return " ".join(str(refusal).split()) or f"{run.press} refuses this context"
 
 
-def _record(lm, timings: list, cell: dict, max_new_tokens: int, decode_only: bool, bandwidth: float) -> dict:
+def _record(lm, timings: list, cell: dict, max_new_tokens: int, decode_only: bool, rates: list[dict]) -> dict:
     """The figures of one variant; of one that could not be timed, why."""
-    batch, n_cached = cell["batch_size"], 2 * lm.config.num_hidden_layers * lm.config.hidden_size
-    token_bytes = n_cached * batch * lm.dtype.itemsize
+    batch, n_heads = cell["batch_size"], lm.config.num_hidden_layers * lm.config.num_attention_heads
     found = dict.fromkeys(["kept_fraction", "nll_mean", "n_tokens", "failure"])
-    found |= {"bandwidth_bytes_per_s": bandwidth, "weight_bytes": weight_bytes(lm)}
-    found["kv_bytes_full"] = cell["context_length"] * token_bytes
+    reads, works = [rate["bytes"] for rate in rates], [rate[lm.dtype] for rate in rates]
+    bandwidth, peak = float(np.median(reads)), float(np.median(works))
+    found |= {"bandwidth_bytes_per_s": bandwidth, "peak_flop_per_s": peak, "weight_bytes": weight_bytes(lm)}
+    found |= {"bandwidth_low_bytes_per_s": min(reads), "bandwidth_high_bytes_per_s": max(reads)}
+    found["kv_bytes_full"] = cell["context_length"] * batch * n_heads * entry_bytes(lm)
     failed = [timing for timing in timings if isinstance(timing, str)]
     if failed:
         return found | {"failure": failed[0]}
     found |= figures(timings, batch, max_new_tokens, decode_only)
     found |= {"kept_fraction": timings[-1].kept_fraction, "n_tokens": batch * max_new_tokens}
-    read = found["weight_bytes"] + found["kv_bytes_compressed"] + timings[0].n_new / 2 * token_bytes
-    return found | {"floor_s": read / bandwidth, "times_floor": found["step_s"] * bandwidth / read}
+    entries = found["kv_bytes_compressed"] / entry_bytes(lm) + timings[0].n_new / 2 * batch * n_heads
+    found |= floors(step_products(lm, batch, entries), bandwidth, peak)
+    return found | {"times_floor": found["step_s"] / found["floor_s"]}
+
+
+def _accuracy(run: Planned, lm: KVNeoXForCausalLM) -> dict[str, float | None]:
+    """What rounding costs: once for each precision, in the records of ours without a press."""
+    if lm.dtype == torch.float32 or (run.settings["engine"], run.press) != ("ours", "no_press"):
+        return {"demo_logits_rel_diff": None, "demo_nll_diff": None}
+    cost = cost_of_precision(lm.dtype, lm.device)
+    return {"demo_logits_rel_diff": cost.logits_rel_diff, "demo_nll_diff": cost.nll_diff}

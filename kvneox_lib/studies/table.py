@@ -45,7 +45,7 @@ ROWS = [
         "03_speed",
         speed.measure_speed,
         speed.plan,
-        axes=(*_GRID, "engine", "context_length", "batch_size"),
+        axes=(*_GRID, "engine", "context_length", "batch_size", "dtype", "prefill_chunk", "evict_while_reading"),
         is_timed=True,
     ),
     StudyRow(
