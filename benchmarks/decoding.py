@@ -7,6 +7,7 @@ precisions, beside transformers, kvpress and, if asked for, engines that are no 
     python benchmarks/decoding.py --quick    # contexts of an eighth, to see that it runs
 """
 
+import signal
 import subprocess
 import sys
 import tempfile
@@ -118,6 +119,7 @@ def spread(values: np.ndarray) -> str:
 
 def start_peers(model, stack: ExitStack) -> dict[Variant, Peer]:
     """Those that can be had here and decode our tokens; of another is printed why it is not measured."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # killed, too, it leaves no environment behind
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="peers-")))
     stock_twin(model).save_pretrained(folder / "weights")
     started = {}
