@@ -1,104 +1,188 @@
-"""What CompactCache gains, on the shape of pythia-70m with random weights, in one interleaved run: ratios of decoding
-steps to transformers' DynamicCache and to kvpress' loop, times over the memory floor, bytes, and the peak of memory.
+"""How fast a decoding step is on the shape of pythia-70m with random weights, in one run in which all take turns: over
+the roofline (each product the longer of its bytes over the bandwidth and its operations over the peak), in both
+precisions, beside transformers, kvpress and, if asked for, engines that are no part of this project.
 
     python benchmarks/decoding.py            # about 10 minutes on two cores
+    python benchmarks/decoding.py --peers    # also CTranslate2 and llama.cpp, which it installs, and removes afterwards
     python benchmarks/decoding.py --quick    # contexts of an eighth, to see that it runs
 """
 
+import signal
 import subprocess
 import sys
+import tempfile
 import warnings
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from peers import PEERS, Peer, make_environment
 
-from kvneox_lib import load_model, make_press
-from kvneox_lib.measures.speed import read_bandwidth, time_once, weight_bytes
+from kvneox_lib import generate, load_model, make_press
+from kvneox_lib.measures.speed import peak_flop_per_s, read_bandwidth, roofline_s, step_products, time_once
+from kvneox_lib.neox.modeling import stock_twin
 
 warnings.filterwarnings("ignore", message=".*the model was trained on")
-ROUNDS, N_NEW = 3, 16
 SHORTER = 8 if "--quick" in sys.argv else 1
-CELLS = {  # (batch, context): the variants that take turns
-    (16, 2048): [("stock", "no_press"), ("ours", "no_press"), ("ours", "snapkv")],
-    (4, 2048): [("ours", "no_press")],
-    (1, 16384): [
-        *(("stock", "no_press"), ("ours", "no_press"), ("ours", "snapkv"), ("kvpress", "snapkv")),
-        ("ours", "adakv_snapkv"),
-    ],
-}
+ROUNDS, N_NEW, RATIO = 3, 16, 0.75
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SINGLE, FEW, MANY, LONG = (1, 2048), (4, 2048), (16, 2048), (1, 16384)  # batch, context
 
 
-def load():
-    return load_model("pythia-70m", weights="random", dtype="float32").model
+class Variant(NamedTuple):
+    engine: str  # of time_once, a peer, or "roofline"
+    dtype: str = "float32"
+    press: str = "no_press"
+
+    def __str__(self) -> str:
+        return f"{self.engine} {self.dtype}" + (f" {self.press} {RATIO}" if self.press != "no_press" else "")
 
 
-def run_cell(model, batch: int, context: int, variants: list) -> dict:
-    ids = torch.randint(50_000, (batch, context // SHORTER))
-    steps, kv_bytes, floors = {variant: [] for variant in variants}, {}, []
+class Line(NamedTuple):
+    """A ratio of steps, as it is printed."""
+
+    cell: tuple[int, int]
+    above: Variant
+    below: Variant
+    aim: str = ""
+
+
+PEER_AIMS = {(Variant("CTranslate2"), FEW): "at least 2", (Variant("CTranslate2"), MANY): "at least 8"}
+
+
+def lines(peers: list[Variant]) -> list[Line]:
+    ours, half = Variant("ours"), Variant("ours", "bfloat16")
+    snapkv, half_snapkv = ours._replace(press="snapkv"), half._replace(press="snapkv")
+    found = []
+    for cell in (SINGLE, FEW, MANY):
+        found.append(Line(cell, ours, Variant("roofline"), "at most 1.4"))
+        found.append(Line(cell, half, Variant("roofline", "bfloat16"), "at most 1.6"))
+        found += [] if cell == SINGLE else [Line(cell, half, ours, "at most 0.6")]
+        found += [Line(cell, Variant(engine), ours) for engine in ("stock", "static")]
+        found += [Line(cell, peer, ours, PEER_AIMS.get((peer, cell), "")) for peer in peers]
+    found.append(Line(MANY, Variant("stock"), snapkv, "at least 14"))
+    found.append(Line(MANY, Variant("stock", "bfloat16"), half_snapkv, "at least 20"))
+    found.append(Line(LONG, Variant("kvpress", press="snapkv"), snapkv, "at least 1.4"))
+    found.append(Line(LONG, ours._replace(press="adakv_snapkv"), snapkv, "at most 1.1"))
+    return found
+
+
+# ---- one cell: all its variants in turns ----
+
+
+def measure(cell: tuple[int, int], wanted: list[Line], models: dict, peers: dict, peaks: dict) -> None:
+    ids = torch.randint(50_000, (cell[0], cell[1] // SHORTER))
+    steps = {variant: [] for line in wanted for variant in (line.below, line.above)}
+    for variant in steps:
+        if variant.engine != "roofline":
+            step_s(variant, ids[:, :128], models, peers)  # what is compiled or packed on first use is not timed
+    bandwidths = []
     for _ in range(ROUNDS):
-        bandwidth = read_bandwidth(ids.device)
-        for engine, name in variants:
-            timing = time_once(model, engine, make_press(name, 0.75), ids, N_NEW)
-            steps[engine, name].append(timing.step_s)
-            kv_bytes[engine, name] = timing.kv_bytes
-            if (engine, name) == ("ours", "no_press"):
-                read = weight_bytes(model) + timing.kv_bytes_compressed
-                floors.append((timing.step_s * bandwidth / read, bandwidth))
-    print(f"\nbatch {batch}, {context // SHORTER} tokens")
-    for (engine, name), values in steps.items():
-        low, middle, high = 1e3 * np.percentile(values, [25, 50, 75])
-        allocated = kv_bytes[engine, name] / 1e6
-        print(f"  {engine:8} {name:13} {middle:7.1f} ms a step ({low:.1f} to {high:.1f}), {allocated:6.1f} MB of cache")
-    times, bandwidth = np.median(floors, axis=0)
-    print(f"  ours without a press takes {times:.2f} times the floor (reading {bandwidth / 1e9:.0f} GB/s)")
-    return {variant: float(np.median(values)) for variant, values in steps.items()} | {"bytes": kv_bytes}
+        bandwidths.append(read_bandwidth(ids.device))
+        for variant, seconds in steps.items():
+            if variant.engine == "roofline":
+                seconds.append(floor_s(models[variant.dtype], ids, bandwidths[-1], peaks[variant.dtype]))
+            else:
+                seconds.append(step_s(variant, ids, models, peers))
+    low, high = min(bandwidths) / 1e9, max(bandwidths) / 1e9
+    print(f"\nbatch {ids.shape[0]}, {ids.shape[1]} tokens: median and range of {ROUNDS} rounds, ", end="")
+    print(f"which read memory at {low:.0f} to {high:.0f} GB/s")
+    for variant, seconds in steps.items():
+        print(f"  {variant!s:58} {spread(1e3 * np.array(seconds))} ms a step")
+    for line in wanted:
+        ratios = np.divide(steps[line.above], steps[line.below])  # round by round: those two met the same machine
+        aim = f"   (aim: {line.aim})" if line.aim else ""
+        print(f"  {f'{line.above} / {line.below}':58} {spread(ratios)}{aim}", flush=True)
+
+
+def step_s(variant: Variant, ids: torch.Tensor, models: dict, peers: dict) -> float:
+    if variant in peers:
+        return peers[variant].decode(ids.tolist(), N_NEW)["step_s"]
+    press = make_press(variant.press, RATIO)
+    return time_once(models[variant.dtype], variant.engine, press, ids, N_NEW).step_s
+
+
+def floor_s(model, ids: torch.Tensor, bandwidth: float, peak: float) -> float:
+    heads = model.config.num_hidden_layers * model.config.num_attention_heads
+    products = step_products(model, len(ids), heads * len(ids) * (ids.shape[1] + N_NEW / 2))
+    return roofline_s(products, bandwidth, peak)
+
+
+def spread(values: np.ndarray) -> str:
+    return f"{np.median(values):7.2f} ({values.min():.2f} to {values.max():.2f})"
+
+
+# ---- peers ----
+
+
+def start_peers(model, stack: ExitStack) -> dict[Variant, Peer]:
+    """Those that can be had here and decode our tokens; of another is printed why it is not measured."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # killed, too, it leaves no environment behind
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="peers-")))
+    stock_twin(model).save_pretrained(folder / "weights")
+    started = {}
+    for engine, dtypes in PEERS.items():
+        print(f"installing {engine} …", flush=True)
+        try:
+            python = make_environment(engine, folder / engine)
+            for dtype in dtypes:
+                peer = Peer(engine, dtype, python, folder / "weights", torch.get_num_threads())
+                stack.callback(peer.close)
+                share = same_tokens(model, peer)
+                if share < 1 and dtype != "int8":
+                    raise RuntimeError(f"only {share:.0%} of its tokens are ours: it decodes another model")
+                print(f"{engine} {peer.version}, {dtype}: {share:.0%} of its tokens are ours")
+                started[Variant(engine, dtype)] = peer
+        except RuntimeError as error:
+            print(f"{engine} is not measured: {error}")
+    return started
+
+
+def same_tokens(model, peer: Peer) -> float:
+    """The share of equal ones, of which one that differs makes all that follow differ."""
+    ids = torch.randint(50_000, (4, 64), generator=torch.Generator().manual_seed(0))
+    ours = generate(model, ids, max_new_tokens=N_NEW + 1, stop_at_eos=False).tokens
+    theirs = torch.tensor(peer.decode(ids.tolist(), N_NEW)["tokens"])
+    return (ours == theirs).float().mean().item()
+
+
+# ---- the peak of memory ----
 
 
 def peak_memory(engine: str, name: str) -> int:
     """Of prefill and decoding, above the loaded model, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--peak", engine, name], capture_output=True, text=True, check=True
-    )
-    return int(done.stdout.split()[-1])
+    command = [sys.executable, __file__, *sys.argv[1:], "--peak", engine, name]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
 def print_peak(engine: str, name: str) -> None:
-    model = load()
-    time_once(model, engine, make_press(name, 0.75), torch.randint(50_000, (1, 128)), 2)  # libraries are loaded now
-    with open("/proc/self/status") as status:
-        before = next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
-    ids = torch.randint(50_000, (1, 16_384 // SHORTER))
-    timing = time_once(model, engine, make_press(name, 0.75), ids, N_NEW)
-    print(max(timing.prefill_peak_bytes, timing.peak_bytes) - before * 1024)
+    model = load_model("pythia-70m", weights="random", dtype="float32").model
+    time_once(model, engine, make_press(name, RATIO), torch.randint(50_000, (1, 128)), 2)  # libraries are loaded now
+    ids = torch.randint(50_000, (1, LONG[1] // SHORTER))
+    timing = time_once(model, engine, make_press(name, RATIO), ids, N_NEW)
+    print(max(timing.prefill_peak_bytes, timing.peak_bytes) - timing.resident_bytes)
 
 
 def main() -> None:
-    model = load()
-    wide, _, long = (run_cell(model, *cell, variants) for cell, variants in CELLS.items())
-    stock, plain, snapkv, kvpress = (
-        ("stock", "no_press"),
-        ("ours", "no_press"),
-        ("ours", "snapkv"),
-        ("kvpress", "snapkv"),
-    )
-    adakv = ("ours", "adakv_snapkv")
-    print("\nratios of steps")
-    print(f"  batch 16: stock / ours                    {wide[stock] / wide[plain]:5.2f}   (aim 3.3)")
-    print(f"  batch 16: stock / ours snapkv 0.75        {wide[stock] / wide[snapkv]:5.2f}   (aim 6.5)")
-    print(f"  batch 1:  stock / ours snapkv 0.75        {long[stock] / long[snapkv]:5.2f}   (aim 8.5)")
-    print(f"  batch 1:  kvpress snapkv / ours snapkv    {long[kvpress] / long[snapkv]:5.2f}   (aim 1.4)")
-    print(f"  batch 1:  ours adakv_snapkv / ours snapkv {long[adakv] / long[snapkv]:5.2f}   (aim at most 1.3)")
-    share = long["bytes"][adakv] / long["bytes"][plain]
-    print(f"cache under adakv_snapkv 0.75: {share:.3f} of uncompressed (aim at most 0.30)")
-    peaks = {variant: peak_memory(*variant) for variant in (stock, snapkv)}
+    models = {name: load_model("pythia-70m", weights="random", dtype=name).model for name in DTYPES}
+    peaks = {name: peak_flop_per_s(torch.device("cpu"), dtype) for name, dtype in DTYPES.items()}
+    print(f"{torch.get_num_threads()} threads;", *(f"{name} {peak / 1e9:.0f} GFLOP/s" for name, peak in peaks.items()))
+    with ExitStack() as stack:
+        peers = start_peers(models["float32"], stack) if "--peers" in sys.argv else {}
+        wanted = lines(list(peers))
+        for cell in (SINGLE, FEW, MANY, LONG):
+            measure(cell, [line for line in wanted if line.cell == cell], models, peers, peaks)
+    stock, snapkv = peak_memory("stock", "no_press"), peak_memory("ours", "snapkv")
     print(
-        f"peak of prefill and decoding above the model: stock {peaks[stock] / 1e6:.0f} MB, snapkv 0.75 "
-        f"{peaks[snapkv] / 1e6:.0f} MB, {peaks[snapkv] / peaks[stock]:.2f} of it (aim at most 0.6)"
+        f"\npeak of prefill and decoding above the model, {LONG[1] // SHORTER} tokens: stock {stock / 1e6:.0f} MB, "
+        f"ours snapkv {RATIO} {snapkv / 1e6:.0f} MB, {snapkv / stock:.2f} of it (aim: at most 0.6)"
     )
 
 
 if __name__ == "__main__":
     if "--peak" in sys.argv:
-        print_peak(*sys.argv[sys.argv.index("--peak") + 1 :][:2])
+        print_peak(*sys.argv[sys.argv.index("--peak") + 1 :])
     else:
         main()
