@@ -247,8 +247,8 @@ def test_what_cannot_be_done_with_rows_of_unequal_length_is_refused(demo, pages,
             generate(demo, **padded(unequal), press=make_press(name), max_new_tokens=4)
         with pytest.raises(ValueError, match="compresses while decoding, which rows of unequal length cannot"):
             generate(demo, pages, question_ids=[pages[0, :3], pages[1, :4]], press=make_press(name), max_new_tokens=4)
-    for name, message in (("snapkv", "a context of 60 tokens"), ("finch", "the context has 60")):
-        with pytest.raises(ValueError, match=message):
+    for name in ("snapkv", "finch"):
+        with pytest.raises(ValueError, match="a context of 60 tokens"):
             generate(demo, **padded([*unequal, unequal[0][:60]]), press=make_press(name), max_new_tokens=4)
 
 
