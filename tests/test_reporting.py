@@ -88,6 +88,12 @@ def test_other_timings_stay_apart(tmp_path, differing):
     assert [len(one.frame) for one in reporting.settings("speed", tmp_path)] == [1, 1]
 
 
+def test_of_two_precisions_timed_alike_float32_comes_first(tmp_path):
+    for dtype in ("bfloat16", "float32"):
+        put(tmp_path, "results", "speed", "snapkv", "0.50", dtype=dtype)
+    assert [one.run()["dtype"] for one in reporting.settings("speed", tmp_path)] == ["float32", "bfloat16"]
+
+
 def test_of_two_attention_implementations_the_newest_counts_except_in_timings(tmp_path):
     """Which one serves depends on the press, so both belong to one study; of the same press one is shown."""
     for name, when in (("sdpa", "2030-01-02"), ("eager", "2030-01-01")):

@@ -131,7 +131,7 @@ def settings_in(folder: Path, root: Path) -> list[Records]:
         frame[name] = frame[name].map(plain, na_action="ignore")
     keys = _keys(frame, study)
     groups = [_newest(part, study) for _, part in frame.groupby(keys, dropna=False, sort=False)]
-    groups.sort(key=len, reverse=True)
+    groups.sort(key=lambda part: (-len(part), part["dtype"].iloc[0] != "float32"))  # as quality is measured in
     words = [_difference(part, frame, keys) for part in groups]
     return [
         Records(study, folder, root, part.reset_index(drop=True), tuple(words[:i] + words[i + 1 :]))
