@@ -1,5 +1,7 @@
 """What notebooks and report say of perplexity, on small frames computed by hand."""
 
+from types import SimpleNamespace
+
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -172,3 +174,20 @@ def test_the_corner_is_the_longest_context_that_was_timed():
     runs = runs.assign(press="snapkv", compression_ratio=0.5, engine="ours")
     assert corner(runs)[["context_tokens", "batch_size"]].to_numpy().tolist() == [[1024, 2]]
     assert corner(runs[3:]).empty
+
+
+def test_both_readings_side_by_side():
+    same = {"model": "demo", "weights_id": "w", "dataset": "text", "text_sha256": "t", "device_name": "cpu"}
+    same |= {"context_tokens": 512, "press": "keydiff", "compression_ratio": 0.5, "prefill_chunk": None}
+    after = same | {"n_windows": 8, "evict_while_reading": False, "delta_nll": 0.1}
+    meanwhile = same | {"n_windows": 8, "evict_while_reading": True, "delta_nll": 0.25, "prefill_chunk": 64}
+    others = after | {"n_windows": 9, "delta_nll": 0.7}  # of other windows
+
+    def settings(*runs):
+        return [SimpleNamespace(frame=pd.DataFrame([run])) for run in runs]
+
+    text = losses.evicting_in_words(settings(others, meanwhile, after))
+    assert "keydiff 0.5：+0.100、+0.250。" in text and "每 64 个词元" in text and "0.7" not in text
+    for missing in (settings(after), settings(others, meanwhile), []):
+        with pytest.raises(reporting.Missing):
+            losses.evicting_in_words(missing)

@@ -10,9 +10,11 @@ from matplotlib.figure import Figure
 
 from kvneox_lib.measures.intervals import bootstrap_ci95
 from kvneox_lib.pages import figures
+from kvneox_lib.pages.report import Missing
 from kvneox_lib.pages.selecting import numeric, pressed
 from kvneox_lib.pages.words import CONTROL, listed, machine_of, model_of, number, numbers, plain, with_interval
 
+SAME_WINDOWS = ["model", "weights_id", "dataset", "text_sha256", "device_name", "context_tokens", "n_windows"]
 LOW, HIGH = "delta_nll_ci95_low", "delta_nll_ci95_high"
 DELTA = "nll 与不压缩之差（nat）"
 
@@ -253,3 +255,28 @@ def kept_maps(heads: pd.DataFrame) -> Figure:
     if heads.empty:
         return figures.note("只测了不压缩，没有可画的保留比例")
     return figures.heat_maps(heads, "layer", "head", "kept", ylabel="层", xlabel="头", label="保留比例")
+
+
+# ---- readings -------------------------------------------------------------------------------------------------------
+
+
+def evicting_in_words(settings: list) -> str:
+    """What evicting while the context is read costs, beside compressing it when it has been read: of the runs of study
+    `wikitext_ppl` in all its settings (`Records`) those that differ in that alone."""
+    runs = pd.concat([records.frame for records in settings], ignore_index=True) if settings else pd.DataFrame()
+    if "evict_while_reading" not in runs:
+        raise Missing("wikitext_ppl", "边读边淘汰")
+    evicts, same = runs["evict_while_reading"].eq(True), ["press", "compression_ratio", *SAME_WINDOWS]
+    both = runs[evicts].merge(runs[~evicts], on=same, suffixes=("", "_after")).query("press != 'no_press'")
+    if both.empty:
+        raise Missing("wikitext_ppl", "边读边淘汰")
+    both = both.sort_values(["press", "compression_ratio"])
+    pairs = "；".join(
+        f"{row.press} {row.compression_ratio:g}：{row.delta_nll_after:+.3f}、{row.delta_nll:+.3f}"
+        for row in both.itertuples()
+    )
+    one = both.iloc[0]
+    return (
+        f"质量的代价：{plain(one['dataset'])} 的 {one['n_windows']} 个窗口（{one['model']}）上，读完再压缩与每 "
+        f"{one['prefill_chunk']:.0f} 个词元淘汰一次，nll 与不压缩之差（nat）依次为 {pairs}。"
+    )
