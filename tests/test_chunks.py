@@ -92,6 +92,27 @@ def test_rows_questions_and_eager_attention_in_chunks(demo, reading):
         assert torch.equal(parts.tokens, whole.tokens) and relative_difference(parts.logits, whole.logits) < 1e-4
 
 
+def test_rows_of_unequal_length_in_chunks_are_rows_alone(demo, reading, monkeypatch):
+    rows, how = [reading[:, 3000:3250], reading[:, 4000:4180]], {"max_new_tokens": 4, "with_logits": True}
+    how |= {"prefill_chunk": 64, "stop_at_eos": False}
+    padded = torch.cat([rows[0], torch.cat([rows[1].new_zeros(1, 70), rows[1]], dim=1)])
+    mask = torch.ones_like(padded)
+    mask[1, :70] = 0
+    for evicting in (False, True):
+        together = generate(
+            demo, padded, attention_mask=mask, press=made("keydiff", demo), evict_while_reading=evicting, **how
+        )
+        for row, logits in zip(rows, together.logits):
+            alone = generate(demo, row, press=made("keydiff", demo), evict_while_reading=evicting, **how)
+            assert relative_difference(logits, alone.logits[0]) < 1e-4
+    with monkeypatch.context() as patched:
+        patched.setattr(demo.model.embed_in, "forward", lambda *_: pytest.fail("the model was called"))
+        with pytest.raises(ValueError, match="SnapKVPress keeps 62 of 180 tokens"):  # the other row keeps enough
+            generate(
+                demo, padded, attention_mask=mask, press=made("snapkv", demo, 0.65), evict_while_reading=True, **how
+            )
+
+
 def test_no_two_layers_hold_the_whole_context(demo, page):
     """As in one pass, each layer is compressed before the next one reads."""
     lengths, caches = [], []

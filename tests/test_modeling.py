@@ -16,7 +16,7 @@ from conftest import DEMO, relative_difference, stock_and_ours, tiny_config
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GPTNeoXForCausalLM, StaticCache, pipeline
 
-from kvneox_lib import KVNeoXForCausalLM, adapt, generate, make_press, streaming_nll
+from kvneox_lib import CompactCache, KVNeoXForCausalLM, adapt, generate, make_press, streaming_nll
 from kvneox_lib.neox.modeling import half_split
 from kvneox_lib.presses.calibration import _fingerprint
 
@@ -89,6 +89,17 @@ def test_static_cache_logits():
         ours(ids[:, :16], past_key_values=cache)
         rest = ours(ids[:, 16:], past_key_values=cache, cache_position=torch.arange(16, 24)).logits
         assert relative_difference(rest, stock(ids).logits[:, 16:]) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n_tokens", [1, 3, 5])
+def test_a_short_text_is_read_into_a_cache_that_holds_no_layers_yet(n_tokens):
+    stock, ours = stock_and_ours(tiny_config())
+    ids = torch.randint(0, 97, (1, n_tokens))
+    expected = stock(ids).logits
+    for cache in (DynamicCache(), CompactCache()):
+        assert relative_difference(ours(ids, past_key_values=cache).logits, expected) < 1e-5
+        assert cache.get_seq_length() == n_tokens
 
 
 def test_parameters_and_files_are_the_stock_models(tmp_path):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kvneox_lib.measures.chunks import check_reading
 from kvneox_lib.measures.clock import Clock, PeakMemory
 from kvneox_lib.measures.prefill import first_position, free_evicted, prefill_rows
 from kvneox_lib.measures.rows import check_questions, readable_together, without_padding
@@ -63,9 +64,11 @@ def generate(
     check_temperature(temperature)
     lengths = [(len(prompt), len(question)) for prompt, question in zip(prompts, questions)]
     _check_batch(decoding_part(press), len(prompts), len(set(lengths)) == 1)
+    reading = {"prefill_chunk": prefill_chunk, "evict_while_reading": evict_while_reading}
+    for n_context in {len(prompt) for prompt in prompts}:
+        check_reading(model, n_context, press, **reading)
     _warn_beyond_training(model, max(map(sum, lengths)), max_new_tokens)
 
-    reading = {"prefill_chunk": prefill_chunk, "evict_while_reading": evict_while_reading}
     make_ready(model.dtype)  # neither that nor packing is on the clock
     with packed_weights(model, len(prompts)):
         ends = Ends(model, len(prompts), min_new_tokens, stop_at_eos)

@@ -423,6 +423,7 @@ class KVNeoXModel(KVNeoXPreTrainedModel, GPTNeoXModel):
         return (
             x.shape[0] * x.shape[1] <= 4
             and cache is not None
+            and len(cache.layers) == len(self.layers)  # one that has read nothing may have none
             and self.config.use_parallel_residual
             and may_be_turned(x)
             and all(goes_on(self.config, masks, cache, layer, index) for index, layer in enumerate(cache.layers))
