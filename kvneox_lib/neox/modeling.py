@@ -430,7 +430,6 @@ class KVNeoXModel(KVNeoXPreTrainedModel, GPTNeoXModel):
             and len(cache.layers) == len(self.layers)  # one that has read nothing may have none
             and self.config.use_parallel_residual
             and may_be_turned(x)
-            and len(cache.layers) == len(self.layers)
             and all(goes_on(self.config, masks, cache, layer, index) for index, layer in enumerate(cache.layers))
             and not self.training
             and all(_is_untouched(layer, x.dtype) for layer in self.layers)
