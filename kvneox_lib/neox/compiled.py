@@ -312,9 +312,9 @@ def take_in(query, keys, values, first, stride, n, scores, state):
         for i in range(dim):
             output[i] *= shrunk
         state[dim], state[dim + 1] = most, state[dim + 1] * shrunk
-    total = ZERO
+    total, top = ZERO, most if most > NOTHING else ZERO  # -inf - -inf is NaN
     for t in range(n):
-        scores[t] = exp_of_negative(scores[t] - most)
+        scores[t] = exp_of_negative(scores[t] - top)
     for t in range(n):
         total += scores[t]
     state[dim + 1] += total
