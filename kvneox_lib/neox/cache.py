@@ -26,6 +26,13 @@ def check_rows(given: int, held: int) -> None:
         raise ValueError(f"input_ids has {given} row(s), the cache holds {held}; go on with as many")
 
 
+def check_dtype(given: torch.dtype, *held: torch.Tensor) -> None:
+    """The kernels would read memory as what it is not."""
+    for states in held:
+        if states.dtype != given:
+            raise ValueError(f"the model computes in {given}, the cache holds {states.dtype}; go on in the same dtype")
+
+
 class Room:
     """A tensor (batch, heads, n, D) with room to grow along n."""
 
@@ -102,10 +109,13 @@ class CompactLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         return self._keys.append(key_states), self._values.append(value_states)
 
-    def make_room(self, batch: int, n: int):
+    def make_room(self, batch: int, n: int, dtype: torch.dtype):
         """For `n` more tokens, whose keys and values the caller writes: no rows stored apart, the rows that they join
         and the entry where they begin."""
         check_rows(batch, len(self._keys.buffer))
+        check_dtype(dtype, self._keys.buffer, self._values.buffer)
+        if self._keys.buffer.shape != self._values.buffer.shape:  # one was replaced, the other cropped
+            self.keys, self.values = self.keys.clone(), self.values.clone()
         self._values.make_room(self._values.buffer, n)
         at = self._keys.make_room(self._keys.buffer, n)
         return None, rows_of(self._keys.buffer, self._values.buffer, self._keys.length), at
@@ -213,21 +223,29 @@ class RaggedLayer(CacheLayerMixin):
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
         """Take in new keys and values and answer the queries, all (batch, heads, T, D)."""
         check_rows(len(query), self.batch)
+        by_kernel = is_for_few_queries(query)
+        if by_kernel:
+            check_dtype(query.dtype, key, value, *self._stored())
         self.logical += query.shape[2]
         self.new_keys.append(key.flatten(0, 1)[None])
         self.new_values.append(value.flatten(0, 1)[None])
-        if is_for_few_queries(query):
+        if by_kernel:
             return attend_to_rows(query, self._held_rows(), self._new_rows(), scaling)
         return self._attend_by_tiles(query, scaling)
 
-    def make_room(self, batch: int, n: int):
+    def make_room(self, batch: int, n: int, dtype: torch.dtype):
         """As a CompactLayer does; what was held after compression is stored apart."""
         check_rows(batch, self.batch)
+        check_dtype(dtype, *self._stored())
         self.logical += n
         like = self.tile_keys.new_empty(1, len(self.held), 0, self.tile_keys.shape[-1])
         self.new_values.make_room(like, n)
         at = self.new_keys.make_room(like, n)
         return self._held_rows(), self._new_rows(), at
+
+    def _stored(self) -> list[torch.Tensor]:
+        new = self.new_keys.buffer, self.new_values.buffer
+        return [self.tile_keys, self.tile_values, *(buffer for buffer in new if buffer is not None)]
 
     def _held_rows(self):
         """Each row's tiles lie one behind the other, and only the last of them is padded."""

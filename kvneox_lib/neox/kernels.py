@@ -42,8 +42,10 @@ def compiled() -> ModuleType | None:
 
 
 def _may_be_compiled(x: torch.Tensor) -> bool:
-    """Numba knows neither gradients nor graphs."""
+    """Numba knows neither gradients nor graphs nor autocast."""
     if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if torch.is_autocast_enabled("cpu"):
         return False
     return compiled() is not None and x.dtype in compiled().WORDS
 
@@ -54,7 +56,9 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
+    """By hooks, or by a `forward` put in the place of its own."""
+    own = module.__dict__
+    return bool(module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in own or "forward" in own)
 
 
 # ---- few rows times all weights -------------------------------------------------------------------------------------
@@ -66,7 +70,7 @@ def linear_of_few_rows(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     if n_rows > FEW_ROWS or x.device.type != "cpu" or not is_plain(module):
         return module(x)
     packed = module.__dict__.get("kvneox_packed")
-    if packed is not None and not torch.is_grad_enabled():
+    if packed is not None and x.dtype == packed.dtype and _may_be_compiled(x):
         return torch.ops.mkldnn._linear_pointwise(x, packed, module.bias, "none", [], "")
     if _is_for_numba(n_rows, module.weight) and x.dtype == module.weight.dtype and _may_be_compiled(x):
         product = compiled().multiply(x.reshape(n_rows, -1), module.weight, module.bias)
@@ -205,17 +209,21 @@ def attend_turned(fused: torch.Tensor, cos, sin, half: int, layer, scaling: floa
     One call in the place of some thirty operations on a few numbers each: a step spent a third of its time on those.
     """
     batch, n, _ = fused.shape
-    held, new, at = layer.make_room(batch, n)
+    held, new, at = layer.make_room(batch, n, fused.dtype)
     queries = compiled().turn_into(new, at, fused.contiguous(), cos.contiguous(), sin.contiguous(), half, scaling)
     output = compiled().attend(queries, held or new.none(), new).to(fused.dtype)  # (batch * heads, n, D)
     return output.view(batch, -1, n, output.shape[-1]).transpose(1, 2).flatten(2)
 
 
 def read_layers(layers, rooms, x, cos, sin) -> torch.Tensor:
-    """See `neox.layers`, which wants numba."""
-    from kvneox_lib.neox.layers import read_layers
+    return _layers().read_layers(layers, rooms, x, cos, sin)
 
-    return read_layers(layers, rooms, x, cos, sin)
+
+def _layers() -> ModuleType:
+    """Wants numba."""
+    from kvneox_lib.neox import layers
+
+    return layers
 
 
 def attend_with_one_query(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -244,3 +252,5 @@ def make_ready(dtype: torch.dtype) -> None:
         attend_with_few_queries(states, states, states, 1.0)
         compiled().multiply(states[0, 0], states[0, 0], None)
         _packing_works(dtype)
+        if may_be_turned(states[0]):
+            _layers().compile_for(dtype)

@@ -16,6 +16,7 @@ from kvneox_lib.neox.compiled import (
     SHARES_PER_THREAD,
     ZERO,
     Rows,
+    _turn_into,
     address_of,
     at,
     compiled,
@@ -187,6 +188,12 @@ def _read_layers(stored):
 
 
 # ---- for tensors ----------------------------------------------------------------------------------------------------
+
+
+def compile_for(dtype: torch.dtype) -> None:
+    """All that reads a token which goes on from a cache."""
+    kernel_for(_turn_into, dtype)
+    kernel_for(_read_layers, dtype)
 
 
 def numbers_of(layer: nn.Module, held: Rows | None, new: Rows, first: int) -> list[int]:

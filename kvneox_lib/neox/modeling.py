@@ -183,6 +183,7 @@ class KVNeoXAttention(GPTNeoXAttention):
     _last_written: tuple[torch.Tensor, ...] | None = None
 
     head_dim = property(lambda self: self.head_size)
+    _dropout = property(lambda self: self.attention_dropout if self.training else 0.0)
     q_proj = property(lambda self: FusedSlice(self, 0))
     k_proj = property(lambda self: FusedSlice(self, 1))
     v_proj = property(lambda self: FusedSlice(self, 2))
@@ -228,6 +229,7 @@ class KVNeoXAttention(GPTNeoXAttention):
             held
             and goes_on(self.config, attention_mask, past_key_values, held[0], self.layer_idx)
             and may_be_turned(fused)
+            and not self._dropout
         ):
             output = attend_turned(fused, *position_embeddings, self.rotary_ndims // 2, held[0], self.scaling)
             return linear_of_few_rows(self.dense, output), None
@@ -266,13 +268,15 @@ class KVNeoXAttention(GPTNeoXAttention):
             self.masked_key_indices = None  # a new prefill: what was evicted from this cache before no longer counts
         evicted = None if cache is None else evictions(cache).get(self.layer_idx)
         masks_itself = not implementation.startswith("flash")
+        # where dtypes differ torch says what is wrong
+        ours = implementation == "sdpa" and query.dtype == key.dtype == value.dtype and not self._dropout
         if isinstance(attention_mask, LayerMasks):
-            if implementation == "sdpa" and attention_mask.only_causal(evicted) and is_for_few_queries(query):
+            if ours and attention_mask.only_causal(evicted) and is_for_few_queries(query):
                 return attend_with_few_queries(query, key, value, self.scaling).transpose(1, 2), None
             attention_mask = attention_mask.for_layer(query, kv_len, evicted if masks_itself else None)
         if attention_mask is not None and attention_mask.device != query.device:
             attention_mask = attention_mask.to(query.device)
-        if implementation == "sdpa" and attention_mask is None and one_query_is_faster_alone(query):
+        if ours and attention_mask is None and one_query_is_faster_alone(query):
             rows = (states.flatten(0, 1) for states in (query, key, value))
             return attend_with_one_query(*rows, self.scaling).view(query.shape).transpose(1, 2), None
         if implementation == "eager" and attention_mask is not None and attention_mask.dtype == torch.bool:
@@ -281,8 +285,8 @@ class KVNeoXAttention(GPTNeoXAttention):
             # kvpress would now search for a fake key that hides the evicted entries; the mask hides them exactly.
             self.masked_key_indices = None
         try:
-            dropout = self.attention_dropout if self.training else 0.0
-            return attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
+            settings = {"scaling": self.scaling, "dropout": self._dropout}
+            return attend(self, query, key, value, attention_mask, **settings, **kwargs)
         finally:
             self.masked_key_indices = evicted
 
@@ -425,15 +429,16 @@ class KVNeoXModel(KVNeoXPreTrainedModel, GPTNeoXModel):
             and cache is not None
             and self.config.use_parallel_residual
             and may_be_turned(x)
+            and len(cache.layers) == len(self.layers)
             and all(goes_on(self.config, masks, cache, layer, index) for index, layer in enumerate(cache.layers))
             and not self.training
-            and all(map(_is_untouched, self.layers))
+            and all(_is_untouched(layer, x.dtype) for layer in self.layers)
         )
 
     def _step(self, x: torch.Tensor, cache: Cache, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
             layer.attention._last_cache = weakref.ref(cache)
-        return read_layers(self.layers, [held.make_room(*x.shape[:2]) for held in cache.layers], x, cos, sin)
+        return read_layers(self.layers, [held.make_room(*x.shape[:2], x.dtype) for held in cache.layers], x, cos, sin)
 
 
 def goes_on(config: GPTNeoXConfig, masks, cache: Cache, layer, index: int) -> bool:
@@ -446,16 +451,18 @@ def goes_on(config: GPTNeoXConfig, masks, cache: Cache, layer, index: int) -> bo
     )
 
 
-def _is_untouched(layer: nn.Module) -> bool:
-    attention, mlp = layer.attention, layer.mlp
+def _is_untouched(layer: nn.Module, dtype: torch.dtype) -> bool:
+    attention, mlp, norms = layer.attention, layer.mlp, (layer.input_layernorm, layer.post_attention_layernorm)
     products = attention.query_key_value, attention.dense, mlp.dense_h_to_4h, mlp.dense_4h_to_h
-    others = layer, attention, mlp, layer.input_layernorm, layer.post_attention_layernorm
+    parameters = (part for module in (*norms, *products) for part in module._parameters.values())
     own_classes = type(layer) is KVNeoXLayer and type(attention) is KVNeoXAttention and type(mlp) is GPTNeoXMLP
     return (
         own_classes
         and type(mlp.act) is GELUActivation
-        and not any(map(is_watched, others))
+        and not any(map(is_watched, (layer, attention, mlp, mlp.act, *norms)))
+        and all(type(norm) is nn.LayerNorm and norm.bias is not None for norm in norms)
         and all(is_plain(product) and is_in_place(product.weight) for product in products)
+        and all(part.dtype == dtype for part in parameters if part is not None)
     )
 
 
