@@ -8,7 +8,8 @@ from conftest import relative_difference, stock_and_ours, tiny_config
 from torch import nn
 from transformers import DynamicCache
 
-from kvneox_lib.neox import compiled, layers, modeling
+from kvneox_lib import generate
+from kvneox_lib.neox import compiled, kernels, layers, modeling
 from kvneox_lib.neox.cache import CompactCache
 from kvneox_lib.neox.modeling import KVNeoXModel
 
@@ -187,6 +188,17 @@ def test_a_number_that_is_none_stays_so(calls):
     out = ours.model(ids[:, 19:], past_key_values=cache).last_hidden_state
     assert len(calls) == 2
     assert out[1].isnan().all() and torch.equal(out[[0, 2]], clean[[0, 2]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 6])
+def test_nothing_is_compiled_while_a_clock_runs(dtype, batch):
+    _, ours = stock_and_ours(tiny_config(), dtype=dtype)
+    compiled.kernel_for.cache_clear()
+    kernels.make_ready.__wrapped__(dtype)
+    made = compiled.kernel_for.cache_info().misses
+    generate(ours, tokens(batch, 20), max_new_tokens=3, stop_at_eos=False)
+    assert compiled.kernel_for.cache_info().misses == made > 0
 
 
 # -- where they are not read so ---------------------------------------------------------------------------------------
@@ -407,7 +419,84 @@ def test_a_cache_of_another_dtype_is_refused(n, ragged, dtype):
             layer.self_attn.masked_key_indices = tuple(torch.zeros(3, 1, dtype=torch.long))
         cache.make_ragged()
     by_us = ragged or dtype == torch.bfloat16
-    error, said = (ValueError, f"computes in {dtype}, the cache holds torch.float32") if by_us else (RuntimeError, None)
+    error, said = (
+        (ValueError, f"in {dtype}, the cache 2 heads of 64 in torch.float32") if by_us else (RuntimeError, None)
+    )
     with pytest.raises(error, match=said):
         ours.to(dtype).model(ids[:, 20 : 20 + n], past_key_values=cache)
     assert not by_us or cache.get_seq_length() == 20
+
+
+# -- what compiled code must never be given ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_positions_of_another_shape_are_as_in_torch():
+    stock, ours = stock_and_ours(tiny_config())
+    ids = tokens(2, 12)
+    for positions in (torch.arange(12)[None], torch.tensor([[11]]), torch.arange(3)[:, None] + 9):
+        told = []
+        for model, cache in ((stock.gpt_neox, DynamicCache()), (ours.model, CompactCache())):
+            model(ids[:, :9], past_key_values=cache)
+            try:
+                told.append(model(ids[:, 9:], past_key_values=cache, position_ids=positions).last_hidden_state)
+            except RuntimeError:
+                told.append(None)
+        assert (told[0] is None) == (told[1] is None)
+        assert told[0] is None or relative_difference(told[1], told[0]) < 1e-5
+
+
+@torch.no_grad()
+def test_a_model_changed_by_hand_is_gone_through_layer_by_layer(calls):
+    def prune(model):
+        mlp = model.gpt_neox.layers[1].mlp
+        mlp.dense_h_to_4h.weight.data, mlp.dense_h_to_4h.bias.data = (
+            part.data[:96].clone() for part in mlp.dense_h_to_4h.parameters()
+        )
+        mlp.dense_4h_to_h.weight.data = mlp.dense_4h_to_h.weight.data[:, :96].clone()
+
+    def shift_with_gaps(model):
+        dense = model.gpt_neox.layers[0].attention.dense
+        dense.bias.data = dense.bias.data.repeat_interleave(2)[::2]
+
+    def soften(model):
+        model.gpt_neox.layers[1].post_attention_layernorm.eps = 0.5
+
+    for change in (prune, shift_with_gaps, soften):
+        stock, ours = stock_and_ours(tiny_config())
+        change(stock), change(ours)
+        calls.clear()
+        ids, cache = tokens(2, 20), CompactCache()
+        out = read(ours, ids, cache, 1)
+        assert not calls and relative_difference(out, stock.gpt_neox(ids).last_hidden_state[:, -1:]) < 1e-5
+
+
+@torch.no_grad()
+def test_a_cache_of_another_model_is_refused():
+    _, ours = stock_and_ours(tiny_config())
+    _, other = stock_and_ours(tiny_config(head_dim=32, num_attention_heads=4, hidden_size=128))
+    cache = CompactCache()
+    ours.model(tokens(1, 20), past_key_values=cache)
+    with pytest.raises(ValueError, match="has 4 heads of 32 .* the cache 2 heads of 64"):
+        other.model(tokens(1, 1), past_key_values=cache)
+    cache.layers[0].values = cache.layers[0].values[:, :, :7]
+    with pytest.raises(ValueError, match="holds 20 keys and 7 values"):
+        ours.model(tokens(1, 1), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_asking_for_hidden_states_once_slows_nothing_afterwards(calls):
+    _, ours = stock_and_ours(tiny_config())
+    ids, cache = tokens(1, 20), CompactCache()
+    ours.model(ids[:, :18], past_key_values=cache)
+    for asked in (True, False):
+        calls.clear()
+        out = ours.model(ids[:, 18:19], past_key_values=cache, output_hidden_states=asked)
+        assert len(calls) == 1 - asked and (len(out.hidden_states or ()) == 3) == asked
+
+
+def test_kernels_kept_on_disk_know_their_sources():
+    """Numba itself looks at one file only."""
+    for make in (compiled._attend, compiled._multiply, compiled._turn_into, layers._read_layers):
+        kernel = make(compiled.WORDS[torch.float32], compiled.VERSION, keep=False)
+        assert compiled.VERSION in [cell.cell_contents for cell in kernel.__wrapped__.__closure__]

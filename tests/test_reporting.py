@@ -61,13 +61,15 @@ def test_the_contexts_of_a_speed_study_are_one_setting(tmp_path):
     assert [len(reporting.settings(study, tmp_path)) for study in ("speed", "pg19_ppl")] == [1, 2]
 
 
-def test_reference_records_are_in_one_setting_but_for_the_number_of_windows(tmp_path):
+def test_reference_records_are_in_one_setting_but_for_the_number_of_windows_and_the_reading(tmp_path):
     for study in ("wikitext_ppl", "pg19_ppl"):
         (tmp_path / "results" / "reference").mkdir(parents=True, exist_ok=True)
         shutil.copy(REFERENCE / f"{study}.csv", tmp_path / "results" / "reference")
-        many, few = reporting.settings(study, tmp_path)
+        many, few, *readings = reporting.settings(study, tmp_path)
         assert set(many.frame["max_windows"]) == {200} and set(few.frame["max_windows"]) == {20}
-        assert len(many.frame) + len(few.frame) == len(all_records(REFERENCE / study))
+        evicting = [records.frame["evict_while_reading"].iloc[0] for records in readings]
+        assert sorted(evicting) == ([False, True] if study == "wikitext_ppl" else [])
+        assert sum(len(found.frame) for found in (many, few, *readings)) == len(all_records(REFERENCE / study))
 
 
 @pytest.mark.parametrize("differing", [{"sample_idx": 1}, {"text_sha256": "0"}, {"seed": 1}, {"control_windows": 2}])

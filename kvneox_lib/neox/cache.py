@@ -26,11 +26,12 @@ def check_rows(given: int, held: int) -> None:
         raise ValueError(f"input_ids has {given} row(s), the cache holds {held}; go on with as many")
 
 
-def check_dtype(given: torch.dtype, *held: torch.Tensor) -> None:
-    """The kernels would read memory as what it is not."""
+def check_states(given: tuple[int, int, torch.dtype], *held: tuple[int, int, torch.dtype]) -> None:
+    """Heads, head dimension and dtype. The kernels would read and write memory as what it is not."""
     for states in held:
-        if states.dtype != given:
-            raise ValueError(f"the model computes in {given}, the cache holds {states.dtype}; go on in the same dtype")
+        if states != given:
+            ours, theirs = (f"{heads} heads of {dim} in {dtype}" for heads, dim, dtype in (given, states))
+            raise ValueError(f"the model has {ours}, the cache {theirs}; go on with what it was filled by")
 
 
 class Room:
@@ -109,12 +110,15 @@ class CompactLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         return self._keys.append(key_states), self._values.append(value_states)
 
-    def make_room(self, batch: int, n: int, dtype: torch.dtype):
+    def make_room(self, batch: int, heads: int, n: int, dim: int, dtype: torch.dtype):
         """For `n` more tokens, whose keys and values the caller writes: no rows stored apart, the rows that they join
         and the entry where they begin."""
-        check_rows(batch, len(self._keys.buffer))
-        check_dtype(dtype, self._keys.buffer, self._values.buffer)
-        if self._keys.buffer.shape != self._values.buffer.shape:  # one was replaced, the other cropped
+        keys, values = self._keys.buffer, self._values.buffer
+        check_rows(batch, len(keys))
+        check_states((heads, dim, dtype), *((x.shape[1], x.shape[3], x.dtype) for x in (keys, values)))
+        if self._keys.length != self._values.length:
+            raise ValueError(f"the cache holds {self._keys.length} keys and {self._values.length} values in a layer")
+        if keys.shape != values.shape:  # one was replaced, the other cropped
             self.keys, self.values = self.keys.clone(), self.values.clone()
         self._values.make_room(self._values.buffer, n)
         at = self._keys.make_room(self._keys.buffer, n)
@@ -230,7 +234,7 @@ class RaggedLayer(CacheLayerMixin):
         check_rows(len(query), self.batch)
         by_kernel = is_for_few_queries(query)
         if by_kernel:
-            check_dtype(query.dtype, key, value, *self._stored())
+            self._check(*query.shape[1::2], query.dtype, key, value)
         self.logical += query.shape[2]
         self.new_keys.append(key.flatten(0, 1)[None])
         self.new_values.append(value.flatten(0, 1)[None])
@@ -238,19 +242,21 @@ class RaggedLayer(CacheLayerMixin):
             return attend_to_rows(query, self._held_rows(), self._new_rows(), scaling)
         return self._attend_by_tiles(query, scaling)
 
-    def make_room(self, batch: int, n: int, dtype: torch.dtype):
+    def make_room(self, batch: int, heads: int, n: int, dim: int, dtype: torch.dtype):
         """As a CompactLayer does; what was held after compression is stored apart."""
         check_rows(batch, self.batch)
-        check_dtype(dtype, *self._stored())
+        self._check(heads, dim, dtype)
         self.logical += n
-        like = self.tile_keys.new_empty(1, len(self.held), 0, self.tile_keys.shape[-1])
+        like = self.tile_keys.new_empty(1, len(self.held), 0, dim)
         self.new_values.make_room(like, n)
         at = self.new_keys.make_room(like, n)
         return self._held_rows(), self._new_rows(), at
 
-    def _stored(self) -> list[torch.Tensor]:
+    def _check(self, heads: int, dim: int, dtype: torch.dtype, *given: torch.Tensor) -> None:
         new = self.new_keys.buffer, self.new_values.buffer
-        return [self.tile_keys, self.tile_values, *(buffer for buffer in new if buffer is not None)]
+        stored = [self.tile_keys, self.tile_values, *(buffer for buffer in new if buffer is not None), *given]
+        held = ((len(self.held) // self.batch, x.shape[-1], x.dtype) for x in stored)
+        check_states((heads, dim, dtype), *held)
 
     def _held_rows(self):
         """Each row's tiles lie one behind the other, and only the last of them is padded."""

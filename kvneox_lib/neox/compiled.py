@@ -8,8 +8,10 @@ kernels. Compiled code is kept on disk.
 """
 
 import ctypes
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,6 +28,9 @@ FAST = {"reassoc", "contract", "arcp", "nsz"}
 ZERO, NOTHING = np.float32(0), np.float32(-np.inf)
 ENDLESS = 2**62  # the length of what is known by its address alone
 WORDS = {torch.float32: np.float32, torch.bfloat16: np.uint32, torch.float16: np.int32}
+# Numba looks only at a kernel's own file to see whether what it keeps on disk is outdated; this is in each kernel, too.
+SOURCES = [Path(__file__).with_name(name).read_bytes() for name in ("compiled.py", "layers.py")]
+VERSION = int(hashlib.sha256(b"".join(SOURCES)).hexdigest()[:15], 16)
 compiled = njit(fastmath=FAST, error_model="numpy")  # an exception would want Python, which runs in one thread
 
 
@@ -56,12 +61,13 @@ def call_here(kernel, *arguments: int) -> None:
 @cache
 def torchs_openmp() -> ctypes.CDLL | None:
     """The library whose threads torch runs on, if it can be called from here."""
-    library, n_threads = ctypes.CDLL(None), torch.get_num_threads()
+    n_threads = torch.get_num_threads()
     try:
+        library = ctypes.CDLL(None)
         torch.set_num_threads(n_threads + 1)
         is_torchs = library.omp_get_max_threads() == n_threads + 1
         library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    except AttributeError:
+    except (AttributeError, OSError, TypeError):
         return None
     finally:
         torch.set_num_threads(n_threads)
@@ -403,10 +409,11 @@ def share_of(entry, n_entries, n_shares):
     return (n_shares * (entry + 1) - 1) // n_entries
 
 
-def _attend(stored):
-    @cfunc(types.void(types.voidptr), cache=True)
+def _attend(stored, version, keep):
+    @cfunc(types.void(types.voidptr), cache=keep)
     def attend(arguments):
         given = carray(arguments, 19, np.int64)
+        _ = version
         n_shares, n_rows, n_queries, dim = given[2], given[3], given[4], given[5]
         queries = carray(pointer(given[6]), (n_rows, n_queries, dim), np.float32)
         output = carray(pointer(given[7]), (n_rows, n_queries, dim), np.float32)
@@ -468,10 +475,11 @@ def place_token(numbers, cos, sin, first_angle, half, scale, query, keys, values
     store(numbers[2], values, first)
 
 
-def _turn_into(stored):
-    @cfunc(types.void(types.voidptr), cache=True)
+def _turn_into(stored, version, keep):
+    @cfunc(types.void(types.voidptr), cache=keep)
     def turn_into(arguments):
         given = carray(arguments, 19, np.int64)
+        _ = version
         batch, n, heads, dim, half, since = given[2], given[3], given[4], given[5], given[6], given[7]
         scale, fused = at(given[8], 1, np.float32)[0], at(given[9], ENDLESS, stored)
         cos, sin = at(given[10], ENDLESS, stored), at(given[11], ENDLESS, stored)
@@ -561,10 +569,11 @@ def multiply_share(x, weight, bias, has_bias, begin, end, output):
                 output[r, out] += number(bias, out)
 
 
-def _multiply(stored):
-    @cfunc(types.void(types.voidptr), cache=True)
+def _multiply(stored, version, keep):
+    @cfunc(types.void(types.voidptr), cache=keep)
     def multiply(arguments):
         given = carray(arguments, 10, np.int64)
+        _ = version
         n_shares, n_rows, n_out, n_in = given[2], given[3], given[4], given[5]
         x, weight = carray(pointer(given[6]), (n_rows, n_in), np.float32), at(given[7], ENDLESS, stored)
         bias, output = at(given[8], ENDLESS, stored), carray(pointer(given[9]), (n_rows, n_out), np.float32)
@@ -607,7 +616,10 @@ def per(dtype: torch.dtype) -> int:
 
 @cache
 def kernel_for(make, dtype: torch.dtype):
-    return make(WORDS[dtype])
+    try:
+        return make(WORDS[dtype], VERSION, keep=True)
+    except RuntimeError:  # no folder to keep it in can be written to
+        return make(WORDS[dtype], VERSION, keep=False)
 
 
 def attend(queries: torch.Tensor, held: Rows, new: Rows) -> torch.Tensor:

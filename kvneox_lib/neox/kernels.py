@@ -20,10 +20,13 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
+from pathlib import Path
+from threading import Lock
 from types import ModuleType
 
 import torch
 from torch import nn
+from transformers.utils.output_capturing import _active_collector
 
 FEW_ROWS, FEW_QUERIES = 32, 8
 LARGE = 2**22  # numbers in a weight
@@ -57,8 +60,13 @@ def is_plain(module: nn.Module) -> bool:
 
 def is_watched(module: nn.Module) -> bool:
     """By hooks, or by a `forward` put in the place of its own."""
-    own = module.__dict__
-    return bool(module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in own or "forward" in own)
+    own, hooks = module.__dict__, [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return "_hf_hook" in own or "forward" in own or not all(map(_is_asleep, hooks))
+
+
+def _is_asleep(hook) -> bool:
+    """transformers leaves its hooks on a model that was once asked for hidden states."""
+    return "output_capturing" in getattr(hook, "__qualname__", "") and not _active_collector.get()
 
 
 # ---- few rows times all weights -------------------------------------------------------------------------------------
@@ -72,7 +80,7 @@ def linear_of_few_rows(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     packed = module.__dict__.get("kvneox_packed")
     if packed is not None and x.dtype == packed.dtype and _may_be_compiled(x):
         return torch.ops.mkldnn._linear_pointwise(x, packed, module.bias, "none", [], "")
-    if _is_for_numba(n_rows, module.weight) and x.dtype == module.weight.dtype and _may_be_compiled(x):
+    if _is_for_numba(n_rows, module) and _fits(x, module.weight) and _may_be_compiled(x):
         product = compiled().multiply(x.reshape(n_rows, -1), module.weight, module.bias)
         return product.to(x.dtype).view(*x.shape[:-1], -1)
     if x.dtype != torch.float32:
@@ -87,17 +95,26 @@ def linear_of_few_rows(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return product.t()[:n_rows].reshape(*x.shape[:-1], -1)
 
 
-def _is_for_numba(n_rows: int, weight: torch.Tensor) -> bool:
+def _fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return x.dtype == weight.dtype and x.shape[-1] == weight.shape[1]
+
+
+def _is_for_numba(n_rows: int, module: nn.Linear) -> bool:
+    weight = module.weight
     few = 0 < n_rows <= (4 if weight.dtype == torch.float32 or weight.numel() < LARGE else 1)
-    return few and is_in_place(weight)
+    return few and is_in_place(module)
 
 
-def is_in_place(weight: torch.Tensor) -> bool:
-    """Whether its numbers lie in memory as they are, its rows in whole words."""
-    whole = weight.dtype == torch.float32 or weight.shape[-1] % 2 == 0 and weight.data_ptr() % 4 == 0
-    return type(weight) is nn.Parameter and weight.is_contiguous() and whole
+def is_in_place(module: nn.Module) -> bool:
+    """Whether the numbers of its weight and bias lie in the machine's memory as they are, rows in whole words."""
+    weight, bias = module.weight, module.bias
+    parts = [weight] if bias is None else [weight, bias]
+    whole = weight.dtype == torch.float32 or weight.shape[-1] % 2 == 0 and all(p.data_ptr() % 4 == 0 for p in parts)
+    plain = all(type(p) is nn.Parameter and p.device.type == "cpu" and p.is_contiguous() for p in parts)
+    return whole and plain and (bias is None or (bias.dtype == weight.dtype and len(bias) == len(weight)))
 
 
+_packing = Lock()
 _copies: weakref.WeakKeyDictionary[nn.Module, tuple[torch.Tensor, torch.Tensor]] = weakref.WeakKeyDictionary()
 
 
@@ -105,13 +122,14 @@ _copies: weakref.WeakKeyDictionary[nn.Module, tuple[torch.Tensor, torch.Tensor]]
 def packed_weights(model: nn.Module, n_rows: int) -> Iterator[None]:
     """Within it, `n_rows` are multiplied with packed copies of the model's weights, where that is faster and the copies
     are within their share of memory. They are kept, and made anew where weights have changed."""
-    modules = [module for module in model.modules() if is_plain(module) and is_in_place(module.weight)]
-    modules = [module for module in modules if not _is_for_numba(n_rows, module.weight)]
+    modules = [module for module in model.modules() if is_plain(module) and is_in_place(module)]
+    modules = [module for module in modules if not _is_for_numba(n_rows, module)]
     if model.device.type != "cpu" or n_rows > FEW_ROWS or not _packing_works(model.dtype):
         modules = []
     try:
         for module in modules:
-            module.__dict__["kvneox_packed"] = _packed_copy(module)
+            with _packing:
+                module.__dict__["kvneox_packed"] = _packed_copy(module)
         yield
     finally:
         for module in modules:
@@ -153,11 +171,17 @@ def _packing_works(dtype: torch.dtype) -> bool:
 
 @cache
 def memory_bytes() -> int:
-    """Of the machine."""
+    """Of the machine, or of the container that this runs in."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError):  # on Windows
-        return 8 * 2**30
+        found = 8 * 2**30
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            found = min(found, int(Path(limit).read_text()))
+        except (OSError, ValueError):  # there is none
+            pass
+    return found
 
 
 # ---- few queries over all keys and values ---------------------------------------------------------------------------
@@ -197,9 +221,11 @@ def _starts(batch: int, heads: int, of_a_sample: int, of_a_head: int) -> torch.T
         return (torch.arange(batch)[:, None] * of_a_sample + torch.arange(heads) * of_a_head).flatten()
 
 
-def may_be_turned(fused: torch.Tensor) -> bool:
-    """Whether `attend_turned` is for what `query_key_value` gives, (batch, n, 3 * heads * D)."""
-    return fused.shape[1] <= FEW_QUERIES and fused.dtype != torch.float16 and _may_be_compiled(fused)
+def may_be_turned(x: torch.Tensor, cos: torch.Tensor) -> bool:
+    """Whether compiled code can turn the queries and keys of x (batch, n, ...) by cos (1 or batch, n, D)."""
+    batch, n = x.shape[:2]
+    of_these = tuple(cos.shape[:2]) in ((1, n), (batch, n)) and cos.dtype == x.dtype
+    return n <= FEW_QUERIES and of_these and x.dtype != torch.float16 and _may_be_compiled(x)
 
 
 def attend_turned(fused: torch.Tensor, cos, sin, half: int, layer, scaling: float) -> torch.Tensor:
@@ -208,8 +234,9 @@ def attend_turned(fused: torch.Tensor, cos, sin, half: int, layer, scaling: floa
 
     One call in the place of some thirty operations on a few numbers each: a step spent a third of its time on those.
     """
-    batch, n, _ = fused.shape
-    held, new, at = layer.make_room(batch, n, fused.dtype)
+    batch, n, width = fused.shape
+    dim = cos.shape[-1]
+    held, new, at = layer.make_room(batch, width // (3 * dim), n, dim, fused.dtype)
     queries = compiled().turn_into(new, at, fused.contiguous(), cos.contiguous(), sin.contiguous(), half, scaling)
     output = compiled().attend(queries, held or new.none(), new).to(fused.dtype)  # (batch * heads, n, D)
     return output.view(batch, -1, n, output.shape[-1]).transpose(1, 2).flatten(2)
@@ -252,5 +279,5 @@ def make_ready(dtype: torch.dtype) -> None:
         attend_with_few_queries(states, states, states, 1.0)
         compiled().multiply(states[0, 0], states[0, 0], None)
         _packing_works(dtype)
-        if may_be_turned(states[0]):
+        if may_be_turned(states[0], states[0]):
             _layers().compile_for(dtype)

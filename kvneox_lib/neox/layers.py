@@ -94,10 +94,11 @@ def multiply_part(x, numbers, which, share, n_shares, output, dtype):
     return begin, end
 
 
-def _read_layers(stored):
-    @cfunc(types.void(types.voidptr), cache=True)
+def _read_layers(stored, version, keep):
+    @cfunc(types.void(types.voidptr), cache=keep)
     def read_layers(arguments):
         given = carray(arguments, 23, np.int64)
+        _ = version
         most, n_layers, batch, n, heads = given[2], given[3], given[4], given[5], given[6]
         dim, half, inner, rows = given[7], given[8], given[9], given[10]
         width, n_queries = heads * dim, batch * heads

@@ -228,7 +228,7 @@ class KVNeoXAttention(GPTNeoXAttention):
         if (
             held
             and goes_on(self.config, attention_mask, past_key_values, held[0], self.layer_idx)
-            and may_be_turned(fused)
+            and may_be_turned(fused, position_embeddings[0])
             and not self._dropout
         ):
             output = attend_turned(fused, *position_embeddings, self.rotary_ndims // 2, held[0], self.scaling)
@@ -269,7 +269,8 @@ class KVNeoXAttention(GPTNeoXAttention):
         evicted = None if cache is None else evictions(cache).get(self.layer_idx)
         masks_itself = not implementation.startswith("flash")
         # where dtypes differ torch says what is wrong
-        ours = implementation == "sdpa" and query.dtype == key.dtype == value.dtype and not self._dropout
+        alike = query.dtype == key.dtype == value.dtype and key.shape == value.shape
+        ours = implementation == "sdpa" and alike and not self._dropout
         if isinstance(attention_mask, LayerMasks):
             if ours and attention_mask.only_causal(evicted) and is_for_few_queries(query):
                 return attend_with_few_queries(query, key, value, self.scaling).transpose(1, 2), None
@@ -403,7 +404,7 @@ class KVNeoXModel(KVNeoXPreTrainedModel, GPTNeoXModel):
 
         hidden_states = self.emb_dropout(inputs_embeds)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        if self._is_a_step(hidden_states, masks, past_key_values):
+        if self._is_a_step(hidden_states, position_embeddings[0], masks, past_key_values):
             hidden_states = self._step(hidden_states, past_key_values, *position_embeddings)
         else:
             for layer in self.layers:
@@ -421,24 +422,27 @@ class KVNeoXModel(KVNeoXPreTrainedModel, GPTNeoXModel):
             last_hidden_state=self.final_layer_norm(hidden_states), past_key_values=past_key_values
         )
 
-    def _is_a_step(self, x: torch.Tensor, masks, cache: Cache | None) -> bool:
+    def _is_a_step(self, x: torch.Tensor, cos: torch.Tensor, masks, cache: Cache | None) -> bool:
         """Whether all layers can be gone through in one call: a few tokens go on from what a cache of ours holds, see
         all of it, and nothing watches or has changed what is in between."""
         return (
             x.shape[0] * x.shape[1] <= 4
+            and x.shape[2] == self.config.hidden_size
             and cache is not None
             and len(cache.layers) == len(self.layers)  # one that has read nothing may have none
             and self.config.use_parallel_residual
-            and may_be_turned(x)
+            and may_be_turned(x, cos)
             and all(goes_on(self.config, masks, cache, layer, index) for index, layer in enumerate(cache.layers))
             and not self.training
-            and all(_is_untouched(layer, x.dtype) for layer in self.layers)
+            and all(_is_untouched(layer, index, self.layers[0], x.dtype) for index, layer in enumerate(self.layers))
         )
 
     def _step(self, x: torch.Tensor, cache: Cache, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
             layer.attention._last_cache = weakref.ref(cache)
-        return read_layers(self.layers, [held.make_room(*x.shape[:2], x.dtype) for held in cache.layers], x, cos, sin)
+        (batch, n, _), heads = x.shape, self.config.num_attention_heads
+        rooms = [held.make_room(batch, heads, n, cos.shape[-1], x.dtype) for held in cache.layers]
+        return read_layers(self.layers, rooms, x, cos, sin)
 
 
 def goes_on(config: GPTNeoXConfig, masks, cache: Cache, layer, index: int) -> bool:
@@ -447,22 +451,34 @@ def goes_on(config: GPTNeoXConfig, masks, cache: Cache, layer, index: int) -> bo
         hasattr(layer, "make_room")
         and layer.get_seq_length() > 0
         and config._attn_implementation == "sdpa"
+        and isinstance(masks, LayerMasks)
         and masks.only_causal(evictions(cache).get(index))
     )
 
 
-def _is_untouched(layer: nn.Module, dtype: torch.dtype) -> bool:
-    attention, mlp, norms = layer.attention, layer.mlp, (layer.input_layernorm, layer.post_attention_layernorm)
-    products = attention.query_key_value, attention.dense, mlp.dense_h_to_4h, mlp.dense_4h_to_h
+def _is_untouched(layer: nn.Module, index: int, first: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a layer is as the config says, and as the first one: compiled code asks no further."""
+    attention, mlp, config = layer.attention, layer.mlp, layer.attention.config
+    norms = layer.input_layernorm, layer.post_attention_layernorm
+    width, inner = config.hidden_size, config.intermediate_size
+    shapes = {
+        attention.query_key_value: (3 * width, width),
+        attention.dense: (width, width),
+        mlp.dense_h_to_4h: (inner, width),
+        mlp.dense_4h_to_h: (width, inner),
+    }
     own_classes = type(layer) is KVNeoXLayer and type(attention) is KVNeoXAttention and type(mlp) is GPTNeoXMLP
     return (
         own_classes
         and type(mlp.act) is GELUActivation
+        and attention.layer_idx == index
+        and attention.scaling == first.attention.scaling
+        and attention.rotary_ndims == first.attention.rotary_ndims
         and not any(map(is_watched, (layer, attention, mlp, mlp.act, *norms)))
         and all(type(norm) is nn.LayerNorm and norm.bias is not None for norm in norms)
-        and all(is_plain(product) and is_in_place(product.weight) for product in products)
-        and all(part.weight.dtype == dtype for part in (*norms, *products))
-        and all(part.bias is None or part.bias.dtype == dtype for part in (*norms, *products))
+        and all(norm.eps == first.input_layernorm.eps and norm.weight.shape == (width,) for norm in norms)
+        and all(is_plain(product) and product.weight.shape == shape for product, shape in shapes.items())
+        and all(part.weight.dtype == dtype and is_in_place(part) for part in (*norms, *shapes))
     )
 
 

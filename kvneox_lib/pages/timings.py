@@ -227,7 +227,7 @@ def gain_in_words(row) -> str:
     """A row of `engine_gains`. Who compares with the slower of transformers' caches alone flatters himself."""
     timed = {engine: getattr(row, f"{engine}_s") for engine in ("stock", "static")}
     timed = {ENGINES[engine]: seconds for engine, seconds in timed.items() if pd.notna(seconds)}
-    times = listed(f"{name}的 {seconds / row.plain_s:.1f} 倍" for name, seconds in timed.items())
+    times = listed(f"{name}的 {seconds / row.plain_s:.2f} 倍" for name, seconds in timed.items())
     text = f"不压缩时，本库的解码速度是 {times}，这与压缩无关"
     if pd.isna(row.best_s):
         return text + "。"
