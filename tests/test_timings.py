@@ -79,7 +79,7 @@ def test_gains_by_hand(runs):
     assert found.iloc[0]["best"] == "snapkv，压缩率 0.75"
     said = timings.gains(runs)
     for words in (
-        "transformers（DynamicCache）的 2.5 倍、transformers（StaticCache）的 1.5 倍，这与压缩无关",
+        "transformers（DynamicCache）的 2.50 倍、transformers（StaticCache）的 1.50 倍，这与压缩无关",
         "不压缩时的 2.0 倍",
         "不压缩的 transformers（StaticCache）的 3.0 倍",
         "下界的 2.0 倍",
