@@ -8,7 +8,7 @@ from conftest import relative_difference, stock_and_ours, tiny_config
 from torch import nn
 from transformers import DynamicCache
 
-from kvneox_lib import generate
+from kvneox_lib import generate, make_press
 from kvneox_lib.neox import compiled, kernels, layers, modeling
 from kvneox_lib.neox.cache import CompactCache
 from kvneox_lib.neox.modeling import KVNeoXModel
@@ -500,3 +500,18 @@ def test_kernels_kept_on_disk_know_their_sources():
     for make in (compiled._attend, compiled._multiply, compiled._turn_into, layers._read_layers):
         kernel = make(compiled.WORDS[torch.float32], compiled.VERSION, keep=False)
         assert compiled.VERSION in [cell.cell_contents for cell in kernel.__wrapped__.__closure__]
+
+
+@torch.no_grad()
+def test_what_is_looked_at_once_is_looked_at_anew_afterwards(calls):
+    _, ours = stock_and_ours(tiny_config())
+    ids, seen = tokens(1, 22), []
+    generate(ours, ids[:, :20], max_new_tokens=4, stop_at_eos=False)
+    assert len(calls) == 3 and "kvneox_untouched" not in vars(ours.model)
+    handle = ours.model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
+    generate(ours, ids[:, :20], max_new_tokens=4, stop_at_eos=False)
+    handle.remove()
+    assert len(calls) == 3 and len(seen) == 4
+    press = make_press("decoding_knorm", target_size=16, compression_interval=2)
+    made = generate(ours, ids[:, :20], press=press, max_new_tokens=8, stop_at_eos=False)
+    assert len(calls) == 3 and (made.kv_bytes < 2 * 2 * 128 * 4 * 28)  # it was asked at every step, and evicted

@@ -91,10 +91,10 @@ def test_gains_by_hand(runs):
     with pytest.raises(Missing, match="几种实现的对照"):
         timings.gains(runs[runs["engine"] == "ours"])
     plain = runs[runs["press"] == "no_press"]
-    assert timings.gains_everywhere(plain)[0].endswith("1.5 倍，这与压缩无关。")
+    assert timings.gains_everywhere(plain)[0].endswith("1.50 倍，这与压缩无关。")
     without = timings.gains(runs[runs["engine"] != "static"])  # as of a record from before there was this engine
     assert (
-        "transformers（DynamicCache）的 2.5 倍，这" in without
+        "transformers（DynamicCache）的 2.50 倍，这" in without
         and "不压缩的 transformers（DynamicCache）的 5.0 倍" in without
     )
     assert timings.fastest_transformers(timings.corner(runs))["engine"] == "static"

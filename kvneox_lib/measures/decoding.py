@@ -13,7 +13,7 @@ from kvneox_lib.measures.rows import check_questions, readable_together, without
 from kvneox_lib.neox.cache import CompactCache
 from kvneox_lib.neox.checks import check_ids, check_int, check_temperature
 from kvneox_lib.neox.kernels import linear_of_few_rows, make_ready, packed_weights
-from kvneox_lib.neox.modeling import KVNeoXForCausalLM, with_model
+from kvneox_lib.neox.modeling import KVNeoXForCausalLM, left_untouched, with_model
 from kvneox_lib.presses.applying import applied
 from kvneox_lib.presses.facts import decoding_part, rows_independent
 
@@ -70,7 +70,7 @@ def generate(
     _warn_beyond_training(model, max(map(sum, lengths)), max_new_tokens)
 
     make_ready(model.dtype)  # neither that nor packing is on the clock
-    with packed_weights(model, len(prompts)):
+    with packed_weights(model, len(prompts)), left_untouched(model):
         ends = Ends(model, len(prompts), min_new_tokens, stop_at_eos)
         return _generate(model, prompts, questions, press, reading, max_new_tokens, ends, temperature, with_logits)
 

@@ -8,7 +8,8 @@ the frequencies are padded with zeros, and from then on everything that kvpress 
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache as remembered
 from functools import wraps
 
@@ -434,8 +435,13 @@ class KVNeoXModel(KVNeoXPreTrainedModel, GPTNeoXModel):
             and may_be_turned(x, cos)
             and all(goes_on(self.config, masks, cache, layer, index) for index, layer in enumerate(cache.layers))
             and not self.training
-            and all(_is_untouched(layer, index, self.layers[0], x.dtype) for index, layer in enumerate(self.layers))
+            and self._is_untouched(x.dtype)
         )
+
+    def _is_untouched(self, dtype: torch.dtype) -> bool:
+        if self.__dict__.get("kvneox_untouched") == dtype:  # then only a press may have come
+            return not any(layer.attention._forward_hooks for layer in self.layers)
+        return all(_is_untouched(layer, index, self.layers[0], dtype) for index, layer in enumerate(self.layers))
 
     def _step(self, x: torch.Tensor, cache: Cache, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
@@ -443,6 +449,19 @@ class KVNeoXModel(KVNeoXPreTrainedModel, GPTNeoXModel):
         (batch, n, _), heads = x.shape, self.config.num_attention_heads
         rooms = [held.make_room(batch, heads, n, cos.shape[-1], x.dtype) for held in cache.layers]
         return read_layers(self.layers, rooms, x, cos, sin)
+
+
+@contextmanager
+def left_untouched(model: "KVNeoXForCausalLM") -> Iterator[None]:
+    """Within it nothing but presses changes the model, so that each step need not look through all of it: that would
+    take a tenth of a step."""
+    decoder = model.model
+    if decoder._is_untouched(model.dtype):
+        decoder.__dict__["kvneox_untouched"] = model.dtype
+    try:
+        yield
+    finally:
+        decoder.__dict__.pop("kvneox_untouched", None)
 
 
 def goes_on(config: GPTNeoXConfig, masks, cache: Cache, layer, index: int) -> bool:
