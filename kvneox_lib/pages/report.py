@@ -144,7 +144,8 @@ def _keys(frame: pd.DataFrame, study: str) -> list[str]:
     attention implementation follows from the press, and is told apart only where time is measured."""
     row = STUDIES[study]
     known = {*SETTING, *row.axes} | (set() if row.is_timed else {"attn_implementation"})
-    return [name for name in (*SETTING, *row.parameters) if name in frame and (name in SETTING or name not in known)]
+    names = dict.fromkeys((*SETTING, *row.parameters))
+    return [name for name in names if name in frame and (name in SETTING or name not in known)]
 
 
 def _newest(part: pd.DataFrame, study: str) -> pd.DataFrame:
