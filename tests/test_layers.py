@@ -112,7 +112,7 @@ def test_any_number_of_shares_and_threads(dtype, calls, monkeypatch):
     try:
         for n_threads, n_shares in [(1, 1), (1, 4), (1, 200), (2, 3), (3, 4), (8, 1)]:
             torch.set_num_threads(n_threads)
-            monkeypatch.setattr(layers, "SHARES_PER_THREAD", n_shares)
+            monkeypatch.setattr(compiled, "SHARES_PER_THREAD", n_shares)
             results.append(read(ours, ids, CompactCache(), 2))
     finally:
         torch.set_num_threads(before)

@@ -39,11 +39,12 @@ compiled = njit(fastmath=FAST, error_model="numpy")  # an exception would want P
 
 def run(kernel, *arguments: int) -> None:
     """`kernel` on each of torch's threads; it finds its arguments, addresses and numbers, behind two counters."""
-    given = (ctypes.c_int64 * (2 + len(arguments)))(0, 0, *arguments)
     n_threads, openmp = torch.get_num_threads(), torchs_openmp()
     if n_threads == 1:
-        kernel.ctypes(ctypes.addressof(given))
-    elif openmp is not None:
+        call_here(kernel, *arguments)
+        return
+    given = _given(arguments)
+    if openmp is not None:
         openmp.GOMP_parallel(kernel.address, ctypes.addressof(given), n_threads, 0)
     else:  # not on Linux
         others = [_pool(n_threads - 1).submit(kernel.ctypes, ctypes.addressof(given)) for _ in range(n_threads - 1)]
@@ -54,8 +55,17 @@ def run(kernel, *arguments: int) -> None:
 
 def call_here(kernel, *arguments: int) -> None:
     """On this thread alone."""
-    given = (ctypes.c_int64 * (2 + len(arguments)))(0, 0, *arguments)
+    given = _given(arguments)
     kernel.ctypes(ctypes.addressof(given))
+
+
+def _given(arguments: tuple[int, ...]) -> ctypes.Array:
+    return (ctypes.c_int64 * (2 + len(arguments)))(0, 0, *arguments)
+
+
+def shares_at_most() -> int:
+    """Into so many work is cut, so that no thread waits long for the others."""
+    return torch.get_num_threads() * SHARES_PER_THREAD
 
 
 @cache
@@ -629,7 +639,7 @@ def attend(queries: torch.Tensor, held: Rows, new: Rows) -> torch.Tensor:
     before it all but the last, and so on. All shares are of one size, however the lengths of rows differ.
     """
     n_rows, n_queries, dim = queries.shape
-    n_shares = torch.get_num_threads() * SHARES_PER_THREAD
+    n_shares = shares_at_most()
     output, states = torch.empty_like(queries), torch.empty(n_rows + n_shares, n_queries, dim + 2)
     places = queries.data_ptr(), output.data_ptr(), states.data_ptr()
     kernel = kernel_for(_attend, held.held[0].dtype)
@@ -666,7 +676,7 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
     n_rows, x = len(x), in_fours(in_order_of_words(x, weight.dtype))
     output = torch.empty(len(x), n_out)
     places = x.data_ptr(), weight.data_ptr(), address_of(bias), output.data_ptr()
-    run(kernel_for(_multiply, weight.dtype), torch.get_num_threads() * SHARES_PER_THREAD, len(x), n_out, n_in, *places)
+    run(kernel_for(_multiply, weight.dtype), shares_at_most(), len(x), n_out, n_in, *places)
     return output[:n_rows]
 
 

@@ -122,10 +122,10 @@ _copies: weakref.WeakKeyDictionary[nn.Module, tuple[torch.Tensor, torch.Tensor]]
 def packed_weights(model: nn.Module, n_rows: int) -> Iterator[None]:
     """Within it, `n_rows` are multiplied with packed copies of the model's weights, where that is faster and the copies
     are within their share of memory. They are kept, and made anew where weights have changed."""
-    modules = [module for module in model.modules() if is_plain(module) and is_in_place(module)]
-    modules = [module for module in modules if not _is_for_numba(n_rows, module)]
-    if model.device.type != "cpu" or n_rows > FEW_ROWS or not _packing_works(model.dtype):
-        modules = []
+    modules = []
+    if model.device.type == "cpu" and n_rows <= FEW_ROWS and _packing_works(model.dtype):
+        plain = [module for module in model.modules() if is_plain(module) and is_in_place(module)]
+        modules = [module for module in plain if not _is_for_numba(n_rows, module)]
     try:
         for module in modules:
             with _packing:

@@ -13,7 +13,6 @@ from torch import nn
 
 from kvneox_lib.neox.compiled import (
     ENDLESS,
-    SHARES_PER_THREAD,
     ZERO,
     Rows,
     _turn_into,
@@ -34,6 +33,7 @@ from kvneox_lib.neox.compiled import (
     put_together,
     read_share,
     run,
+    shares_at_most,
 )
 
 PHASES, NUMBERS = 5, 23  # of a layer
@@ -211,7 +211,7 @@ def read_layers(layers, rooms, x: torch.Tensor, cos: torch.Tensor, sin: torch.Te
     cos, sin (1 or batch, n, D) in half-split order."""
     (batch, n, width), attention = x.shape, layers[0].attention
     heads, dim = attention.config.num_attention_heads, attention.head_size
-    inner, most = layers[0].mlp.dense_h_to_4h.out_features, torch.get_num_threads() * SHARES_PER_THREAD
+    inner, most = layers[0].mlp.dense_h_to_4h.out_features, shares_at_most()
     numbers = torch.tensor([number for layer, room in zip(layers, rooms) for number in numbers_of(layer, *room)])
     settings = torch.tensor([layers[0].input_layernorm.eps, attention.scaling])
     cos, sin, rows = cos.contiguous(), sin.contiguous(), in_fours(x.flatten(0, 1).float())
