@@ -1,5 +1,7 @@
 """What is timed is the right thing: the same tokens from every engine, bytes from the shapes, failures as rows."""
 
+import subprocess
+import sys
 import timeit
 from math import inf
 
@@ -166,16 +168,28 @@ def test_the_highest_use_of_memory_is_told_phase_by_phase(demo, reading):
         assert timing.prefill_peak_bytes > 0 and timing.peak_bytes > 0 and timing.resident_bytes > 0
 
 
-def test_decoding_is_not_charged_with_what_the_prefill_used(demo, reading):
-    """Of 2000 tokens the cache takes 24.6 MB, a tenth of it when compressed; all else that decoding needs is small."""
+def test_decoding_is_not_charged_with_what_the_prefill_used():
+    """Of 2000 tokens the cache takes 24.6 MB, a tenth of it when compressed; all else that decoding needs is small.
+
+    In a process of its own: what other tests leave behind may be freed in the middle of a turn.
+    """
     if resident_bytes(torch.device("cpu")) is None:
         pytest.skip("this system does not tell")
-    above = []
-    for press in (None, make_press("knorm", 0.9)):
-        timing = time_once(demo, "ours", press, reading[:, :2000], 2)
-        above.append((timing.peak_bytes - timing.resident_bytes) / 1e6)
-        assert timing.prefill_peak_bytes - timing.peak_bytes > 5e6
-    assert 20 < above[0] < 50 and above[1] < 20
+    script = """
+import torch
+from kvneox_lib import load_model, make_press
+from kvneox_lib.measures.speed import time_once
+
+model, ids = load_model("demo").model, torch.randint(2, 8000, (1, 2000))
+for press in (None, make_press("knorm", 0.9)):
+    timings = [time_once(model, "ours", press, ids, 2) for _ in range(4)][1:]  # the first may compile
+    for phase in ("prefill_peak_bytes", "peak_bytes"):
+        print(sorted(getattr(timing, phase) - timing.resident_bytes for timing in timings)[1])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    full_prefill, full, compressed_prefill, compressed = (int(line) / 1e6 for line in done.stdout.split())
+    assert full_prefill - full > 5 and compressed_prefill - compressed > 5
+    assert 20 < full < 50 and compressed < 20
 
 
 def test_what_is_resident_is_told_without_what_was_freed():

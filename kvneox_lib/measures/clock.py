@@ -1,6 +1,7 @@
 """Seconds, and how much memory is in use at the highest and before."""
 
 import ctypes
+import gc
 import time
 from pathlib import Path
 
@@ -56,6 +57,7 @@ class PeakMemory:
 
 def resident_bytes(device: torch.device) -> int | None:
     """In use now, in the terms of `PeakMemory`: what a peak is measured above."""
+    gc.collect()  # what would be freed in the middle of the run must not be subtracted from its peak
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     if not PeakMemory.STATUS.exists():
