@@ -12,6 +12,25 @@ import torch
 from kvneox_lib.inputs.windows import Tokens, byte_offsets, part_at, tokenize
 from kvneox_lib.neox.checks import check_int
 
+# After what a sentence has ended, and after what a word has.
+SENTENCE_END, WORD_END = r"[.!?][\"'”’)\]]*(?=\s)", r"\S(?=\s)"
+
+
+@dataclass(frozen=True)
+class Passkey:
+    """A made-up name and its digits, in the words in which the bundled model has learnt to be told and asked."""
+
+    name: str
+    digits: str
+
+    @property
+    def statement(self) -> tuple[str, str, str]:  # before the digits, these, and after them
+        return f" The passkey of {self.name} is", f" {self.digits}", ". Remember it."
+
+    @property
+    def question(self) -> str:
+        return f"\n\nWhat is the passkey of {self.name}? The passkey of {self.name} is"
+
 
 @dataclass(frozen=True)
 class RecallKey:
@@ -74,22 +93,26 @@ def recall_samples(
     return samples
 
 
-def _make_keys(tokenizer, rng: random.Random, filler: str, depths: list[float]) -> list[tuple[RecallKey, list[int]]]:
-    """A key for each depth with the ids of its statement; its spans are those in the statement, until it is placed."""
-    keys, names, numbers = [], set(), rng.sample(range(10_000, 100_000), len(depths))
-    while len(keys) < len(depths):
+def make_passkeys(rng: random.Random, n: int, filler: str) -> list[Passkey]:
+    """No two have a name or their digits in common, and no name stands in the filler, not even within a word."""
+    names, numbers = [], rng.sample(range(10_000, 100_000), n)
+    while len(names) < n:
         syllables = (rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.choice((2, 3))))
         name = ("".join(syllables) + rng.choice(("", "l", "n", "r", "s"))).capitalize()
-        if name in names or name in filler:
-            continue
-        names.add(name)
-        digits, depth = str(numbers[len(keys)]), depths[len(keys)]
-        question = f"\n\nWhat is the passkey of {name}? The passkey of {name} is"
-        parts = f" The passkey of {name} is", f" {digits}", ". Remember it.", question
-        before, answer, after, question = tokenizer(list(parts), add_special_tokens=False).input_ids
+        if name not in names and name not in filler:
+            names.append(name)
+    return [Passkey(name, str(number)) for name, number in zip(names, numbers)]
+
+
+def _make_keys(tokenizer, rng: random.Random, filler: str, depths: list[float]) -> list[tuple[RecallKey, list[int]]]:
+    """A key for each depth with the ids of its statement; its spans are those in the statement, until it is placed."""
+    keys = []
+    for passkey, depth in zip(make_passkeys(rng, len(depths), filler), depths):
+        parts = [*passkey.statement, passkey.question]
+        before, answer, after, question = tokenizer(parts, add_special_tokens=False).input_ids
         ids, digits_span = before + answer + after, (len(before), len(before) + len(answer))
-        key = RecallKey(name, digits, torch.tensor(question), torch.tensor(answer), depth, (0, len(ids)), digits_span)
-        keys.append((key, ids))
+        asked, answer = torch.tensor(question), torch.tensor(answer)
+        keys.append((RecallKey(passkey.name, passkey.digits, asked, answer, depth, (0, len(ids)), digits_span), ids))
     return keys
 
 
@@ -100,7 +123,7 @@ def _with_gaps(filler: str, tokenizer) -> tuple[Tokens, list[np.ndarray]]:
     normalizer = tokenizer.backend_tokenizer.normalizer
     filler = normalizer.normalize_str(filler) if normalizer else filler
     found = []
-    for pattern in (r"[.!?][\"'”’)\]]*(?=\s)", r"\S(?=\s)"):
+    for pattern in (SENTENCE_END, WORD_END):
         places = byte_offsets(filler, [match.end() for match in re.finditer(pattern, filler)])
         found.append(np.concatenate(([0], 1 + np.flatnonzero(np.isin(ends, places)))))
     return text, found

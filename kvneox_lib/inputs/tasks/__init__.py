@@ -1,0 +1,1 @@
+"""Tasks for lm-evaluation-harness: a row of YAML for each, and the documents that they ask about."""
