@@ -1,7 +1,7 @@
 # `make` lists the targets. Everything lives in .venv; nothing is installed outside this folder.
 
-# What `make setup` installs beside the library. Add slurm or quant with EXTRAS=notebooks,sweep,report,dev,quant.
-EXTRAS ?= notebooks,sweep,report,dev
+# What `make setup` installs beside the library. Add slurm or quant with EXTRAS=notebooks,sweep,report,tasks,dev,quant.
+EXTRAS ?= notebooks,sweep,report,tasks,dev
 # Where torch comes from, when it should not come from PyPI: TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 TORCH := $(shell grep '^torch==' constraints.txt)

@@ -8,6 +8,7 @@ It counts requests, and can be slow, shut down, or break transfers off.
 """
 
 import hashlib
+import io
 import json
 import re
 import threading
@@ -15,8 +16,49 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?$")
+import pandas as pd
+
+API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/(.+))?)?$")
 RESOLVE = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)$")
+
+
+# Two data sets of lm-evaluation-harness, small: (repo, configuration) -> rows, in the columns that its tasks read.
+LAMBADA = ("EleutherAI/lambada_openai", "default")
+HOTPOT = ("Xnhyacinth/LongBench", "hotpotqa_e")
+TASK_DATA = {
+    LAMBADA: [
+        {"text": "The cat sat on the mat and the dog lay beside the cat"},
+        {"text": "She opened the door and he came in through the door"},
+        {"text": "Nobody knew the way so everybody asked for the way"},
+        {"text": "They sold the old house and moved into a smaller house"},
+    ],
+    HOTPOT: [
+        {
+            "question": f"Which river runs through {town}?",
+            "context": "".join(f"Passage {i}:\nThe river {river} runs through {town}.\n" for i in range(20)),
+            "answers": [river, f"the {river}"],
+            "all_classes": None,
+            "length": 140,
+            "dataset": "hotpotqa_e",
+            "language": "en",
+            "_id": town.lower(),
+        }
+        for town, river in (("Aldbury", "Bulbourne"), ("Hexham", "Tyne"), ("Bakewell", "Wye"))
+    ],
+}
+
+
+def publish_task_data(hub: "HubServer") -> None:
+    """Publish TASK_DATA as the hub keeps data sets: a card that names configuration and files, and a parquet."""
+    for (repo, configuration), rows in TASK_DATA.items():
+        content = io.BytesIO()
+        pd.DataFrame(rows).to_parquet(content)
+        files = [{"split": "test", "path": f"{configuration}/test-*.parquet"}]
+        card = {"configs": [{"config_name": configuration, "data_files": files}]}
+        name = f"{configuration}/test-00000-of-00001.parquet"
+        hub.add(
+            repo, {"README.md": f"---\n{json.dumps(card)}\n---\n".encode(), name: content.getvalue()}, kind="datasets"
+        )
 
 
 class HubServer:
@@ -74,8 +116,12 @@ class Handler(BaseHTTPRequestHandler):
         if self.hub.delays_s:
             time.sleep(self.hub.delays_s.pop(0))
         if match := API.match(path):
-            kind, repo, what, revision = match.groups()
-            self._describe(kind, repo, what, revision or "main")
+            kind, repo, what, revision, folder = match.groups()
+            if what == "tree":
+                recursive = "recursive=true" in urlsplit(self.path).query.lower()
+                self._list(kind, repo, revision, f"{folder}/" if folder else "", recursive)
+            else:
+                self._describe(kind, repo, revision or "main")
         elif match := RESOLVE.match(path):
             kind, repo, revision, name = match.groups()
             self._send_file(kind or "models", repo, revision, name, with_body)
@@ -91,18 +137,33 @@ class Handler(BaseHTTPRequestHandler):
         else:
             return revisions[revision]
 
-    def _describe(self, kind, repo, what, revision):
+    def _describe(self, kind, repo, revision):
+        if snapshot := self._snapshot(kind, repo, revision):
+            commit, files = snapshot
+            self._send_json({"id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in files]})
+
+    def _list(self, kind, repo, revision, folder, recursive):
+        """All files below `folder` ("" is the repository), or what lies directly in it."""
         if (snapshot := self._snapshot(kind, repo, revision)) is None:
             return
         commit, files = snapshot
-        if what == "tree":
-            listing = [
+        below = {name: content for name, content in files.items() if name.startswith(folder)}
+        if folder and not below:
+            return self._send(404, headers={"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+        folders = set()
+        if not recursive:
+            folders = {folder + name[len(folder) :].split("/")[0] for name in below if "/" in name[len(folder) :]}
+            below = {name: content for name, content in below.items() if "/" not in name[len(folder) :]}
+        self._send_json(
+            [{"type": "directory", "path": path, "oid": hashlib.sha1(path.encode()).hexdigest()} for path in folders]
+            + [
                 {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                for name, content in files.items()
+                for name, content in below.items()
             ]
-        else:
-            listing = {"id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in files]}
-        self._send(200, json.dumps(listing).encode(), {"Content-Type": "application/json"})
+        )
+
+    def _send_json(self, answer):
+        self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def _send_file(self, kind, repo, revision, name, with_body):
         if (snapshot := self._snapshot(kind, repo, revision)) is None:
