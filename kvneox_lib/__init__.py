@@ -16,6 +16,7 @@ __all__ = [
     "CompactCache",
     "Generation",
     "KVNeoXForCausalLM",
+    "KVNeoXLM",
     "LoadedModel",
     "RecallResult",
     "StreamingDecoder",
@@ -33,3 +34,14 @@ __all__ = [
     "teacher_forced_nll",
     "windows",
 ]
+
+
+def __getattr__(name: str):
+    """lm-evaluation-harness is an extra, and takes a second to import."""
+    if name != "KVNeoXLM":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from kvneox_lib.measures.tasks import KVNeoXLM
+    except ModuleNotFoundError as error:
+        raise ImportError(f"KVNeoXLM wants lm-evaluation-harness ({error}): pip install 'kvneox[tasks]'") from error
+    return KVNeoXLM

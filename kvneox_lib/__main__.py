@@ -1,6 +1,7 @@
-"""`python -m kvneox_lib`: the proof that model and presses are right, and the table of presses."""
+"""`python -m kvneox_lib`: the proof that model and presses are right, tasks under a press, and the table of presses."""
 
 import argparse
+import sys
 
 
 def verify(arguments) -> int:
@@ -16,7 +17,19 @@ def presses(arguments) -> int:
     return 0
 
 
+def tasks(arguments: list[str]) -> int:
+    try:
+        from kvneox_lib.measures.command import run
+
+        return run(arguments)
+    except (ValueError, ImportError, ConnectionError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
 def main() -> int:
+    if sys.argv[1:2] == ["tasks"]:  # the harness reads its own arguments
+        return tasks(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m kvneox_lib", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
     about = "check the model against the stock one, and every press against an independent computation"
@@ -25,6 +38,7 @@ def main() -> int:
     command.add_argument("--context-length", type=int, default=400)
     command.add_argument("--smoke", action="store_true", help="192 tokens, and a continuation instead of the matrix")
     command.set_defaults(run=verify)
+    commands.add_parser("tasks", help="lm-evaluation-harness under a press; its own arguments, see `tasks --help`")
     commands.add_parser("presses", help="print the table of presses").set_defaults(run=presses)
     arguments = parser.parse_args()
     return arguments.run(arguments)

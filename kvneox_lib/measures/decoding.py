@@ -1,7 +1,7 @@
 """Decoding from what a press left of a context."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from kvneox_lib.measures.prefill import first_position, free_evicted, prefill_ro
 from kvneox_lib.measures.rows import check_questions, readable_together, without_padding
 from kvneox_lib.neox.cache import CompactCache
 from kvneox_lib.neox.checks import check_ids, check_int, check_temperature
+from kvneox_lib.neox.hooks import in_turn
 from kvneox_lib.neox.kernels import linear_of_few_rows, make_ready, packed_weights
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM, left_untouched, with_model
 from kvneox_lib.presses.applying import applied
@@ -44,6 +45,7 @@ def generate(
     temperature: float = 0.0,
     attention_mask: torch.Tensor | None = None,
     with_logits: bool = False,
+    stop_when: Callable[[torch.Tensor], torch.Tensor] | None = None,
     prefill_chunk: int | None = None,
     evict_while_reading: bool = False,
 ) -> Generation:
@@ -52,9 +54,10 @@ def generate(
     Without `question_ids` the first token follows from the prefill, as in `with press(model): model.generate(...)`.
     With them, (batch, n) or a list with one (n_i,) for each row, they are read after compression, as in the kvpress
     pipeline. attention_mask (batch, T): prompts of unequal length are padded on the left, and each is read, compressed
-    and continued as if it were alone. min_new_tokens: none of so many ends a sample. prefill_chunk: the context is read
-    by so many tokens at a time, with the result of one pass; evict_while_reading: and after each chunk evicted from,
-    which is another result; see `chunks`.
+    and continued as if it were alone. min_new_tokens: none of so many ends a sample. stop_when: told the new tokens
+    (batch, n) after each step, it says which samples have ended, (batch,). prefill_chunk: the context is read by so
+    many tokens at a time, with the result of one pass; evict_while_reading: and after each chunk evicted from, which is
+    another result; see `chunks`.
     """
     input_ids = check_ids("input_ids", input_ids, model)
     prompts = without_padding(input_ids, attention_mask)
@@ -71,7 +74,7 @@ def generate(
 
     make_ready(model.dtype)  # neither that nor packing is on the clock
     with packed_weights(model, len(prompts)), left_untouched(model):
-        ends = Ends(model, len(prompts), min_new_tokens, stop_at_eos)
+        ends = Ends(model, len(prompts), min_new_tokens, stop_at_eos, stop_when)
         return _generate(model, prompts, questions, press, reading, max_new_tokens, ends, temperature, with_logits)
 
 
@@ -82,30 +85,23 @@ def _generate(model, prompts, questions, press, reading, max_new_tokens, ends, t
     headroom = n_question + max_new_tokens
     if decoding is not None:  # then it shrinks again, however long the text becomes
         headroom = min(headroom, _interval(decoding, headroom))
+    question = None
     if equal:
         cache, hidden = prefill_rows(model, torch.stack(prompts), press, headroom, **reading)
         free_evicted(cache, press)
         position = torch.tensor([first_position(cache, len(prompts[0]), press)], device=model.device)
-        kv_lengths = cache.kv_lengths
+        kv_lengths, question = cache.kv_lengths, torch.stack(questions)
     else:
         cache, hidden, position = _read_unequal(model, prompts, questions, press, headroom, reading)
         kv_lengths = cache.kv_lengths - torch.tensor([n for _, n in lengths])[:, None]
     tokens, all_logits = [], []
-    with applied(decoding, model):
-        if equal and n_question:
-            hidden = _step(model, torch.stack(questions), position, cache)
-            position = position + n_question
-        while len(tokens) < max_new_tokens and not ends.all_ended:
-            if tokens:
-                hidden = _step(model, tokens[-1][:, None], position, cache)
-                position = position + 1
-            logits = linear_of_few_rows(model.embed_out, hidden)  # (batch, vocabulary)
-            tokens.append(ends.apply(choose(logits, ends, temperature)))
-            if with_logits:
-                all_logits.append(logits)
-            if len(tokens) == 1:
-                prefill_s, prefill_peak = clock.lap(), peak.lap()
-                clock.lap()  # asking for the peak takes milliseconds
+    for made, logits in _decode(model, cache, hidden, position, question, decoding, ends, max_new_tokens, temperature):
+        tokens.append(made)
+        if with_logits:
+            all_logits.append(logits)
+        if len(tokens) == 1:
+            prefill_s, prefill_peak = clock.lap(), peak.lap()
+            clock.lap()  # asking for the peak takes milliseconds
     return Generation(
         tokens=torch.stack(tokens, 1),
         prefill_s=prefill_s,
@@ -116,6 +112,61 @@ def _generate(model, prompts, questions, press, reading, max_new_tokens, ends, t
         prefill_peak_bytes=prefill_peak,
         logits=torch.stack(all_logits, 1) if with_logits else None,
     )
+
+
+def _decode(
+    model, cache, hidden, position, question, decoding, ends, max_new_tokens, temperature
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Tokens (batch,) and the logits (batch, vocabulary) that chose them, step by step, after `hidden` (batch, d), or
+    after a `question` (batch, n), read first."""
+    with applied(decoding, model):
+        if question is not None and question.shape[1]:
+            hidden = _step(model, question, position, cache)
+            position = position + question.shape[1]
+        tokens = None
+        for _ in range(max_new_tokens):
+            if tokens is not None:
+                hidden = _step(model, tokens[:, None], position, cache)
+                position = position + 1
+            logits = linear_of_few_rows(model.embed_out, hidden)
+            tokens = ends.apply(choose(logits, ends, temperature))
+            yield tokens, logits
+            if ends.all_ended:
+                return
+
+
+@torch.no_grad()
+@in_turn
+def continue_rows(
+    model: KVNeoXForCausalLM,
+    caches: list[CompactCache],
+    questions: list[torch.Tensor],
+    press,
+    positions: list[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    stop_when: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """(batch, n new): what `generate` makes, from contexts that were read before, a cache (of one row) for each. Then
+    a question (n_i,) for each is read, from its position on; all are decoded together."""
+    decoding = decoding_part(press)
+    _check_batch(decoding, len(caches), equal=len(caches) == 1)
+    for cache, question in zip(caches, questions):
+        cache.expect(len(question) + max_new_tokens)
+    make_ready(model.dtype)
+    with packed_weights(model, len(caches)), left_untouched(model):
+        starts = torch.tensor(positions, device=model.device)
+        ends = Ends(model, len(caches), 0, True, stop_when)
+        if len(caches) == 1:
+            free_evicted(caches[0], press)
+            cache, hidden, question = caches[0], None, questions[0][None]
+        else:
+            steps = [_step(model, q[None], at[None], cache) for q, at, cache in zip(questions, starts, caches)]
+            cache, hidden, question = CompactCache.stack(caches), torch.cat(steps), None
+            starts = starts + torch.tensor([len(q) for q in questions], device=starts.device)
+        steps = _decode(model, cache, hidden, starts, question, decoding, ends, max_new_tokens, temperature)
+        return torch.stack([tokens for tokens, _ in steps], 1)
 
 
 def _check_batch(decoding, n_rows: int, equal: bool) -> None:
@@ -181,24 +232,36 @@ def choose(logits: torch.Tensor, ends: "Ends", temperature: float) -> torch.Tens
 class Ends:
     """Which samples of a batch have ended."""
 
-    def __init__(self, model: KVNeoXForCausalLM, batch: int, min_new_tokens: int, stop_at_eos: bool):
+    def __init__(
+        self,
+        model: KVNeoXForCausalLM,
+        batch: int,
+        min_new_tokens: int,
+        stop_at_eos: bool,
+        stop_when: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ):
         ids = model.generation_config.eos_token_id
         ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
         self.ids = torch.tensor(ids, dtype=torch.long, device=model.device)
         self.ended = torch.zeros(batch, dtype=torch.bool, device=model.device)
-        self.stop, self.min_new_tokens, self.n = stop_at_eos and bool(ids), min_new_tokens, 0
+        self.stop, self.min_new_tokens = stop_at_eos and bool(ids), min_new_tokens
+        self.stop_when, self.made = stop_when, []
+        self.may_end = self.stop or stop_when is not None
 
     @property
     def forbidden(self) -> bool:
-        return self.n < self.min_new_tokens and len(self.ids) > 0
+        return len(self.made) < self.min_new_tokens and len(self.ids) > 0
 
     @property
     def all_ended(self) -> bool:
-        return self.stop and bool(self.ended.all())
+        return self.may_end and bool(self.ended.all())
 
     def apply(self, tokens: torch.Tensor) -> torch.Tensor:
-        self.n += 1
-        if self.stop:
+        if self.may_end and len(self.ids):
             tokens = torch.where(self.ended, self.ids[0], tokens)
+        self.made.append(tokens)
+        if self.stop:
             self.ended = self.ended | torch.isin(tokens, self.ids)
+        if self.stop_when is not None and len(self.made) >= self.min_new_tokens:
+            self.ended = self.ended | self.stop_when(torch.stack(self.made, 1)).to(self.ended.device)
         return tokens

@@ -16,6 +16,14 @@ def bootstrap_ci95(numerator: np.ndarray, denominator: np.ndarray, n_resamples: 
     return float(low), float(high)
 
 
+def mcnemar_p(gained: int, lost: int) -> float:
+    """Two-sided, exact: how often as uneven a split of the pairs that differ would come up if either way were as
+    likely."""
+    n = gained + lost
+    tail = sum(math.comb(n, i) for i in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
 def wilson_ci95(hits: int, n: int) -> tuple[float, float]:
     """95 % interval of a share, honest near 0 and 1 too."""
     z, share = 1.959964, hits / n
