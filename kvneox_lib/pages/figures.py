@@ -255,6 +255,37 @@ def scatter_panels(frame: pd.DataFrame, panels: dict[str, str], y: str, *, ylabe
     return figure
 
 
+def score_map(table: pd.DataFrame, *, label: str) -> Figure:
+    """Shares from 0 to 1, written into the cells; the first row is what the others are compared with."""
+    figure, axes = pyplot.subplots(figsize=(1.1 * table.shape[1] + 2.6, 0.34 * len(table) + 1.1))
+    seaborn.heatmap(
+        table, annot=True, fmt=".2f", cmap="cividis", vmin=0, vmax=1, ax=axes, linewidths=0.5, cbar_kws={"label": label}
+    )
+    axes.axhline(1, color="white", linewidth=4)
+    axes.set(xlabel="", ylabel="")
+    axes.tick_params(axis="x", rotation=0, labelsize=9)
+    axes.tick_params(axis="y", rotation=0, labelsize=9)
+    return figure
+
+
+def against(panels: dict[str, pd.DataFrame], x: str, y: str, *, xlabel: str, ylabel: str) -> Figure:
+    """`y` against `x`, shares from 0 to 1, a mark a press; above the diagonal `y` is better."""
+    names = list(dict.fromkeys(name for frame in panels.values() for name in frame["press"]))
+    figure, grid = pyplot.subplots(1, len(panels), figsize=(2.4 * len(panels) + 1.8, 2.9), sharey=True, squeeze=False)
+    for axes, (title, frame) in zip(grid.flat, panels.items()):
+        axes.plot([0, 1], [0, 1], color="0.6", linewidth=1)
+        for name, rows in frame.groupby("press", sort=False):
+            axes.plot(rows[x], rows[y], **{**_line_style(name, names), "linestyle": "none"}, markersize=5)
+        axes.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05), aspect="equal")
+        axes.set_title(title, fontsize=10)
+    figure.supxlabel(xlabel, fontsize=10)
+    grid[0, 0].set_ylabel(ylabel)
+    marks = [{**_line_style(name, names), "linestyle": "none", "label": name} for name in names]
+    handles = [pyplot.Line2D([], [], markersize=5, **mark) for mark in marks]
+    figure.legend(handles=handles, loc="outside right center", fontsize=8, frameon=False)
+    return figure
+
+
 def hook_timeline(n_layers: int = 2) -> Figure:
     """When a press acts in the prefill: after the attention of its layer, before the next layer begins."""
     full, kept, moved = (seaborn.color_palette("colorblind")[i] for i in (0, 2, 7))

@@ -145,7 +145,8 @@ def _keys(frame: pd.DataFrame, study: str) -> list[str]:
     row = STUDIES[study]
     known = {*SETTING, *row.axes} | (set() if row.is_timed else {"attn_implementation"})
     names = dict.fromkeys((*SETTING, *row.parameters))
-    return [name for name in names if name in frame and (name in SETTING or name not in known)]
+    apart = [name for name in names if name in SETTING or name not in known]
+    return [name for name in apart if name in frame and name not in row.axes]
 
 
 def _newest(part: pd.DataFrame, study: str) -> pd.DataFrame:

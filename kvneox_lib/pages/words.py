@@ -18,6 +18,7 @@ STUDY_NAMES = {
     "speed": "速度",
     "streaming": "流式",
     "recall": "检索",
+    "tasks": "任务",
     "explore": "看一看",
 }
 CONTROL = "教师强制（对照）"

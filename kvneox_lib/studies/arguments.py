@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, get_args, get_type_hints
 
+from kvneox_lib.inputs.harness import check_task_names
 from kvneox_lib.inputs.text import HUB, SPLITS, WIKITEXT_SUBSETS
 from kvneox_lib.inputs.weights import ATTENTION, DTYPES, find_target
 from kvneox_lib.neox.checks import check_choice, check_int
@@ -64,6 +65,16 @@ def _one_press(name, value):
     press_row(value)
 
 
+def _task(name, value):
+    check_task_names([value])
+
+
+def _limit(name, value):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or value <= 0 or (value >= 1 and value != int(value)):
+        refuse(name, value, "a number of documents, or a share of them below 1")
+
+
 def _model(name, value):
     find_target(value, None)
 
@@ -113,6 +124,10 @@ Press = Annotated[str, Rule(_one_press)]
 Presses = Annotated[str | Sequence[str], Rule(_press, several=True)]
 Ratio = Annotated[float, share(below_one=True)]
 Ratios = Annotated[float | Sequence[float], share(below_one=True, several=True)]
+Tasks = Annotated[str | Sequence[str], Rule(_task, several=True)]
+Questions = Annotated[str | Sequence[str], one_of("outside", "inside", several=True)]
+Cut = Annotated[str, one_of("left", "middle")]
+Limit = Annotated[int | float, Rule(_limit)]
 Count = Annotated[int, whole(1)]
 Counts = Annotated[int | Sequence[int], whole(1, several=True)]
 Share = Annotated[float, share()]
@@ -165,6 +180,15 @@ def check_argument(measure: Callable, name: str, value, in_a_sweep: bool = False
         if why:
             raise ValueError(f"{name}={item!r} is not for a params file: {why}")
         rule.check(name, item)
+
+
+def values_matter(measure: Callable) -> bool:
+    """Whether a figure depends on the values of the weights: then random ones are refused."""
+    rule = rules_of(measure).get("weights")
+    try:
+        return rule is None or bool(rule[0].check("weights", "random"))
+    except ValueError:
+        return True
 
 
 def defaults_of(measure: Callable) -> dict:

@@ -26,7 +26,8 @@ PYTHIA_LENGTH = 2048  # the trained length of all of them
 # whatever was asked for.
 IN_THE_HEAD = ("model", "dataset", "press", "compression_ratio", "weights")
 # Of a whole grid: each run of it has its own.
-OF_A_GRID = ("presses", "context_lengths", "batch_sizes", "engines", "methods", "ablation_sinks", "ablation_sizes")
+OF_A_GRID = ("presses", "tasks", "context_lengths", "batch_sizes", "engines", "methods")
+OF_A_GRID += ("ablation_sinks", "ablation_sizes")
 # Where a text or a record lies changes no figure.
 PLACES = ("data_dir", "output_dir", "overwrite")
 # How a text was found and a context cut: what came of it is among the parameters, as text_sha256 and context_length.

@@ -19,7 +19,7 @@ from kvneox_lib.presses.applying import attention, check_press
 from kvneox_lib.presses.by_name import make_press, ratio_for
 from kvneox_lib.presses.facts import attention_needed
 from kvneox_lib.studies import records
-from kvneox_lib.studies.arguments import check_arguments
+from kvneox_lib.studies.arguments import check_arguments, values_matter
 from kvneox_lib.studies.plan import Planned, identity, one_after_the_other, text_name
 from kvneox_lib.studies.provenance import provenance
 
@@ -44,9 +44,9 @@ class Runs:
     def __init__(self, measure: Callable, plan: Callable, asked: dict):
         check_arguments(measure, asked)
         self.measure, self.asked = measure, asked
-        reads_text = "dataset" in asked  # time and memory do not depend on the text
+        reads_text = "dataset" in asked
         names = [name for name in ("weights", "attn_implementation", "dtype", "device", "seed") if name in asked]
-        how = {"weights": "pretrained", "fallback": "demo" if reads_text else "random"}
+        how = {"weights": "pretrained", "fallback": "demo" if values_matter(measure) else "random"}
         how |= {name: asked[name] for name in names}
         self.loaded = load_model(asked["model"], **how | {"dtype": _widest(asked["dtype"], asked["device"])})
         self.device = self.loaded.model.device
@@ -61,6 +61,7 @@ class Runs:
             "device": self.device.type,
         }
         self.text = self._load_text() if reads_text else None
+        self.of_text: dict[str, dict] = {}  # where runs read several, what each turned out to be
         make_ready(self.folder)
 
     def _load_text(self) -> Text:
@@ -115,12 +116,13 @@ class Runs:
         return run.run_id(self.measure, self.asked, **found)
 
     def parameters(self, run: Planned) -> dict:
-        found = {**identity(self.asked, run, self.turned_out), "attn_implementation": self._attention_for(run)}
+        found = {**identity(self.asked, run, self.turned_out), "attn_implementation": self.attention_for(run)}
+        found |= self.of_text.get(run.settings.get("dataset"), {})
         if "dtype" in run.settings:  # one of several that were asked for
             found["dtype"] = str(find_dtype(run.settings["dtype"], self.device)).removeprefix("torch.")
         return found
 
-    def _attention_for(self, run: Planned) -> str:
+    def attention_for(self, run: Planned) -> str:
         used = self.loaded.model.config._attn_implementation
         if not run.is_press or self.asked["attn_implementation"] != "auto":
             return used
@@ -161,8 +163,7 @@ def _widest(dtype: str | Sequence[str], device: str) -> str | torch.dtype:
 
 @contextmanager
 def made_presses(model: KVNeoXForCausalLM, runs: list[Planned], attn_implementation: str, seed: int):
-    """The press of each run, which differ in the ratio alone. attn_implementation="auto": meanwhile the model uses one
-    that serves it."""
+    """The press of each run, which want the same attention. attn_implementation="auto": meanwhile the model uses it."""
     presses = [_made(model, run) for run in runs]
     torch.manual_seed(seed)  # for presses that draw
     needed = attention_needed(presses[0])

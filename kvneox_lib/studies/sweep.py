@@ -24,7 +24,7 @@ from kvneox_lib.studies.table import BY_NOTEBOOK, StudyRow
 
 STUDY_KEYS = ("notebook", "fixed", "grid", "resources")
 RESOURCES = {"gpus": 0, "cores": 1, "mem_mb": 1}  # what a run may ask for, and the least of it
-NAMED = ("model", "weights", "dataset")  # no default of a notebook decides on these
+NAMED = ("model", "weights", "dataset", "tasks")  # no default of a notebook decides on these
 EXECUTED = "results/notebooks"  # where the executed notebooks go
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvneox_lib.studies import adapter, explore, perplexity, recall, speed, streaming
-from kvneox_lib.studies.arguments import defaults_of, rules_of
+from kvneox_lib.studies import adapter, explore, perplexity, recall, speed, streaming, tasks
+from kvneox_lib.studies.arguments import defaults_of, values_matter
 from kvneox_lib.studies.plan import FOUND_BY, OF_A_GRID, PLACES
 
 
@@ -28,11 +28,7 @@ class StudyRow:
     @property
     def values_matter(self) -> bool:
         """Whether a figure depends on the values of the weights: then random ones are refused."""
-        rule = rules_of(self.measure).get("weights")
-        try:
-            return rule is None or bool(rule[0].check("weights", "random"))
-        except ValueError:
-            return True
+        return values_matter(self.measure)
 
 
 _GRID = ("press", "compression_ratio")
@@ -58,6 +54,9 @@ ROWS = [
     ),
     StudyRow(
         "recall", "05_recall", recall.measure_recall, recall.plan, axes=(*_GRID, "query_aware"), has_baseline=True
+    ),
+    StudyRow(
+        "tasks", "07_tasks", tasks.measure_tasks, tasks.plan, axes=(*_GRID, "dataset", "question"), has_baseline=True
     ),
     StudyRow("explore", "06_explore", explore.record_exploration, explore.plan),
 ]

@@ -1,0 +1,85 @@
+"""Scores of lm-evaluation-harness' tasks under a grid of presses and ratios, each measured once and kept: what notebook
+07 runs.
+
+The harness makes the prompts and the scores; what is added is the comparison with no press on the same documents.
+"""
+
+import time
+
+from kvneox_lib.measures.scores import Scores, beside_published
+from kvneox_lib.presses.by_name import expand_presses
+from kvneox_lib.studies import arguments as may_be
+from kvneox_lib.studies.plan import Planned, as_list, at_ratios
+from kvneox_lib.studies.provenance import provenance
+from kvneox_lib.studies.runs import Runs, Study
+
+AT_ONCE = 16  # runs
+IN_THE_BOX = ("kvneox_passkey", "kvneox_cloze", "kvneox_copy")
+
+
+def plan(asked: dict, trained: int | None) -> list[Planned]:
+    """For each task, with the question outside, inside, or both: no compression, and each press at each ratio."""
+    return [
+        run
+        for task in dict.fromkeys(as_list(asked["tasks"]))
+        for mode in dict.fromkeys(as_list(asked["question"]))
+        for name in dict.fromkeys(["no_press", *expand_presses(asked["press"])])
+        for run in at_ratios(name, asked["compression_ratio"], dataset=task, question=mode)
+    ]
+
+
+def measure_tasks(
+    *,
+    model: may_be.Model = "pythia-70m",
+    weights: may_be.QualityWeights = "auto",
+    tasks: may_be.Tasks = IN_THE_BOX,
+    press: may_be.Presses = ("random", "streaming_llm", "snapkv", "keydiff"),
+    compression_ratio: may_be.Ratios = (0.5, 0.9),
+    question: may_be.Questions = "outside",
+    num_fewshot: may_be.Index | None = None,
+    limit: may_be.Limit | None = 24,
+    cut: may_be.Cut = "left",
+    batch_size: may_be.Count = 1,
+    attn_implementation: may_be.Attention = "auto",
+    dtype: may_be.Dtype = "auto",
+    device: may_be.Device = "auto",
+    seed: may_be.Index = 0,
+    output_dir: may_be.OutputDir = "results/tasks",
+    overwrite: may_be.Overwrite = False,
+) -> Study:
+    """Scores of tasks after each context was compressed. `no_press` is always measured too: differences are to it,
+    document by document.
+
+    limit: documents of each task, a number or (below 1) a share; None: all. num_fewshot: None is what the task says.
+    """
+    runs = Runs(measure_tasks, plan, locals())
+    from kvneox_lib.measures.tasks import KVNeoXLM, asked_task, evaluate_each  # an extra, and slow
+
+    how = {"num_fewshot": num_fewshot, "limit": limit, "seed": seed}
+    asked = {name: asked_task(name, runs.loaded, **how) for name in dict.fromkeys(as_list(tasks))}
+    runs.of_text = {name: {"documents_sha256": found.documents_sha256} for name, found in asked.items()}
+    for group in _together(runs):
+        task, mode = (group[0].settings[name] for name in ("dataset", "question"))
+        started, clock = provenance(runs.device), time.perf_counter()
+        with runs.presses(group) as presses:
+            lm = KVNeoXLM(runs.loaded, question=mode, cut=cut, batch_size=batch_size)
+            told = evaluate_each(lm, [None, *presses], asked[task])
+            baseline, *scored = [Scores.of(*found) for found in told]
+        seconds = (time.perf_counter() - clock) / len(group)
+        for run, scores in zip(group, scored):
+            table = scores.table(baseline)
+            if run.press == "no_press":
+                table = beside_published(table, runs.loaded, task, scores.num_fewshot)
+            figures, documents = scores.figures(table), scores.documents(baseline)
+            tables = {"scores": table, "documents": documents}
+            runs.write(run, round(figures.pop("context_tokens")), started, figures | {"run_s": seconds}, tables)
+    return runs.study()
+
+
+def _together(runs: Runs) -> list[list[Planned]]:
+    """The open runs in groups that are answered in one go, as they share the reading of each context: of one task and
+    place of the question, under one attention. Each holds a cache for every run in it."""
+    groups: dict[tuple, list[Planned]] = {}
+    for run in runs.open():
+        groups.setdefault((*run.settings.values(), runs.attention_for(run)), []).append(run)
+    return [group[at : at + AT_ONCE] for group in groups.values() for at in range(0, len(group), AT_ONCE)]
