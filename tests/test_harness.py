@@ -13,6 +13,7 @@ import textwrap
 import time
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -26,8 +27,9 @@ lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.model import LM  # noqa: E402
 
 from kvneox_lib.inputs import harness  # noqa: E402
-from kvneox_lib.inputs.harness import cache_first, check_task_names, load_tasks, task_manager  # noqa: E402
+from kvneox_lib.inputs.harness import cache_first, check_task_names, load_tasks, members_of, task_manager  # noqa: E402
 from kvneox_lib.inputs.published import far_from_published, published  # noqa: E402
+from kvneox_lib.studies.tasks import measure_tasks  # noqa: E402
 
 TASKS = Path(lm_eval.__file__).parent / "tasks"
 LAMBADA_YAML = str(TASKS / "lambada" / "lambada_openai.yaml")
@@ -88,11 +90,11 @@ def test_without_a_manager_the_harness_is_read_only_for_a_name_that_is_not_in_th
     asked = []
     boxed = {"kvneox_one"}
 
-    def names(bundled_only):
+    def with_names(bundled_only):
         asked.append(bundled_only)
-        return boxed if bundled_only else boxed | set(manager.all_tasks)
+        return SimpleNamespace(all_tasks=boxed if bundled_only else boxed | set(manager.all_tasks))
 
-    monkeypatch.setattr(harness, "_names", names)
+    monkeypatch.setattr(harness, "_manager", with_names)
     check_task_names(["kvneox_one"])
     assert asked == [True]
     check_task_names(["kvneox_one", "piqa"])
@@ -194,6 +196,26 @@ def test_an_endpoint_set_in_a_running_process_is_used_and_a_missing_data_set_is_
     with cache_first():
         assert datasets.load_dataset(*LAMBADA)["test"].to_list() == TASK_DATA[LAMBADA]
     assert datasets.load_dataset.__module__.startswith("datasets")  # and is itself again
+
+
+def test_tasks_of_the_hub_are_scored_under_a_press(data_cache, hub, tmp_path):
+    """As a user asks for them, with the weights in the box."""
+    publish_task_data(hub)
+    asked = {"model": "demo", "press": "knorm", "compression_ratio": 0.5, "num_fewshot": 2, "limit": 2}
+    names = ["lambada_openai", "longbench_hotpotqa_e"]
+    runs = measure_tasks(**asked, tasks=names, output_dir=str(tmp_path / "out")).records
+    assert (
+        len(runs) == 4 and (runs["n_documents"] == 2).all() and runs["metric"].tolist() == ["acc"] * 2 + ["score"] * 2
+    )
+    rules = runs[runs["press"] == "knorm"].set_index("dataset")[["context_rule", "kept_fraction", "n_cut"]]
+    assert rules["context_rule"].tolist() == ["fewshot=2", "context=2"] and (rules["n_cut"] == 0).all()
+    assert (rules["kept_fraction"] - 0.5).abs().max() < 0.02
+
+
+def test_groups_and_tags_are_told_from_tasks(manager):
+    assert members_of("lambada_openai", manager) == []
+    assert "lambada_openai" in members_of("lambada", manager) and "niah_single_1" in members_of("ruler", manager)
+    assert {"kvneox_passkey", "kvneox_copy"} <= set(members_of("kvneox", manager))
 
 
 def test_without_a_connection_the_answer_comes_at_once(few, data_cache, monkeypatch):

@@ -79,17 +79,36 @@ def check_task_names(names: Sequence[str], manager: "TaskManager | None" = None)
     """
     if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"tasks={names!r}: must be a list of at least one name, such as ['lambada_openai']")
-    known = set(manager.all_tasks) if manager else _names(bundled_only=True)
+    known = set((manager or _manager(bundled_only=True)).all_tasks)
     if not manager and not known.issuperset(names):
-        known = _names(bundled_only=False)
+        known = set(_manager(bundled_only=False).all_tasks)
     for name in names:
         if name not in known and not (name.endswith(".yaml") and Path(name).is_file()):
             allowed = "a task, group or tag that `lm-eval ls all` lists, one in the box (kvneox_*), or a .yaml file"
             raise ValueError(f"tasks={name!r}: {did_you_mean(name, known)}allowed is {allowed}")
 
 
+def check_single_task(name: str) -> None:
+    """What has scores of its own. No data set is touched."""
+    check_task_names([name])
+    if name.endswith(".yaml"):
+        raise ValueError(
+            f"tasks={name!r}: allowed is a name; a YAML of your own goes with `python -m kvneox_lib tasks`"
+        )
+    if members := members_of(name, _manager(is_bundled(name))):
+        raise ValueError(f"tasks={name!r}: is a group; allowed are single tasks, of it {', '.join(members)}")
+
+
+def members_of(name: str, manager: "TaskManager") -> list[str]:
+    """The tasks of a group or a tag; none if it is a task itself. No data set is touched."""
+    entry = manager.task_index[name]
+    if name in manager.all_groups:
+        return [part if isinstance(part, str) else part["task"] for part in entry.cfg["task"]]
+    return sorted(entry.tags) if name in manager.all_tags else []  # of a tag, `tags` are its tasks
+
+
 def is_bundled(name: str) -> bool:
-    return name in _names(bundled_only=True)
+    return name in _manager(bundled_only=True).all_tasks
 
 
 def load_tasks(names: Sequence[str], manager: "TaskManager") -> "list[Task | Group]":
@@ -147,8 +166,9 @@ def _folder(parameter: str, folder: str | Path) -> Path:
 
 
 @cache
-def _names(bundled_only: bool) -> frozenset[str]:
-    return frozenset(task_manager(bundled_only=bundled_only).all_tasks)
+def _manager(bundled_only: bool) -> "TaskManager":
+    """To look names up."""
+    return task_manager(bundled_only=bundled_only)
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------

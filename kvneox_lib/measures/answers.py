@@ -5,6 +5,7 @@ is asked of one context shares its compression, and all presses share the pass t
 """
 
 import copy
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import torch
 
 from kvneox_lib.measures.decoding import continue_rows
 from kvneox_lib.measures.perplexity import read_on
-from kvneox_lib.measures.prefill import first_position, free_evicted, prefill_each
+from kvneox_lib.measures.prefill import first_position, free_evicted, prefill_each, shares_the_pass
 from kvneox_lib.measures.speed import entry_bytes
 from kvneox_lib.measures.survivors import kept_counts
 from kvneox_lib.neox.cache import CompactCache
@@ -59,18 +60,33 @@ class Compressed:
     kv_bytes: int  # of the entries that are kept
 
 
-def compressed_each(model: KVNeoXForCausalLM, context: Sequence[int], presses: list) -> list[Compressed]:
-    """The context under each press."""
+def compressed_each(model: KVNeoXForCausalLM, context: Sequence[int], presses: list, seed: int = 0) -> list[Compressed]:
+    """The context under each press. One that draws does so by the seed and the context alone, whatever is read beside
+    it or was read before."""
     n = len(context)
     if n == 0:
         return [Compressed(CompactCache(), 0, None, 1.0, 0) for _ in presses]
     presses = [press if is_long_enough(n, press) else None for press in presses]
     found = []
-    for press, cache in zip(presses, prefill_each(model, _ids(model, context), presses)):
+    together = [press for press in presses if shares_the_pass(press, 1)]
+    shared = iter(_read(model, context, together, seed))
+    for press in presses:
+        cache = next(shared) if shares_the_pass(press, 1) else _read(model, context, [press], seed)[0]
         kept, position = kept_counts(cache), first_position(cache, n, press)
         kv_bytes = int(kept.sum()) * entry_bytes(model)
         found.append(Compressed(cache, position, press, float(kept.float().mean()) / n, kv_bytes))
     return found
+
+
+def _read(model: KVNeoXForCausalLM, context: Sequence[int], presses: list, seed: int) -> list[CompactCache]:
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(draws_for(seed, context))
+        return prefill_each(model, _ids(model, context), presses) if presses else []
+
+
+def draws_for(seed: int, context: Sequence[int]) -> int:
+    """What the generator is set to before a context is read."""
+    return zlib.crc32(repr((seed, *context)).encode())
 
 
 def is_long_enough(n_context: int, press) -> bool:

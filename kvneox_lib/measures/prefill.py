@@ -81,7 +81,7 @@ def prefill_each(
     if prefill_chunk is not None:
         reading = {"prefill_chunk": prefill_chunk, "evict_while_reading": evict_while_reading}
         return [prefill(model, input_ids, press, **reading) for press in presses]
-    sharing = [(press, CompactCache(headroom=0)) for press in presses if _shares_the_pass(press, len(input_ids))]
+    sharing = [(press, CompactCache(headroom=0)) for press in presses if shares_the_pass(press, len(input_ids))]
     if len(sharing) < 2:
         return [prefill(model, input_ids, press) for press in presses]
 
@@ -111,7 +111,7 @@ def prefill_each(
         model.model(input_ids=input_ids, past_key_values=DynamicCache())
     shared = iter([cache for _, cache in sharing])
     return [
-        next(shared) if _shares_the_pass(press, len(input_ids)) else prefill(model, input_ids, press)
+        next(shared) if shares_the_pass(press, len(input_ids)) else prefill(model, input_ids, press)
         for press in presses
     ]
 
@@ -120,7 +120,7 @@ def _generator(device: torch.device) -> torch.Generator:
     return torch.default_generator if device.type != "cuda" else torch.cuda.default_generators[device.index or 0]
 
 
-def _shares_the_pass(press, n_rows: int) -> bool:
+def shares_the_pass(press, n_rows: int) -> bool:
     in_hooks = press is None or (
         type(press).__call__ is BasePress.__call__ and not hasattr(press, "delimiter_token_id")
     )

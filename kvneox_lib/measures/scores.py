@@ -5,6 +5,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import numpy as np
 import pandas as pd
@@ -21,29 +22,37 @@ class Reading:
     task: str | None
     doc_id: int | None
     prompt_tokens: int
-    context_tokens: int  # of them were compressed: none where the context is too short for the press
+    context_tokens: int  # of them
     n_cut: int
     rule: str
-    kept_fraction: float  # of the entries of all that was compressed
+    compressed: bool  # not so without a press, and where the context is too short for it
+    kept_fraction: float  # of the context's entries
     kv_bytes: int  # of the entries that are kept
 
 
-def summary(readings: Sequence[Reading]) -> dict:
-    """How much of the prompts was compressed, and by which rule their contexts were found; of all requests."""
-    if not readings:
+def of_documents(readings: Sequence[Reading]) -> list[Reading]:
+    """The first of each document's requests; those of no known document, all."""
+    found = {}
+    for number, reading in enumerate(readings):
+        found.setdefault(number if reading.doc_id is None else (reading.task, reading.doc_id), reading)
+    return list(found.values())
+
+
+def summary(readings: Sequence[Reading], with_press: bool) -> dict:
+    """How much of the prompts was compressed, and by which rule their contexts were found; counts are of documents."""
+    found = of_documents(readings)
+    if not found:
         return {}
-    n, tokens = len(readings), sum(reading.prompt_tokens for reading in readings)
-    compressed = sum(reading.context_tokens for reading in readings)
-    rules = Counter(reading.rule for reading in readings)
+    compressed, n = [reading for reading in found if reading.compressed], len(found)
+    rules = Counter(reading.rule for reading in found)
     return {
-        "n_requests": n,
-        "prompt_tokens": tokens / n,
-        "context_tokens": compressed / n,
-        "compressed_share": compressed / tokens,
-        "kept_fraction": sum(reading.kept_fraction for reading in readings) / n,
-        "kv_bytes": sum(reading.kv_bytes for reading in readings) / n,
-        "n_cut": sum(reading.n_cut > 0 for reading in readings),
-        "n_not_compressed": sum(reading.context_tokens == 0 for reading in readings),
+        "prompt_tokens": sum(reading.prompt_tokens for reading in found) / n,
+        "context_tokens": sum(reading.context_tokens for reading in found) / n,
+        "compressed_share": sum(r.context_tokens for r in compressed) / sum(r.prompt_tokens for r in found),
+        "kept_fraction": sum(r.kept_fraction for r in compressed) / len(compressed) if compressed else 1.0,
+        "kv_bytes": sum(reading.kv_bytes for reading in found) / n,
+        "n_cut": sum(reading.n_cut > 0 for reading in found),
+        "n_not_compressed": n - len(compressed) if with_press else 0,
         "context_rule": " ".join(f"{rule}={count}" for rule, count in sorted(rules.items())),
     }
 
@@ -70,10 +79,8 @@ class Scores:
                 better = results["higher_is_better"][task].get(metric, True)
                 rows.append((metric, filtered, _number(value), _number(stderr), better))
         columns = ["metric", "filter", "value", "stderr", "higher_is_better"]
-        shots, version = results["n-shot"][task], results["versions"][task]
-        return cls(
-            pd.DataFrame(rows, columns=columns), results.get("samples", {}).get(task, []), readings, shots, version
-        )
+        metrics, samples = pd.DataFrame(rows, columns=columns), results.get("samples", {}).get(task, [])
+        return cls(metrics, samples, readings, results["n-shot"][task], results["versions"][task])
 
     @property
     def main(self) -> tuple[str, str]:
@@ -99,20 +106,21 @@ class Scores:
             rows.append(_beside(mine, theirs) if _mean_to(row.value, mine) else {})
         return pd.concat([self.metrics, pd.DataFrame(rows, columns=COMPARED)], axis=1)
 
-    def figures(self, table: pd.DataFrame) -> dict:
+    def figures(self, table: pd.DataFrame, with_press: bool) -> dict:
         metric, filtered = self.main
         row = table[(table["metric"] == metric) & (table["filter"] == filtered)].iloc[0]
         names = {"value": "score", "stderr": "score_stderr", **{name: name for name in COMPARED}}
         figures = {"metric": metric, "filter": filtered, **{new: row[old] for old, new in names.items()}}
         figures |= {"published": row.get("published"), "published_stderr": row.get("published_stderr")}
         figures = {name: None if pd.isna(value) else value for name, value in figures.items()}
-        asked = {"n_documents": len(self.chosen(filtered)), "task_version": str(self.version)}
-        return {**figures, **asked, **summary(self.readings), "n_tokens": None, "nll_mean": None}
+        asked = {"n_documents": len(self.chosen(filtered)), "n_shot": self.num_fewshot}
+        asked |= {"task_version": str(self.version), "lm_eval_version": version("lm_eval")}
+        return {**figures, **asked, **summary(self.readings, with_press), "n_tokens": None, "nll_mean": None}
 
     def documents(self, baseline: "Scores") -> pd.DataFrame:
         """The predictions, with what became of each prompt; of a document's requests the first."""
         metric, filtered = self.main
-        first = {reading.doc_id: reading for reading in reversed(self.readings)}
+        first = {reading.doc_id: reading for reading in of_documents(self.readings)}
         rows = []
         for one, score, bare in zip(
             self.chosen(filtered), self.by_document(metric, filtered), baseline.by_document(metric, filtered)
@@ -177,7 +185,8 @@ def beside_published(table: pd.DataFrame, loaded: LoadedModel, task: str, num_fe
     known = published(loaded.name, task, num_fewshot) if loaded.weights == "pretrained" else {}
     values, errors = zip(*(known.get(metric, (np.nan, np.nan)) for metric in table["metric"]))
     for row in table.itertuples():
-        if row.stderr >= 0 and far_from_published(loaded.name, task, num_fewshot, row.metric, row.value, row.stderr):
+        told = row.metric in known and row.stderr >= 0  # NaN of a single document
+        if told and far_from_published(loaded.name, task, num_fewshot, row.metric, row.value, row.stderr):
             warnings.warn(
                 f"{task} {row.metric} of {loaded.name} is {row.value:.4f} ± {row.stderr:.4f}, but EleutherAI published "
                 f"{known[row.metric][0]:.4f} ± {known[row.metric][1]:.4f}: more than three standard errors apart. Look "

@@ -6,9 +6,11 @@ where a context ends, `answers` does the reading; this module is what the harnes
 """
 
 import hashlib
+import io
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +44,8 @@ from kvneox_lib.presses.by_name import make_press, press_row, ratio_for
 from kvneox_lib.presses.facts import attention_needed, decoding_part
 
 MAX_GEN_TOKS = 256  # where a task does not say; the harness' own default
+# The harness says of each task that makes its documents itself how that could be told to.
+logging.getLogger("lm_eval.api.task").addFilter(lambda record: "Custom kwargs can be passed" not in record.getMessage())
 DECODING_OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature")
 
 
@@ -52,7 +56,7 @@ class KVNeoXLM(TemplateLM):
     pretrained: what `load_model` takes, a LoadedModel, or a model, then with its `tokenizer`. press: a name or a press.
     question: "outside", the press sees only the context; "inside", all of a prompt but its last token. cut: how a
     prompt that is too long is shortened, from the "left" as the harness does or in the "middle" as LongBench does.
-    batch_size: how many prompts are decoded together. press_options: the press' own fields.
+    batch_size: how many prompts are decoded together. seed: of presses that draw. press_options: the press' own fields.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class KVNeoXLM(TemplateLM):
         device: str | None = None,
         revision: str | None = None,
         max_batch_size: int | None = None,
+        seed: int = 0,
         **press_options,
     ):
         super().__init__()
@@ -80,20 +85,25 @@ class KVNeoXLM(TemplateLM):
         if isinstance(press, str):
             press_row(press)  # before weights are loaded
         self.batch_size = _batch_size(batch_size)
+        if weights == "random" or getattr(pretrained, "weights", None) == "random":
+            raise ValueError("weights='random': random weights answer nothing; allowed is pretrained or auto")
         how = dict(weights=weights, attn_implementation=attn_implementation, dtype=dtype, revision=revision)
         self.loaded = _loaded(pretrained, tokenizer, how | {"device": device or "auto"})
         self.model, self.tokenizer = adapt(self.loaded.model), self.loaded.tokenizer
         trained = self.model.config.max_position_embeddings
         self.max_length = trained if max_length is None else max_length
         check_int("max_length", self.max_length, 2)
+        if self.max_length > trained:
+            raise ValueError(f"max_length={max_length!r}: allowed is at most {trained}, the trained length")
         self.press_name, press = _named_press(press, compression_ratio, self.model, press_options)
         self.compression_ratio = _ratio_of(press)
-        self.question, self.cut = question, cut
+        self.question, self.cut, self.seed = question, cut, seed
         self.presses, self.turn = [press], 0  # which of them is asked for, see `evaluate_each`
         self.free_to_choose = attn_implementation == "auto"
         with self._attention():
             check_press(press, self.model)
         self.forms: dict[str, Form] = {}  # of tasks that the harness' own index may not have
+        self.progress: tqdm | None = None  # a bar of someone who asks many times
         self._answers: dict[str, list] = {}
         self._readings: list[list[Reading]] = [[]]
 
@@ -129,7 +139,7 @@ class KVNeoXLM(TemplateLM):
             "compression_ratio": self.compression_ratio,
             "question": self.question,
             "cut": self.cut,
-            **summary(self.readings),
+            **summary(self.readings, self.presses[self.turn] is not None),
         }
 
     @property
@@ -159,7 +169,7 @@ class KVNeoXLM(TemplateLM):
         if self.presses[self.turn] is not None:
             raise ValueError(
                 f"press={self.press_name!r}: a rolling likelihood reads a text and its context in one pass, which no "
-                "press can move: the number would mean nothing. Perplexity under a press: notebooks/01_wikitext_ppl"
+                "press can move: the number would mean nothing. Perplexity under a press is measured by notebook 01"
             )
         found = []
         for request in requests:
@@ -228,12 +238,11 @@ class KVNeoXLM(TemplateLM):
             by_context[prompt.context][prompt.rest].append(row)
         self._refuse_if_none_is_compressed([prompt for prompt, _, _ in work])
         answers = [[None] * len(work) for _ in self.presses]
-        progress = tqdm(total=len(work), desc="loglikelihood", disable=disable_tqdm, leave=False)
-        with self._attention(), progress:
+        with self._attention(), self._bar(len(work), disable_tqdm) as progress:
             for context, by_rest in by_context.items():
                 rows = sum(by_rest.values(), [])
                 asked = {rest: [work[row][1] for row in of_rest] for rest, of_rest in by_rest.items()}
-                found = compressed_each(self.model, context, self.presses)
+                found = compressed_each(self.model, context, self.presses, self.seed)
                 for which, scored in enumerate(likelihoods(self.model, found, asked)):
                     for row, one in zip(rows, scored):
                         answers[which][row] = one
@@ -250,14 +259,13 @@ class KVNeoXLM(TemplateLM):
         self._refuse_if_none_is_compressed(prompts)
         answers = [[None] * len(requests) for _ in self.presses]
         at_once = 1 if any(decoding_part(press) is not None for press in self.presses) else self.batch_size
-        progress = tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm, leave=False)
-        with self._attention(), progress:
+        with self._attention(), self._bar(len(requests), disable_tqdm) as progress:
             for kind, rows in alike.items():
                 until, how = hows[kind]
                 for start in range(0, len(rows), at_once):
                     batch = rows[start : start + at_once]
                     asked = [prompts[row] for row in batch]
-                    found = [compressed_each(self.model, prompt.context, self.presses) for prompt in asked]
+                    found = [compressed_each(self.model, one.context, self.presses, self.seed) for one in asked]
                     made = continuations(self.model, found, [prompt.rest for prompt in asked], self.presses, **how)
                     for which, tokens in enumerate(made):
                         for place, row in enumerate(batch):
@@ -272,6 +280,9 @@ class KVNeoXLM(TemplateLM):
     def _how(self, request) -> tuple[list[str], dict]:
         """Stop strings, and what `continuations` wants to know."""
         kwargs = normalize_gen_kwargs(request.args[1], MAX_GEN_TOKS)
+        idle = {"num_beams"} if kwargs.get("num_beams") == 1 else set()
+        idle |= set() if kwargs["do_sample"] else {"top_p", "top_k"}  # of draws, of which there are none
+        kwargs = {name: value for name, value in kwargs.items() if name not in idle}
         unknown, most = [name for name in kwargs if name not in DECODING_OPTIONS], self.max_length - 1
         if unknown:
             allowed = ", ".join(DECODING_OPTIONS)
@@ -300,9 +311,8 @@ class KVNeoXLM(TemplateLM):
         return postprocess_generated_text(text, stop=until, think_end_token=None)
 
     def _note(self, which: int, place: tuple, prompt: Prompt, found: Compressed) -> None:
-        n_context = prompt.n_context if found.press is not None else 0
-        sizes = len(prompt.ids), n_context, prompt.n_cut
-        self._readings[which].append(Reading(*place, *sizes, prompt.rule, found.kept_fraction, found.kv_bytes))
+        sizes, kept = (len(prompt.ids), prompt.n_context, prompt.n_cut), (found.kept_fraction, found.kv_bytes)
+        self._readings[which].append(Reading(*place, *sizes, prompt.rule, found.press is not None, *kept))
 
     def _refuse_if_none_is_compressed(self, prompts: list[Prompt]) -> None:
         longest = max((prompt.n_context for prompt in prompts), default=None)
@@ -312,6 +322,14 @@ class KVNeoXLM(TemplateLM):
                     f"press={type(press).__name__}: no prompt has a context that it can compress, the longest has "
                     f"{longest} token(s); give it longer ones: shots (num_fewshot), question='inside', another task"
                 )
+
+    @contextmanager
+    def _bar(self, n_requests: int, disabled: bool) -> Iterator[tqdm]:
+        if self.progress is not None:
+            yield self.progress
+            return
+        with tqdm(total=n_requests, desc="requests", disable=disabled, leave=False) as bar:
+            yield bar
 
     @contextmanager
     def _attention(self) -> Iterator[None]:
@@ -340,14 +358,17 @@ def _ratio_of(press) -> float | None:
 
 
 def _loaded(pretrained, tokenizer, how: dict) -> LoadedModel:
+    if isinstance(pretrained, LoadedModel | PreTrainedModel):
+        taken = {"weights": "pretrained", "dtype": "auto", "revision": None}
+        late = [name for name, value in taken.items() if how[name] != value]
+        if late:
+            raise ValueError(f"{', '.join(late)}: a model that is loaded already is taken as it is; leave them out")
     if isinstance(pretrained, LoadedModel):
         return pretrained
     if isinstance(pretrained, PreTrainedModel):
         if tokenizer is None:
             raise ValueError("tokenizer=None: must be that of the model which is given as pretrained")
         return LoadedModel(pretrained, tokenizer, pretrained.config._name_or_path or "model", "pretrained", "as given")
-    if how["weights"] == "random":
-        raise ValueError("weights='random': random weights answer nothing; allowed is pretrained or auto")
     return load_model(pretrained, **how)
 
 
@@ -381,7 +402,8 @@ class AskedTask:
     def requests(self) -> list:
         """The same at every call."""
         self.task.set_fewshot_seed(self.seed)
-        self.task.build_all_requests(limit=get_sample_size(self.task, self.limit))
+        with _quiet():
+            self.task.build_all_requests(limit=get_sample_size(self.task, self.limit))
         return self.task.instances
 
     @property
@@ -391,18 +413,21 @@ class AskedTask:
         return hashlib.sha256(asked.encode()).hexdigest()[:16]
 
 
-def asked_task(name: str, model: LoadedModel, *, num_fewshot: int | None, limit: float | None, seed: int) -> AskedTask:
+def asked_tasks(
+    names: Sequence[str], model: LoadedModel, *, num_fewshot: int | None, limit: float | None, seed: int
+) -> dict[str, AskedTask]:
     """num_fewshot: None is what the task says. Prompts that a task makes itself fit the model."""
     folder, length = model.tokenizer.name_or_path, model.model.config.max_position_embeddings
-    manager = task_manager(tokenizer=folder, max_length=length, bundled_only=is_bundled(name), seed=seed)
-    tasks = manager.load(load_tasks([name], manager))["tasks"]
-    if [*tasks] != [name]:
-        raise ValueError(f"tasks={name!r}: is a group; allowed are its tasks, {', '.join(tasks)}")
-    task = tasks[name]
-    own = task.get_config("num_fewshot")
-    if own != 0:
-        task.set_config("num_fewshot", (own or 0) if num_fewshot is None else num_fewshot)
-    return AskedTask(name, task, limit, seed)
+    in_the_box = all(map(is_bundled, names))
+    manager = task_manager(tokenizer=folder, max_length=length, bundled_only=in_the_box, seed=seed)
+    found = {}
+    for name in names:
+        task = manager.load(load_tasks([name], manager))["tasks"][name]
+        own = task.get_config("num_fewshot")
+        if own != 0:
+            task.set_config("num_fewshot", (own or 0) if num_fewshot is None else num_fewshot)
+        found[name] = AskedTask(name, task, limit, seed)
+    return found
 
 
 def evaluate_each(lm: KVNeoXLM, presses: list, asked: AskedTask) -> Iterator[tuple[dict, list[Reading]]]:
@@ -412,4 +437,13 @@ def evaluate_each(lm: KVNeoXLM, presses: list, asked: AskedTask) -> Iterator[tup
     lm.presses, lm._answers, lm._readings = presses, {}, [[] for _ in presses]
     for lm.turn in range(len(presses)):
         asked.task.set_fewshot_seed(asked.seed)
-        yield evaluate(lm, {"tasks": {asked.name: asked.task}}, limit=asked.limit, bootstrap_iters=1000), lm.readings
+        with _quiet():
+            results = evaluate(lm, {"tasks": {asked.name: asked.task}}, limit=asked.limit, bootstrap_iters=1000)
+        yield results, lm.readings
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars and lines that the harness prints for each press anew."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield

@@ -3,6 +3,7 @@ question."""
 
 import pandas as pd
 
+from kvneox_lib.pages.ranks import kendall
 from kvneox_lib.pages.report import Missing
 from kvneox_lib.pages.selecting import middle_ratio, pressed
 from kvneox_lib.pages.words import listed, number, with_interval
@@ -66,7 +67,7 @@ def at_middle_ratio(runs: pd.DataFrame, mode: str) -> pd.DataFrame:
     ratio = middle_ratio(runs)
     chosen = chosen[(chosen["press"] == "no_press") | (chosen["compression_ratio"] == ratio)]
     table = chosen.pivot_table(index="press", columns="dataset", values="score", sort=False)
-    return there(table.rename(columns=named, index={"no_press": "不压缩"}), f"压缩率 {ratio}")
+    return there(table.rename(columns=named), f"压缩率 {ratio}")
 
 
 def inside_against_outside(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -77,6 +78,14 @@ def inside_against_outside(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return there(
         {named(task): part for task, part in both.groupby("dataset", sort=False)}, "问题在外与在内都测过的方法"
     )
+
+
+def beside_others(runs: pd.DataFrame, others: dict[str, pd.Series], ratio: float) -> pd.DataFrame:
+    """At a ratio a row for each press: the scores of the tasks, question outside, and what other studies say of it."""
+    chosen = in_mode(runs, "outside")
+    chosen = there(chosen[chosen["compression_ratio"] == ratio], f"压缩率 {ratio:g}")
+    scores = chosen.pivot_table(index="press", columns="dataset", values="score", sort=False).rename(columns=named)
+    return pd.concat([scores, *(other.rename(name) for name, other in others.items())], axis=1).reindex(scores.index)
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -111,12 +120,12 @@ def prompt_table(runs: pd.DataFrame) -> pd.DataFrame:
             {
                 "任务": named(task),
                 "用法": MODES[mode],
-                "文档": f"{first['n_documents']:.0f}",
+                "篇数": f"{first['n_documents']:.0f}",
                 "提示的词元": f"{first['prompt_tokens']:.0f}",
                 "参与压缩": f"{first['compressed_share']:.0%}",
                 "上下文到哪里": listed(RULES.get(rule, rule) for rule in rules),
-                "截短的": f"{first['n_cut']:.0f}",
-                "太短而未压缩的": f"{part['n_not_compressed'].max():.0f}",
+                "截短的篇数": f"{part['n_cut'].max():.0f}",
+                "太短、未压缩的篇数": f"{part['n_not_compressed'].max():.0f}",
             }
         )
     return there(pd.DataFrame(rows), "有压缩率的 press")
@@ -150,7 +159,8 @@ def unharmed(runs: pd.DataFrame, mode: str) -> str:
     ratio, parts = middle_ratio(runs), []
     for task, part in in_mode(pressed(runs), mode).groupby("dataset", sort=False):
         at = part[part["compression_ratio"] == ratio]
-        whole = at[pd.to_numeric(at["delta_score_ci95_high"]) >= 0]
+        highest = there(pd.to_numeric(at["delta_score_ci95_high"]).dropna(), "差的区间")
+        whole = at.loc[highest.index[highest >= 0]]
         parts.append(f"{named(task)}，{listed(whole.sort_values('score', ascending=False)['press'], '一个也没有')}")
     return f"{MODES[mode]}，压缩率 {ratio:.2f}，与不压缩的差的区间碰到零的：{'；'.join(parts)}。"
 
@@ -162,3 +172,49 @@ def gained(runs: pd.DataFrame) -> str:
         mean = (both["inside"] - both["outside"]).groupby(both["press"]).mean().sort_values()
         parts.append(f"{task}平均 {mean.mean():+.2f}（最多的是 {mean.index[-1]}，{mean.iloc[-1]:+.2f}）")
     return f"压缩时看得到问题，得分的变化（各压缩率平均）：{'；'.join(parts)}。"
+
+
+# ---- beside recall and perplexity -----------------------------------------------------------------------------------
+
+RECALL, LOSSES = "口令检索", {"pg19_ppl": "长书的损失", "wikitext_ppl": "短文的损失"}
+
+
+def others_at(recall: pd.DataFrame, losses: dict[str, pd.DataFrame], ratio: float) -> dict[str, pd.Series]:
+    """By press: recall with the question outside, and what compression costs in perplexity."""
+    outside = recall[~recall["query_aware"].astype(bool) & (recall["compression_ratio"] == ratio)]
+    found = {RECALL: outside.set_index("press")["accuracy"]}
+    for study, runs in losses.items():
+        found[LOSSES[study]] = runs[runs["compression_ratio"] == ratio].set_index("press")["delta_nll"]
+    return found
+
+
+def agreement(runs: pd.DataFrame, recall: pd.DataFrame, losses: dict[str, pd.DataFrame], ratios) -> pd.DataFrame:
+    """Kendall's tau between the order of the presses in each task and in each other measure, at these ratios; a small
+    loss is good, so that its sign is turned."""
+    rows = {}
+    for ratio in ratios:
+        table = beside_others(runs, others_at(recall, losses, ratio), ratio)
+        others = [name for name in table if name in (RECALL, *LOSSES.values())]
+        tasks = [name for name in table if name not in others]
+        pairs = [(one, other) for other in others for one in tasks]
+        pairs += [(RECALL, other) for other in others if other in LOSSES.values()]
+        for one, other in pairs:
+            sign = -1 if other in LOSSES.values() else 1
+            tau, low, high, _ = kendall(table[one], sign * table[other])
+            text = "—" if pd.isna(tau) else f"{tau:+.2f} [{low:+.2f}, {high:+.2f}]"
+            rows.setdefault((one, other), {"比较": f"{one}，{other}"})[f"压缩率 {ratio:g}"] = text
+    return there(pd.DataFrame(rows.values()), "与检索、困惑度共有的方法")
+
+
+def spread(runs: pd.DataFrame, ratio: float) -> str:
+    """How far the presses are apart in each task: where they are not, no order can be told."""
+    parts = []
+    chosen = in_mode(runs[runs["compression_ratio"] == ratio], "outside")
+    for task, part in chosen.groupby("dataset", sort=False):
+        at = part.set_index("press")["score"].sort_values()
+        hurt = (pd.to_numeric(part["delta_score_ci95_high"]) < 0).sum()
+        parts.append(
+            f"{named(task)}由 {at.iloc[0]:.2f}（{at.index[0]}）到 {at.iloc[-1]:.2f}（{at.index[-1]}），"
+            f"{len(at)} 种方法里 {hurt} 种显著变差"
+        )
+    return f"压缩率 {ratio:g}，问题在外：{'；'.join(parts)}。"

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, get_args, get_type_hints
 
-from kvneox_lib.inputs.harness import check_task_names
+from kvneox_lib.inputs.harness import check_single_task
 from kvneox_lib.inputs.text import HUB, SPLITS, WIKITEXT_SUBSETS
 from kvneox_lib.inputs.weights import ATTENTION, DTYPES, find_target
 from kvneox_lib.neox.checks import check_choice, check_int
@@ -66,7 +66,7 @@ def _one_press(name, value):
 
 
 def _task(name, value):
-    check_task_names([value])
+    check_single_task(value)
 
 
 def _limit(name, value):

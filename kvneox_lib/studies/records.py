@@ -34,7 +34,7 @@ KNOWN_IN_TABLES = ("press", "compression_ratio", "query_aware", "n_sink", "windo
 TEXTS = (
     *("run_id", "model", "weights", "dataset", "press", "source", "device", "dtype", "engine", "failure"),
     *("weights_id", "text_sha256", "attn_implementation", "depths", "table_rows"),
-    *("question", "cut", "metric", "filter", "context_rule", "task_version", "documents_sha256"),
+    *("question", "cut", "metric", "filter", "context_rule", "task_version", "documents_sha256", "lm_eval_version"),
     *(name for name in PROVENANCE if name != "git_dirty"),
 )
 LONGEST_ID = 150  # a file name may have 255 bytes; the names of tables come after it

@@ -6,6 +6,8 @@ The harness makes the prompts and the scores; what is added is the comparison wi
 
 import time
 
+from tqdm.auto import tqdm
+
 from kvneox_lib.measures.scores import Scores, beside_published
 from kvneox_lib.presses.by_name import expand_presses
 from kvneox_lib.studies import arguments as may_be
@@ -53,16 +55,22 @@ def measure_tasks(
     limit: documents of each task, a number or (below 1) a share; None: all. num_fewshot: None is what the task says.
     """
     runs = Runs(measure_tasks, plan, locals())
-    from kvneox_lib.measures.tasks import KVNeoXLM, asked_task, evaluate_each  # an extra, and slow
+    from kvneox_lib.measures.tasks import KVNeoXLM, asked_tasks, evaluate_each  # an extra, and slow
 
-    how = {"num_fewshot": num_fewshot, "limit": limit, "seed": seed}
-    asked = {name: asked_task(name, runs.loaded, **how) for name in dict.fromkeys(as_list(tasks))}
+    names = list(dict.fromkeys(as_list(tasks)))
+    asked = asked_tasks(names, runs.loaded, num_fewshot=num_fewshot, limit=limit, seed=seed)
     runs.of_text = {name: {"documents_sha256": found.documents_sha256} for name, found in asked.items()}
-    for group in _together(runs):
+    groups = _together(runs)
+    progress = tqdm(
+        total=sum(len(asked[group[0].settings["dataset"]].requests) for group in groups), unit="问", desc="任务"
+    )
+    for group in groups:
         task, mode = (group[0].settings[name] for name in ("dataset", "question"))
+        progress.set_postfix_str(task)
         started, clock = provenance(runs.device), time.perf_counter()
         with runs.presses(group) as presses:
-            lm = KVNeoXLM(runs.loaded, question=mode, cut=cut, batch_size=batch_size)
+            lm = KVNeoXLM(runs.loaded, question=mode, cut=cut, batch_size=batch_size, seed=seed)
+            lm.progress = progress
             told = evaluate_each(lm, [None, *presses], asked[task])
             baseline, *scored = [Scores.of(*found) for found in told]
         seconds = (time.perf_counter() - clock) / len(group)
@@ -70,9 +78,11 @@ def measure_tasks(
             table = scores.table(baseline)
             if run.press == "no_press":
                 table = beside_published(table, runs.loaded, task, scores.num_fewshot)
-            figures, documents = scores.figures(table), scores.documents(baseline)
+            figures = scores.figures(table, with_press=run.press != "no_press")
+            documents = scores.documents(baseline)
             tables = {"scores": table, "documents": documents}
             runs.write(run, round(figures.pop("context_tokens")), started, figures | {"run_s": seconds}, tables)
+    progress.close()
     return runs.study()
 
 

@@ -1,0 +1,298 @@
+"""The study of tasks: what the harness says, each run once, compared with no press on the same documents."""
+
+import json
+import re
+import sys
+import warnings
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from kvneox_lib import load_model
+from kvneox_lib.inputs.published import published
+from kvneox_lib.inputs.weights import LoadedModel
+from kvneox_lib.measures.intervals import bootstrap_ci95, mcnemar_p
+from kvneox_lib.measures.scores import beside_published
+from kvneox_lib.pages import tasks as pages
+from kvneox_lib.pages.ranks import kendall
+from kvneox_lib.studies import tasks as studies
+from kvneox_lib.studies.plan import declared
+from kvneox_lib.studies.tasks import measure_tasks
+
+pytest.importorskip("lm_eval", reason="the extra `tasks` is not installed")
+
+ASKED = {"model": "demo", "tasks": ["kvneox_passkey", "kvneox_copy"], "limit": 6}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    asked = {"press": ["random", "keydiff"], "compression_ratio": 0.5, "question": ["outside", "inside"]}
+    return measure_tasks(**ASKED, **asked, output_dir=str(tmp_path_factory.mktemp("out")))
+
+
+def test_what_is_declared_is_written(study):
+    defaults = {name: value for name, value in studies.measure_tasks.__kwdefaults__.items()}
+    asked = {**defaults, **ASKED, "press": ["random", "keydiff"], "compression_ratio": 0.5}
+    asked |= {"question": ["outside", "inside"], "output_dir": str(study.folder)}
+    assert study.records["run_id"].tolist() == declared(measure_tasks, studies.plan, asked)
+    assert study.records["run_id"].iloc[1] == "kvneox_passkey__demo__random__0.50__limit=6"
+    assert len(study.records) == 2 * 2 * 3 and set(study.records["weights"]) == {"bundled"}
+
+
+def test_without_a_press_the_scores_are_those_of_the_harness_own_model(study, tokenizer):
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM
+
+    from kvneox_lib.inputs.harness import task_manager
+
+    folder = load_model("demo").source
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    stock = HFLM(stock, tokenizer=tokenizer, max_length=2048, device="cpu")
+    manager = task_manager(bundled_only=True, seed=0)
+    theirs = simple_evaluate(stock, tasks=ASKED["tasks"], task_manager=manager, limit=6, bootstrap_iters=0)["results"]
+    scores = study.table("scores")
+    plain = scores[scores["press"] == "no_press"].set_index(["dataset", "question", "metric"])["value"]
+    for (task, _, metric), value in plain.items():
+        assert value == pytest.approx(theirs[task][f"{metric},none"], rel=1e-4), (task, metric)
+    assert len(plain) == 2 * (1 + 2)
+
+
+def test_figures_are_of_the_documents_and_differences_are_paired(study):
+    documents = study.table("documents")
+    assert len(documents) == 12 * 6
+    for _, run in study.records.iterrows():
+        mine = documents[
+            (documents[["dataset", "question", "press"]] == run[["dataset", "question", "press"]]).all(axis=1)
+        ]
+        difference = (mine["score"] - mine["baseline_score"]).to_numpy()
+        assert run["score"] == pytest.approx(mine["score"].mean())
+        assert run["delta_score"] == pytest.approx(difference.mean())
+        ends = run["delta_score_ci95_low"], run["delta_score_ci95_high"]
+        assert ends == pytest.approx(bootstrap_ci95(difference, np.ones(6)))
+        assert run["mcnemar_p"] == mcnemar_p(int((difference > 0).sum()), int((difference < 0).sum()))
+        assert run["context_tokens"] == pytest.approx(mine["context_tokens"].mean(), abs=0.5)
+        assert run["kept_fraction"] == pytest.approx(1.0 if run["press"] == "no_press" else 0.5, abs=0.01)
+
+
+def test_a_prompt_is_compressed_as_the_mode_says(study):
+    """Outside, the passages alone; inside, all but the last token."""
+    pressed = study.table("documents").query("press == 'keydiff'")
+    left = pressed["prompt_tokens"] - pressed["context_tokens"]
+    assert (left[pressed["question"] == "inside"] == 1).all() and (left[pressed["question"] == "outside"] > 5).all()
+    rules = study.records[study.records["press"] == "keydiff"].set_index(["dataset", "question"])["context_rule"]
+    assert set(rules.loc[:, "outside"]) == {"context=6"} and set(rules.loc[:, "inside"]) == {"inside=6"}
+
+
+def test_runs_are_not_done_again_unless_something_else_is_asked(study, monkeypatch):
+    from kvneox_lib.measures import tasks
+
+    def nobody(*_):
+        raise InterruptedError
+
+    monkeypatch.setattr(tasks, "evaluate_each", nobody)
+    asked = {**ASKED, "press": "keydiff", "compression_ratio": 0.5, "output_dir": str(study.folder)}
+    again = measure_tasks(**asked, question="inside")
+    assert (
+        again.records["score"].tolist()
+        == study.records.set_index("run_id").loc[again.records["run_id"]]["score"].tolist()
+    )
+    for changed in ({"limit": 5}, {"seed": 1}, {"num_fewshot": 0}, {"cut": "middle"}, {"overwrite": True}):
+        with pytest.raises(InterruptedError):
+            measure_tasks(**{**asked, **changed})
+
+
+def test_other_documents_are_other_runs(study, monkeypatch):
+    """The same task under the same name may ask something else: another Python has another language reference."""
+    from kvneox_lib.measures import tasks
+
+    monkeypatch.setattr(tasks.AskedTask, "documents_sha256", "other")
+    monkeypatch.setattr(tasks, "evaluate_each", lambda *_: (_ for _ in ()).throw(InterruptedError))
+    with pytest.raises(InterruptedError):
+        measure_tasks(**ASKED, press="keydiff", compression_ratio=0.5, output_dir=str(study.folder))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"tasks": "kvneox_passkeys"}, "did you mean kvneox_passkey"),
+        ({"tasks": "kvneox"}, "is a group; allowed are single tasks, of it kvneox_cloze"),
+        ({"question": "between"}, "question='between'"),
+        ({"limit": 0}, "limit=0"),
+        ({"limit": 1.5}, "limit=1.5"),
+        ({"weights": "random"}, "random weights have none"),
+        ({"press": "snapkvv"}, "did you mean"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_any_work(wrong, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        measure_tasks(**{**ASKED, **wrong}, output_dir=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_context_that_is_too_short_for_a_press_is_an_error_or_is_counted(tmp_path):
+    """lm-eval's way to ask several at once does not fail for the one that is short."""
+    from lm_eval.api.instance import Instance
+
+    from kvneox_lib.measures.tasks import KVNeoXLM
+
+    lm = KVNeoXLM("demo", press="snapkv", question="inside")
+    long, short = ("word " * 200, " word"), ("a b", " c")
+    requests = [Instance("loglikelihood", {}, pair, 0, ("some", i, 1)) for i, pair in enumerate((long, short))]
+    lm.loglikelihood(requests, disable_tqdm=True)
+    told = lm.get_model_info()
+    assert told["n_not_compressed"] == 1 and told["context_rule"] == "inside=2"
+    assert told["kept_fraction"] == pytest.approx(0.5, abs=0.01)  # of what was compressed
+    with pytest.raises(ValueError, match="no prompt has a context that it can compress"):
+        lm.loglikelihood(requests[1:], disable_tqdm=True)
+
+
+def test_mcnemar():
+    """Ten discordant pairs, one of them for it: twice (1 + 10) of the 1,024 ways."""
+    assert mcnemar_p(1, 9) == mcnemar_p(9, 1) == pytest.approx(2 * 11 / 1024)
+    assert mcnemar_p(0, 0) == 1.0 and mcnemar_p(5, 5) == 1.0
+
+
+def test_kendall_is_scipys():
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        one, other = (pd.Series(rng.integers(0, 6, 12)) for _ in range(2))
+        tau, low, high, n = kendall(one, other)
+        assert tau == pytest.approx(stats.kendalltau(one, other).statistic) and low <= tau <= high and n == 12
+    rising = pd.Series(range(8))
+    assert kendall(rising, rising)[:3] == (1.0, 1.0, 1.0) and kendall(rising, -rising)[0] == -1.0
+    assert np.isnan(kendall(rising, pd.Series([1.0] * 8))[0])
+
+
+def test_a_score_far_from_what_was_published_is_said(demo, tokenizer):
+    """Of weights that are Pythia's: what the demo scores was never published."""
+    (metric, (value, stderr)), *_ = published("pythia-70m", "lambada_openai", 0).items()
+    table = pd.DataFrame([{"metric": metric, "filter": "none", "value": value + 2 * stderr, "stderr": stderr}])
+    pythia = LoadedModel(demo, tokenizer, "pythia-70m", "pretrained", "somewhere")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        beside = beside_published(table, pythia, "lambada_openai", 0)
+    assert beside["published"].tolist() == [value] and beside["published_stderr"].tolist() == [stderr]
+    far = table.assign(value=value + 10 * stderr)
+    with pytest.warns(UserWarning, match="more than three standard errors apart"):
+        beside_published(far, pythia, "lambada_openai", 0)
+    bundled = LoadedModel(demo, tokenizer, "pythia-70m", "bundled", "somewhere")
+    assert beside_published(far, bundled, "lambada_openai", 0)["published"].isna().all()
+
+
+def test_pages_of_few_runs(study):
+    assert pages.modes_of(study.records) == ["outside", "inside"]
+    table = pages.at_middle_ratio(study.records, "outside")
+    assert table.index.tolist() == ["no_press", "random", "keydiff"] and table.columns.tolist() == ["口令", "抄写"]
+    assert len(pages.score_table(study.records)) == 12 and len(pages.prompt_table(study.records)) == 4
+    assert set(pages.inside_against_outside(study.records)) == {"口令", "抄写"}
+    assert pages.published_table(study.table("scores")).empty
+
+
+@pytest.mark.slow
+def test_the_command_line(monkeypatch, capsys):
+    """As README says it."""
+    from kvneox_lib.__main__ import main
+
+    page = (REPOSITORY / "README_zh.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^python -m kvneox_lib (tasks .*pretrained=demo.*)$", page, re.M)
+    monkeypatch.setattr(sys, "argv", ["kvneox_lib", *line.split()])
+    assert main() == 0
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "exact_match" in line)
+    assert float(row.split("|")[7]) >= 0.7
+    monkeypatch.setattr(sys, "argv", ["kvneox_lib", *line.replace("kvneox_passkey", "kvneox_pass").split()])
+    assert main() == 2 and "did you mean kvneox_passkey" in capsys.readouterr().err
+
+
+OWN_TASK = """
+task: shouting
+test_split: test
+output_type: loglikelihood
+custom_dataset: !function shouting.documents
+doc_to_text: "{{word}} is shouted"
+doc_to_target: " {{word|upper}}"
+num_fewshot: 6
+metric_list:
+  - metric: acc
+"""
+OWN_DOCUMENTS = """
+from datasets import Dataset
+
+def documents(**_):
+    words = "one two three four five six seven eight nine ten".split()
+    return {"test": Dataset.from_list([{"word": word} for word in words])}
+"""
+
+
+def test_the_command_line_with_a_file_a_task_of_ones_own_and_a_cache(monkeypatch, tmp_path):
+    """The shots are the context, though the harness' index does not have the task; answers that are kept are of their
+    press alone."""
+    from lm_eval import tasks
+
+    from kvneox_lib.measures import command
+
+    (tmp_path / "shouting.yaml").write_text(OWN_TASK)
+    (tmp_path / "shouting.py").write_text(OWN_DOCUMENTS)
+    monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))  # seconds
+    told = []
+    saying = command._evaluate
+
+    def listening(evaluate, lm, **how):
+        results = saying(evaluate, lm, **how)
+        told.append((lm.get_model_info(), results["samples"]["shouting"]))
+        return results
+
+    monkeypatch.setattr(command, "_evaluate", listening)
+    for press in ("no_press", "knorm", "knorm"):
+        asked = {"tasks": "shouting", "model_args": {"pretrained": "demo", "press": press, "compression_ratio": 0.8}}
+        (tmp_path / "asked.yaml").write_text(json.dumps(asked | {"limit": 3}))
+        arguments = ["--config", str(tmp_path / "asked.yaml"), "--include_path", str(tmp_path)]
+        kept = ["--use_cache", str(tmp_path / "cache"), "--log_samples", "--output_path", str(tmp_path / "out")]
+        assert command.run([*arguments, *kept]) == 0
+    answers = [[one["resps"] for one in samples] for _, samples in told]
+    assert answers[0] != answers[1] == answers[2]
+    assert told[1][0]["context_rule"] == "fewshot=3" and "context_rule" not in told[2][0]  # nothing was read again
+
+
+def test_what_a_press_draws_hangs_on_the_seed_and_the_context_alone(demo):
+    from kvneox_lib import make_press
+    from kvneox_lib.measures.answers import compressed_each
+
+    def kept(names: list[str], context, seed: int = 0):
+        presses = [make_press(name, 0.5) for name in names]
+        found = compressed_each(demo, context, presses, seed)
+        return [one.cache.layers[0].keys for one in found][names.index("random")]
+
+    one, other = range(100, 180), range(101, 181)
+    alone = kept(["random"], one)
+    for beside in (["random", "knorm"], ["knorm", "random"], ["kvzip", "random"], ["random", "leverage", "random"]):
+        torch.randn(3)
+        assert torch.equal(kept(beside, one), alone), beside
+    places = [kept(["random"], context, seed)[..., 0] for context, seed in ((one, 0), (one, 1), (other, 0))]
+    assert not torch.equal(places[0], places[1]) and not torch.equal(places[0], places[2])
+
+
+def test_passkeys_hang_on_the_press():
+    """keydiff keeps them; snapkv, which sees no question, does not."""
+    from kvneox_lib import make_press
+    from kvneox_lib.measures.tasks import KVNeoXLM, asked_tasks, evaluate_each
+
+    loaded = load_model("demo")
+    (asked,) = asked_tasks(["kvneox_passkey"], loaded, num_fewshot=None, limit=24, seed=0).values()
+    presses = [None, make_press("keydiff", 0.5), make_press("snapkv", 0.5)]
+    told = evaluate_each(KVNeoXLM(loaded, batch_size=8), presses, asked)
+    plain, keydiff, snapkv = (results["results"]["kvneox_passkey"]["exact_match,none"] for results, _ in told)
+    assert plain >= 0.9 and keydiff >= 0.7 and snapkv <= 0.3
+
+
+def test_the_library_does_not_import_the_harness_by_itself():
+    import subprocess
+
+    script = "import sys, kvneox_lib, kvneox_lib.studies.table; print('lm_eval' in sys.modules); kvneox_lib.KVNeoXLM"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0 and done.stdout.split() == ["False"], done.stderr
