@@ -49,7 +49,7 @@ def listed(heading: str) -> list[str]:
     return re.findall(r"^- `([^`]+)`", section, re.M)
 
 
-@pytest.mark.parametrize("heading", ["加一种 press", "加一项研究", "加一个参数", "加一张图"])
+@pytest.mark.parametrize("heading", ["加一种 press", "加一项研究", "加一项任务", "加一个参数", "加一张图"])
 def test_what_the_lists_name_is_there(heading):
     files = listed(heading)
     assert len(files) >= 2

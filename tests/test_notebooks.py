@@ -151,6 +151,21 @@ def test_streaming_notebook(tmp_path):
 
 
 @pytest.mark.slow
+def test_tasks_notebook(tmp_path):
+    asked = {"tasks": ["kvneox_passkey", "kvneox_copy"], "press": ["streaming_llm", "keydiff"], "limit": 8}
+    asked |= {"question": ["outside", "inside"], "compression_ratio": [0.5, 0.9]}
+    notebook = run("07_tasks", tmp_path, model="demo", **asked, output_dir=str(tmp_path / "out"))
+    text = said(notebook)
+    assert (
+        "模型 **demo**（权重：bundled）" in text and "不压缩时的得分：口令" in text and "看得到问题，得分的变化" in text
+    )
+    measured = records.load_records(tmp_path / "out").set_index(["dataset", "press", "compression_ratio", "question"])
+    assert len(measured) == 2 * 2 * 5 and "20 份记录" in text
+    assert measured["score"]["kvneox_passkey", "no_press", 0.0, "outside"] >= 0.85
+    assert measured["score"]["kvneox_passkey", "streaming_llm", 0.9, "outside"] <= 0.3
+
+
+@pytest.mark.slow
 def test_explore_notebook(tmp_path):
     asked = {**TEXT, "continuation_length": 8, "press": "adakv_snapkv"}
     notebook = run("06_explore", tmp_path, **asked, output_dir=str(tmp_path / "out"))

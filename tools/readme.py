@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from kvneox_lib import expand_presses
 from kvneox_lib.pages import report as reporting
 from kvneox_lib.pages import streams, timings
+from kvneox_lib.pages import tasks as task_pages
 from kvneox_lib.pages.figures import press_lines, use_style
 from kvneox_lib.pages.tables import press_table
 from kvneox_lib.studies.records import load_records
@@ -127,6 +128,30 @@ def _by_press(runs: pd.DataFrame, ratio: float, column: str) -> pd.Series:
     return runs[runs["compression_ratio"] == ratio].set_index("press")[column]
 
 
+def task_table() -> str:
+    """Scores of the tasks in the box, the question read after compression, the best of the hardest ratio first."""
+    runs = load_records(REFERENCE / "tasks")
+    if runs.empty:
+        return missing("tasks")
+    outside = runs[runs["question"] == "outside"]
+    columns = {
+        f"{task_pages.named(task)} {ratio:.2f}": _by_press(part, ratio, "score")
+        for task, part in outside.groupby("dataset", sort=False)
+        for ratio in SHOWN_RATIOS
+    }
+    table = pd.DataFrame(columns)
+    table = table.loc[table.mean(axis=1).sort_values(ascending=False).index]
+    rows = [[f"`{name}`", *(f"{value:.2f}" for value in row)] for name, row in zip(table.index, table.to_numpy())]
+    plain = outside[outside["press"] == "no_press"]
+    bare = "，".join(f"{task_pages.named(row.dataset)} {row.score:.2f}" for row in plain.itertuples())
+    first = plain.iloc[0]
+    note = (
+        f"模型 {first['model']}（权重：{first['weights']}），{first['device_name']}，{first['dtype']}；每项 "
+        f"{first['n_documents']:.0f} 篇，列名里的数是压缩率。不压缩时：{bare}。"
+    )
+    return markdown(rows, head=["press", *table.columns]) + f"\n\n{note}"
+
+
 def control_line() -> str:
     """How little the teacher-forced control moved, beside how much the truth did."""
     runs = pd.concat([core_runs(study) for study in TEXTS], ignore_index=True)
@@ -174,6 +199,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "presses": press_table,
     "parameters": parameter_table,
     "quality": quality_table,
+    "tasks": task_table,
     "control": control_line,
     "speed": speed_table,
     "streaming": streaming_table,
