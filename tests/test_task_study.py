@@ -89,12 +89,12 @@ def test_a_prompt_is_compressed_as_the_mode_says(study):
 
 
 def test_runs_are_not_done_again_unless_something_else_is_asked(study, monkeypatch):
-    from kvneox_lib.measures import tasks
+    from kvneox_lib.measures import evaluation
 
     def nobody(*_):
         raise InterruptedError
 
-    monkeypatch.setattr(tasks, "evaluate_each", nobody)
+    monkeypatch.setattr(evaluation, "evaluate_each", nobody)
     asked = {**ASKED, "press": "keydiff", "compression_ratio": 0.5, "output_dir": str(study.folder)}
     again = measure_tasks(**asked, question="inside")
     assert (
@@ -108,10 +108,10 @@ def test_runs_are_not_done_again_unless_something_else_is_asked(study, monkeypat
 
 def test_other_documents_are_other_runs(study, monkeypatch):
     """The same task under the same name may ask something else: another Python has another language reference."""
-    from kvneox_lib.measures import tasks
+    from kvneox_lib.measures import evaluation
 
-    monkeypatch.setattr(tasks.AskedTask, "documents_sha256", "other")
-    monkeypatch.setattr(tasks, "evaluate_each", lambda *_: (_ for _ in ()).throw(InterruptedError))
+    monkeypatch.setattr(evaluation.AskedTask, "documents_sha256", "other")
+    monkeypatch.setattr(evaluation, "evaluate_each", lambda *_: (_ for _ in ()).throw(InterruptedError))
     with pytest.raises(InterruptedError):
         measure_tasks(**ASKED, press="keydiff", compression_ratio=0.5, output_dir=str(study.folder))
 
@@ -280,7 +280,8 @@ def test_what_a_press_draws_hangs_on_the_seed_and_the_context_alone(demo):
 def test_passkeys_hang_on_the_press():
     """keydiff keeps them; snapkv, which sees no question, does not."""
     from kvneox_lib import make_press
-    from kvneox_lib.measures.tasks import KVNeoXLM, asked_tasks, evaluate_each
+    from kvneox_lib.measures.evaluation import asked_tasks, evaluate_each
+    from kvneox_lib.measures.tasks import KVNeoXLM
 
     loaded = load_model("demo")
     (asked,) = asked_tasks(["kvneox_passkey"], loaded, num_fewshot=None, limit=24, seed=0).values()

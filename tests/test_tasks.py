@@ -17,10 +17,11 @@ from kvneox_lib import continuation_nll, generate, load_model, make_press
 from kvneox_lib.inputs.weights import LoadedModel
 from kvneox_lib.measures.answers import draws_for, shortened
 from kvneox_lib.measures.decoding import continue_rows
+from kvneox_lib.measures.evaluation import AskedTask, evaluate_each
 from kvneox_lib.measures.prefill import prefill
 from kvneox_lib.measures.questions import Form
 from kvneox_lib.measures.survivors import kept_positions
-from kvneox_lib.measures.tasks import AskedTask, KVNeoXLM, evaluate_each
+from kvneox_lib.measures.tasks import KVNeoXLM
 from kvneox_lib.measures.verify import masked_stock_logits
 from kvneox_lib.neox.modeling import stock_twin
 from kvneox_lib.presses.applying import attention

@@ -6,25 +6,18 @@ where a context ends, `answers` does the reading; this module is what the harnes
 """
 
 import hashlib
-import io
-import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 
 import torch
-from lm_eval import evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.api.task import Task
-from lm_eval.evaluator_utils import get_sample_size
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from kvneox_lib.inputs.harness import is_bundled, load_tasks, task_manager
 from kvneox_lib.inputs.weights import LoadedModel, load_model
 from kvneox_lib.measures.answers import (
     Compressed,
@@ -44,8 +37,6 @@ from kvneox_lib.presses.by_name import make_press, press_row, ratio_for
 from kvneox_lib.presses.facts import attention_needed, decoding_part
 
 MAX_GEN_TOKS = 256  # where a task does not say; the harness' own default
-# The harness says of each task that makes its documents itself how that could be told to.
-logging.getLogger("lm_eval.api.task").addFilter(lambda record: "Custom kwargs can be passed" not in record.getMessage())
 DECODING_OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature")
 
 
@@ -98,7 +89,7 @@ class KVNeoXLM(TemplateLM):
         self.press_name, press = _named_press(press, compression_ratio, self.model, press_options)
         self.compression_ratio = _ratio_of(press)
         self.question, self.cut, self.seed = question, cut, seed
-        self.presses, self.turn = [press], 0  # which of them is asked for, see `evaluate_each`
+        self.presses, self.turn = [press], 0  # which of them is asked for, see `evaluation`
         self.free_to_choose = attn_implementation == "auto"
         with self._attention():
             check_press(press, self.model)
@@ -387,63 +378,3 @@ def _place(request) -> tuple[str | None, int | None]:
 
 def _named(request) -> str:
     return f"{request.task_name or 'request'}, document {request.doc_id}"
-
-
-@dataclass(frozen=True)
-class AskedTask:
-    """A task with its data, and how much of it is asked in which way."""
-
-    name: str
-    task: Task
-    limit: float | None  # documents, or a share of them below 1
-    seed: int  # of the shots
-
-    @property
-    def requests(self) -> list:
-        """The same at every call."""
-        self.task.set_fewshot_seed(self.seed)
-        with _quiet():
-            self.task.build_all_requests(limit=get_sample_size(self.task, self.limit))
-        return self.task.instances
-
-    @property
-    def documents_sha256(self) -> str:
-        """Tells these prompts from others: the data of a task, its wording or its shots may change."""
-        asked = repr([(request.doc_id, request.args) for request in self.requests])
-        return hashlib.sha256(asked.encode()).hexdigest()[:16]
-
-
-def asked_tasks(
-    names: Sequence[str], model: LoadedModel, *, num_fewshot: int | None, limit: float | None, seed: int
-) -> dict[str, AskedTask]:
-    """num_fewshot: None is what the task says. Prompts that a task makes itself fit the model."""
-    folder, length = model.tokenizer.name_or_path, model.model.config.max_position_embeddings
-    in_the_box = all(map(is_bundled, names))
-    manager = task_manager(tokenizer=folder, max_length=length, bundled_only=in_the_box, seed=seed)
-    found = {}
-    for name in names:
-        task = manager.load(load_tasks([name], manager))["tasks"][name]
-        own = task.get_config("num_fewshot")
-        if own != 0:
-            task.set_config("num_fewshot", (own or 0) if num_fewshot is None else num_fewshot)
-        found[name] = AskedTask(name, task, limit, seed)
-    return found
-
-
-def evaluate_each(lm: KVNeoXLM, presses: list, asked: AskedTask) -> Iterator[tuple[dict, list[Reading]]]:
-    """lm-eval's results, with samples, and the readings, under each press. All presses answer a request in one go, as
-    far as they can share the reading of its context."""
-    lm.forms = {asked.name: Form.of(asked.task.config)}
-    lm.presses, lm._answers, lm._readings = presses, {}, [[] for _ in presses]
-    for lm.turn in range(len(presses)):
-        asked.task.set_fewshot_seed(asked.seed)
-        with _quiet():
-            results = evaluate(lm, {"tasks": {asked.name: asked.task}}, limit=asked.limit, bootstrap_iters=1000)
-        yield results, lm.readings
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the bars and lines that the harness prints for each press anew."""
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        yield

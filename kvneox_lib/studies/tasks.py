@@ -55,7 +55,8 @@ def measure_tasks(
     limit: documents of each task, a number or (below 1) a share; None: all. num_fewshot: None is what the task says.
     """
     runs = Runs(measure_tasks, plan, locals())
-    from kvneox_lib.measures.tasks import KVNeoXLM, asked_tasks, evaluate_each  # an extra, and slow
+    from kvneox_lib.measures.evaluation import asked_tasks, evaluate_each  # an extra, and slow
+    from kvneox_lib.measures.tasks import KVNeoXLM
 
     names = list(dict.fromkeys(as_list(tasks)))
     asked = asked_tasks(names, runs.loaded, num_fewshot=num_fewshot, limit=limit, seed=seed)
