@@ -83,3 +83,33 @@ def test_a_hundred_thousand_tokens_in_constant_memory():
     ablation = frame[frame["press"].isin(["window", "sinks"])]
     sizes = ablation["n_sink"] + ablation["window"]
     assert set(zip(ablation["n_sink"], sizes)) == {(k, n) for k in (0, 1, 2, 4, 8) for n in (128, 256, 512, 1024)}
+
+
+TASKS = ["kvneox_cloze", "kvneox_copy", "kvneox_multikey", "kvneox_passkey"]
+
+
+def test_tasks_were_asked_of_every_core_press_on_200_documents():
+    frame = runs("tasks")
+    assert (frame["n_documents"] >= 200).all() and not frame["git_dirty"].any() and set(frame["weights"]) == {"bundled"}
+    ratios = [ratio for ratio in RATIOS if ratio < 0.99]
+    found = frame[frame["press"] != "no_press"].groupby(["dataset", "question", "press"])["compression_ratio"]
+    wanted = {(task, mode, name): ratios for task in TASKS for mode in ("outside", "inside") for name in CORE}
+    assert found.apply(sorted).to_dict() == wanted
+    plain = frame[frame["press"] == "no_press"].set_index(["dataset", "question"])["score"].unstack()
+    assert plain["outside"].tolist() == plain["inside"].tolist()  # where nothing is compressed, both read the same
+    assert (plain.loc[["kvneox_cloze", "kvneox_multikey"], "outside"] > 0.45).all()  # of four choices
+    assert (
+        tables_of(frame, "documents").groupby(["dataset", "question", "press", "compression_ratio"]).size().min() >= 200
+    )
+
+
+def test_what_keeps_passkeys_does_not_keep_a_sentence():
+    """keydiff answers for passkeys as no compression does; a sentence it keeps no better than chance. Who looks at the
+    question keeps the last word of a passage."""
+    scores = runs("tasks").set_index(["dataset", "question", "press", "compression_ratio"]).sort_index()
+    passkey, copy = (scores.loc[(task, "outside")] for task in ("kvneox_passkey", "kvneox_copy"))
+    assert passkey.loc[("keydiff", 0.5), "score"] > 0.9 > 0.3 > passkey.loc[("snapkv", 0.5), "score"]
+    ends = copy.loc[("random", 0.5), ["score_ci95_low", "score_ci95_high"]]
+    assert ends.iloc[0] <= copy.loc[("keydiff", 0.5), "score"] <= ends.iloc[1]
+    inside = scores.loc[("kvneox_cloze", "inside")]["delta_score_ci95_high"]
+    assert inside["snapkv", 0.5] >= 0 > inside["random", 0.5]

@@ -125,10 +125,12 @@ def _line_style(name: str, names: list[str]) -> dict:
     first_free = len(PLACES) if any(other in PLACES for other in names) else 0
     place = PLACES[name] if name in PLACES else first_free + others.index(name)
     palette, markers, dashes = seaborn.color_palette("colorblind"), "os^DvP*X<>hd", ("-", "--", "-.")
+    turn = place // len(palette)
     return {
         "color": palette[place % len(palette)],
         "marker": markers[place % len(markers)],
-        "linestyle": dashes[place // len(palette) % len(dashes)],
+        "linestyle": dashes[turn % len(dashes)],
+        "fillstyle": "full" if turn == 0 else "none",  # where there are only marks
     }
 
 
@@ -228,14 +230,20 @@ def note(text: str) -> Figure:
 def press_line_panels(
     panels: dict[str, pd.DataFrame], x: str, y: str, *, xlabel: str, ylabel: str, log_x: bool = False
 ) -> Figure:
-    """`press_lines` side by side, with one legend and one scale."""
+    """`press_lines` side by side, four in two rows, with one legend and one scale."""
     names = list(dict.fromkeys(name for frame in panels.values() for name in frame["press"]))
-    figure, grid = pyplot.subplots(1, len(panels), figsize=(3.4 * len(panels) + 1.6, 3.6), sharey=True, squeeze=False)
+    across = len(panels) if len(panels) < 4 else 2
+    down = -(-len(panels) // across)
+    size = (3.4 * across + 1.6, 3.6 if down == 1 else 2.9 * down)
+    figure, grid = pyplot.subplots(down, across, figsize=size, sharey=True, squeeze=False)
     for axes, (title, frame) in zip(grid.flat, panels.items()):
         _press_lines_on(axes, frame, x, y, names, log_x)
         axes.set_title(title, fontsize=10)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
     figure.supxlabel(xlabel, fontsize=10)
-    grid[0, 0].set_ylabel(ylabel)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(ylabel)
     handles = [pyplot.Line2D([], [], label=name, markersize=5, **_line_style(name, names)) for name in names]
     figure.legend(handles=handles, loc="outside right center", fontsize=8, frameon=False)
     return figure

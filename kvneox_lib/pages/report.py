@@ -89,8 +89,9 @@ def _source(records: Records) -> str:
     first = records.runs().iloc[0]
     commits = sorted({str(commit)[:7] for commit in records.frame["git_commit"].dropna()})
     dirty = "，含未提交的改动" if records.frame["git_dirty"].fillna(False).any() else ""
+    texts = listed(dict.fromkeys(records.frame["dataset"]))
     return (
-        f"来源：{records.folder.as_posix()}，{len(records.frame)} 份记录；{setting(first)}；提交 "
+        f"来源：{records.folder.as_posix()}，{len(records.frame)} 份记录；{setting(first, texts)}；提交 "
         f"{'、'.join(commits) or '不详'}{dirty}。"
     )
 
@@ -100,9 +101,9 @@ def sources(found: list[Records]) -> str:
     return "".join(dict.fromkeys(_source(records) for records in found))
 
 
-def setting(row: pd.Series) -> str:
-    """Model, weights, text and machine in words."""
-    text = "随机词元" if row["dataset"] == "random-tokens" else row["dataset"]
+def setting(row: pd.Series, texts: str | None = None) -> str:
+    """Model, weights, text (or several) and machine in words."""
+    text = "随机词元" if row["dataset"] == "random-tokens" else texts or row["dataset"]
     model = f"{row['model']}（{WEIGHTS.get(row['weights'], row['weights'])}）"
     return f"模型 {model}；文本 {text}；设备 {row['device_name']}（{row['device']}，{row['dtype']}）"
 
@@ -145,8 +146,8 @@ def _keys(frame: pd.DataFrame, study: str) -> list[str]:
     row = STUDIES[study]
     known = {*SETTING, *row.axes} | (set() if row.is_timed else {"attn_implementation"})
     names = dict.fromkeys((*SETTING, *row.parameters))
-    apart = [name for name in names if name in SETTING or name not in known]
-    return [name for name in apart if name in frame and name not in row.axes]
+    apart = [name for name in names if name in frame and (name in SETTING or name not in known)]
+    return [name for name in apart if name != "dataset" or name not in row.axes]  # a task among others
 
 
 def _newest(part: pd.DataFrame, study: str) -> pd.DataFrame:

@@ -37,8 +37,16 @@ def there(found, what: str):
     return found
 
 
+def ordered(runs: pd.DataFrame) -> pd.DataFrame:
+    """The tasks in the order of the table above, others after them."""
+    places = {task: place for place, task in enumerate(TASKS)}
+    return runs.sort_values(
+        "dataset", key=lambda names: names.map(lambda name: places.get(name, len(places))), kind="stable"
+    )
+
+
 def in_mode(runs: pd.DataFrame, mode: str) -> pd.DataFrame:
-    return there(runs[runs["question"] == mode], MODES[mode])
+    return there(ordered(runs[runs["question"] == mode]), MODES[mode])
 
 
 def modes_of(runs: pd.DataFrame) -> list[str]:
@@ -66,14 +74,17 @@ def at_middle_ratio(runs: pd.DataFrame, mode: str) -> pd.DataFrame:
     chosen = in_mode(runs, mode)
     ratio = middle_ratio(runs)
     chosen = chosen[(chosen["press"] == "no_press") | (chosen["compression_ratio"] == ratio)]
-    table = chosen.pivot_table(index="press", columns="dataset", values="score", sort=False)
-    return there(table.rename(columns=named), f"压缩率 {ratio}")
+    table = chosen.pivot_table(index="press", columns="dataset", values="score", sort=False).rename(columns=named)
+    best_first = table.mean(axis=1).sort_values(ascending=False).index
+    names = [*(name for name in best_first if name == "no_press"), *(name for name in best_first if name != "no_press")]
+    return there(table.loc[names], f"压缩率 {ratio}")
 
 
 def inside_against_outside(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """For each task the presses' scores with the question outside and inside, at every ratio."""
     keys = ["dataset", "press", "compression_ratio"]
-    outside, inside = (pressed(runs[runs["question"] == mode]).set_index(keys)["score"] for mode in MODES)
+    runs = pressed(ordered(runs))
+    outside, inside = (runs[runs["question"] == mode].set_index(keys)["score"] for mode in MODES)
     both = pd.concat([outside, inside], axis=1, keys=["outside", "inside"]).dropna().reset_index()
     return there(
         {named(task): part for task, part in both.groupby("dataset", sort=False)}, "问题在外与在内都测过的方法"
@@ -113,7 +124,7 @@ def score_table(runs: pd.DataFrame) -> pd.DataFrame:
 def prompt_table(runs: pd.DataFrame) -> pd.DataFrame:
     """How the prompts of each task were split, from the runs that compress."""
     rows = []
-    for (task, mode), part in pressed(runs).groupby(["dataset", "question"], sort=False):
+    for (task, mode), part in pressed(ordered(runs)).groupby(["dataset", "question"], sort=False):
         first = part.iloc[0]
         rules = [word.partition("=")[0] for word in first["context_rule"].split()]
         rows.append(
@@ -149,7 +160,7 @@ def published_table(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def plain(runs: pd.DataFrame) -> str:
-    bare = there(runs[runs["press"] == "no_press"].drop_duplicates("dataset"), "no_press")
+    bare = there(ordered(runs[runs["press"] == "no_press"]).drop_duplicates("dataset"), "no_press")
     parts = [f"{named(row['dataset'])} {with_interval(row, 'score', 2)}" for _, row in bare.iterrows()]
     return f"不压缩时的得分：{'，'.join(parts)}。"
 
@@ -188,22 +199,36 @@ def others_at(recall: pd.DataFrame, losses: dict[str, pd.DataFrame], ratio: floa
     return found
 
 
+def taus(runs: pd.DataFrame, recall: pd.DataFrame, losses: dict[str, pd.DataFrame], ratio: float) -> dict:
+    """(task, other measure): Kendall's tau between the orders of the presses, its interval, and how many there are. A
+    small loss is good, so that its sign is turned."""
+    table = beside_others(runs, others_at(recall, losses, ratio), ratio)
+    others = [name for name in table if name in (RECALL, *LOSSES.values())]
+    tasks = [name for name in table if name not in others]
+    pairs = [(one, other) for other in others for one in tasks]
+    pairs += [(RECALL, other) for other in others if other != RECALL]
+    return {(one, other): kendall(table[one], table[other] * (1 if other == RECALL else -1)) for one, other in pairs}
+
+
 def agreement(runs: pd.DataFrame, recall: pd.DataFrame, losses: dict[str, pd.DataFrame], ratios) -> pd.DataFrame:
-    """Kendall's tau between the order of the presses in each task and in each other measure, at these ratios; a small
-    loss is good, so that its sign is turned."""
     rows = {}
     for ratio in ratios:
-        table = beside_others(runs, others_at(recall, losses, ratio), ratio)
-        others = [name for name in table if name in (RECALL, *LOSSES.values())]
-        tasks = [name for name in table if name not in others]
-        pairs = [(one, other) for other in others for one in tasks]
-        pairs += [(RECALL, other) for other in others if other in LOSSES.values()]
-        for one, other in pairs:
-            sign = -1 if other in LOSSES.values() else 1
-            tau, low, high, _ = kendall(table[one], sign * table[other])
+        for pair, (tau, low, high, _) in taus(runs, recall, losses, ratio).items():
             text = "—" if pd.isna(tau) else f"{tau:+.2f} [{low:+.2f}, {high:+.2f}]"
-            rows.setdefault((one, other), {"比较": f"{one}，{other}"})[f"压缩率 {ratio:g}"] = text
+            rows.setdefault(pair, {"比较": "，".join(pair)})[f"压缩率 {ratio:g}"] = text
     return there(pd.DataFrame(rows.values()), "与检索、困惑度共有的方法")
+
+
+def agreeing(runs: pd.DataFrame, recall: pd.DataFrame, losses: dict[str, pd.DataFrame], ratios) -> str:
+    """With which other measures each task agrees beyond its interval, at all of these ratios."""
+    found = [taus(runs, recall, losses, ratio) for ratio in ratios]
+    sure = [pair for pair in found[0] if all(of.get(pair, (0, 0))[1] > 0 for of in found)]
+    by_task = {}
+    for one, other in sure:
+        by_task.setdefault(one, []).append(other)
+    parts = [f"{one}与{'、'.join(others)}" for one, others in by_task.items()]
+    said = "、".join(f"{ratio:g}" for ratio in ratios)
+    return f"压缩率 {said} 下区间都在零以上的：{'；'.join(parts) or '一对也没有'}。"
 
 
 def spread(runs: pd.DataFrame, ratio: float) -> str:
@@ -215,6 +240,18 @@ def spread(runs: pd.DataFrame, ratio: float) -> str:
         hurt = (pd.to_numeric(part["delta_score_ci95_high"]) < 0).sum()
         parts.append(
             f"{named(task)}由 {at.iloc[0]:.2f}（{at.index[0]}）到 {at.iloc[-1]:.2f}（{at.index[-1]}），"
-            f"{len(at)} 种方法里 {hurt} 种显著变差"
+            f"{len(at)} 种方法里 {hurt} 种与不压缩的差的区间全在零以下"
         )
     return f"压缩率 {ratio:g}，问题在外：{'；'.join(parts)}。"
+
+
+def places(runs: pd.DataFrame, press: str, ratio: float, mode: str) -> str:
+    """Where one press stands in each task, beside evicting at random."""
+    parts = []
+    for task, part in in_mode(runs[runs["compression_ratio"] == ratio], mode).groupby("dataset", sort=False):
+        scores = part.set_index("press")["score"]
+        if press not in scores or "random" not in scores:
+            raise Missing("tasks", f"{press} 与 random")
+        place = int(scores.rank(ascending=False, method="min")[press])
+        parts.append(f"{named(task)}第 {place}（{scores[press]:.2f}，随机淘汰 {scores['random']:.2f}）")
+    return f"{MODES[mode]}、压缩率 {ratio:g} 时，{press} 在 {scores.size} 种方法里：{'，'.join(parts)}。"
