@@ -133,7 +133,7 @@ def task_table() -> str:
     runs = load_records(REFERENCE / "tasks")
     if runs.empty:
         return missing("tasks")
-    outside = runs[runs["question"] == "outside"]
+    outside = task_pages.ordered(runs[runs["question"] == "outside"])
     columns = {
         f"{task_pages.named(task)} {ratio:.2f}": _by_press(part, ratio, "score")
         for task, part in outside.groupby("dataset", sort=False)
