@@ -37,7 +37,8 @@ def measured(loaded: LoadedModel, choice: int) -> dict[str, list[float]]:
     requests = requests_of(model.config.vocab_size, choice)
     hf = HFLM(pretrained=stock, tokenizer=loaded.tokenizer, batch_size=CHOICES, device="cpu")
     whole = torch.tensor([requests[0][1] + sum((tokens for *_, tokens in requests), [])])
-    answering = {press: KVNeoXLM(loaded, press=press, compression_ratio=RATIO) for press in PRESSES} | {"harness": hf}
+    with_press = partial(KVNeoXLM, loaded.model, tokenizer=loaded.tokenizer, compression_ratio=RATIO)
+    answering = {press: with_press(press=press) for press in PRESSES} | {"harness": hf}
     variants = {who: partial(lm._loglikelihood_tokens, requests, disable_tqdm=True) for who, lm in answering.items()}
     variants["one pass"] = partial(model, whole, logits_to_keep=CHOICES * choice)
     times = {variant: [] for variant in variants}
