@@ -212,6 +212,11 @@ def test_tasks_of_the_hub_are_scored_under_a_press(data_cache, hub, tmp_path):
     assert (rules["kept_fraction"] - 0.5).abs().max() < 0.02
 
 
+def test_what_is_named_in_a_line_is_a_task_of_the_index(manager):
+    found = harness._named_in_a_line()
+    assert len(found) > 10_000 and found <= set(manager.all_subtasks) and "lambada_openai" in found
+
+
 def test_groups_and_tags_are_told_from_tasks(manager):
     assert members_of("lambada_openai", manager) == []
     assert "lambada_openai" in members_of("lambada", manager) and "niah_single_1" in members_of("ruler", manager)
