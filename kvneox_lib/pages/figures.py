@@ -227,13 +227,18 @@ def note(text: str) -> Figure:
     return figure
 
 
+def _rows_and_columns(n_panels: int) -> tuple[int, int]:
+    """Four and more would be too small in print, side by side."""
+    across = n_panels if n_panels < 4 else 2
+    return -(-n_panels // across), across
+
+
 def press_line_panels(
     panels: dict[str, pd.DataFrame], x: str, y: str, *, xlabel: str, ylabel: str, log_x: bool = False
 ) -> Figure:
     """`press_lines` side by side, four in two rows, with one legend and one scale."""
     names = list(dict.fromkeys(name for frame in panels.values() for name in frame["press"]))
-    across = len(panels) if len(panels) < 4 else 2
-    down = -(-len(panels) // across)
+    down, across = _rows_and_columns(len(panels))
     size = (3.4 * across + 1.6, 3.6 if down == 1 else 2.9 * down)
     figure, grid = pyplot.subplots(down, across, figsize=size, sharey=True, squeeze=False)
     for axes, (title, frame) in zip(grid.flat, panels.items()):
@@ -279,15 +284,20 @@ def score_map(table: pd.DataFrame, *, label: str) -> Figure:
 def against(panels: dict[str, pd.DataFrame], x: str, y: str, *, xlabel: str, ylabel: str) -> Figure:
     """`y` against `x`, shares from 0 to 1, a mark a press; above the diagonal `y` is better."""
     names = list(dict.fromkeys(name for frame in panels.values() for name in frame["press"]))
-    figure, grid = pyplot.subplots(1, len(panels), figsize=(2.4 * len(panels) + 1.8, 2.9), sharey=True, squeeze=False)
+    down, across = _rows_and_columns(len(panels))
+    size = (2.5 * across + 1.8, 2.6 * down + 0.3)
+    figure, grid = pyplot.subplots(down, across, figsize=size, sharex=True, sharey=True, squeeze=False)
     for axes, (title, frame) in zip(grid.flat, panels.items()):
         axes.plot([0, 1], [0, 1], color="0.6", linewidth=1)
         for name, rows in frame.groupby("press", sort=False):
             axes.plot(rows[x], rows[y], **{**_line_style(name, names), "linestyle": "none"}, markersize=5)
         axes.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05), aspect="equal")
         axes.set_title(title, fontsize=10)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
     figure.supxlabel(xlabel, fontsize=10)
-    grid[0, 0].set_ylabel(ylabel)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(ylabel)
     marks = [{**_line_style(name, names), "linestyle": "none", "label": name} for name in names]
     handles = [pyplot.Line2D([], [], markersize=5, **mark) for mark in marks]
     figure.legend(handles=handles, loc="outside right center", fontsize=8, frameon=False)
