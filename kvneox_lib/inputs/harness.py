@@ -5,7 +5,7 @@ whether the network can be asked at all is decided once, in seconds, before libr
 """
 
 import errno
-import importlib
+import importlib.util
 import random
 import re
 import sys
@@ -34,6 +34,7 @@ POSITIONS = 2048  # of every Pythia
 RULER = ("ruler", "niah_", "longcxt")  # how its tasks, its group and its tag begin
 ENDLESS = ("ruler", "ruler_vt", "ruler_cwe", "longcxt")  # RULER's that try for ever to fit a prompt, deaf to Ctrl-C
 SHORTEST = 1024  # of the lengths at which these were seen to come to an end
+A_LINE_THAT_NAMES = re.compile(r"""^task:[ \t]*["']?([\w.-]+)["']?[ \t]*$""", re.M)
 ANOTHER_TASK = "or take tasks in the box, kvneox_*, which need no network"
 WITHOUT_SENTENCES = (
     "it cuts essays into sentences with nltk's punkt_tab, which is not here and cannot be fetched. Two ways out: "
@@ -170,9 +171,12 @@ def _folder(parameter: str, folder: str | Path) -> Path:
 
 @cache
 def _named_in_a_line() -> frozenset[str]:
-    """Tasks whose YAML says so in a line, as most do: half a second, where the harness' index takes five and more."""
-    folder = Path(_harness().__file__).parent
-    texts = (path.read_text(encoding="utf-8", errors="ignore") for path in folder.rglob("*.yaml"))
+    """Tasks whose YAML says so in a line, as most do: half a second, where the harness' index takes five and more. The
+    harness is not imported for that: a sweep reads its params files again for each run."""
+    spec = importlib.util.find_spec("lm_eval")
+    folders = [Path(__file__).parent, *map(Path, spec.submodule_search_locations if spec else ())]
+    files = [path for folder in folders for path in (folder / "tasks").rglob("*.yaml")]
+    texts = (path.read_text(encoding="utf-8", errors="ignore") for path in files)
     return frozenset(
         name for text in texts for name in re.findall(r"""^task:[ \t]*["']?([\w.-]+)["']?[ \t]*$""", text, re.M)
     )
