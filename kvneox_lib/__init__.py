@@ -43,5 +43,7 @@ def __getattr__(name: str):
     try:
         from kvneox_lib.measures.tasks import KVNeoXLM
     except ModuleNotFoundError as error:
-        raise ImportError(f"KVNeoXLM wants lm-evaluation-harness ({error}): pip install 'kvneox[tasks]'") from error
+        from kvneox_lib.inputs.harness import PACKAGES
+
+        raise ImportError(f"KVNeoXLM wants lm-evaluation-harness ({error}): pip install '{PACKAGES}'") from error
     return KVNeoXLM

@@ -111,6 +111,11 @@ def members_of(name: str, manager: "TaskManager") -> list[str]:
     return sorted(entry.tags) if name in manager.all_tags else []  # of a tag, `tags` are its tasks
 
 
+def task_index() -> dict:
+    """What the harness and the box say of each task, by its name; read once."""
+    return _manager(bundled_only=False).task_index
+
+
 def is_bundled(name: str) -> bool:
     return name in _manager(bundled_only=True).all_tasks
 
@@ -177,9 +182,7 @@ def _named_in_a_line() -> frozenset[str]:
     folders = [Path(__file__).parent, *map(Path, spec.submodule_search_locations if spec else ())]
     files = [path for folder in folders for path in (folder / "tasks").rglob("*.yaml")]
     texts = (path.read_text(encoding="utf-8", errors="ignore") for path in files)
-    return frozenset(
-        name for text in texts for name in re.findall(r"""^task:[ \t]*["']?([\w.-]+)["']?[ \t]*$""", text, re.M)
-    )
+    return frozenset(name for text in texts for name in A_LINE_THAT_NAMES.findall(text))
 
 
 @cache

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import cached_property
 
 from lm_eval import evaluate
 from lm_eval.api.task import Task
@@ -32,9 +33,9 @@ class AskedTask:
     limit: float | None  # documents, or a share of them below 1
     seed: int  # of the shots
 
-    @property
+    @cached_property
     def requests(self) -> list:
-        """The same at every call."""
+        """As every evaluation makes them anew."""
         self.task.set_fewshot_seed(self.seed)
         with _quiet():
             self.task.build_all_requests(limit=get_sample_size(self.task, self.limit))

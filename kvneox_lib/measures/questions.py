@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 
+from kvneox_lib.inputs.harness import task_index
+
 NO_RULE = "none"  # all but the last token
 INSIDE = "inside"  # the same, as was asked for
 
@@ -120,16 +122,9 @@ def end_of_context(prompt: str, doc, form: Callable[[], Form | None]) -> tuple[i
 @cache
 def form_of(task_name: str | None) -> Form | None:
     """As lm-eval's own index of tasks tells it, without the task's data; None for a task that is not there."""
-    entry = _index().get(task_name)
+    entry = task_index().get(task_name)
     if entry is None or entry.yaml_path is None:
         return None
     from lm_eval.tasks._yaml_loader import load_yaml
 
     return Form.of(load_yaml(entry.yaml_path, resolve_func=True))
-
-
-@cache
-def _index() -> dict:
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager().task_index

@@ -233,6 +233,14 @@ def _rows_and_columns(n_panels: int) -> tuple[int, int]:
     return -(-n_panels // across), across
 
 
+def _label_panels(figure: Figure, grid, n_panels: int, xlabel: str, ylabel: str) -> None:
+    for axes in grid.flat[n_panels:]:
+        axes.set_axis_off()
+    figure.supxlabel(xlabel, fontsize=10)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(ylabel)
+
+
 def press_line_panels(
     panels: dict[str, pd.DataFrame], x: str, y: str, *, xlabel: str, ylabel: str, log_x: bool = False
 ) -> Figure:
@@ -244,11 +252,7 @@ def press_line_panels(
     for axes, (title, frame) in zip(grid.flat, panels.items()):
         _press_lines_on(axes, frame, x, y, names, log_x)
         axes.set_title(title, fontsize=10)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_axis_off()
-    figure.supxlabel(xlabel, fontsize=10)
-    for axes in grid[:, 0]:
-        axes.set_ylabel(ylabel)
+    _label_panels(figure, grid, len(panels), xlabel, ylabel)
     handles = [pyplot.Line2D([], [], label=name, markersize=5, **_line_style(name, names)) for name in names]
     figure.legend(handles=handles, loc="outside right center", fontsize=8, frameon=False)
     return figure
@@ -293,11 +297,7 @@ def against(panels: dict[str, pd.DataFrame], x: str, y: str, *, xlabel: str, yla
             axes.plot(rows[x], rows[y], **{**_line_style(name, names), "linestyle": "none"}, markersize=5)
         axes.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05), aspect="equal")
         axes.set_title(title, fontsize=10)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_axis_off()
-    figure.supxlabel(xlabel, fontsize=10)
-    for axes in grid[:, 0]:
-        axes.set_ylabel(ylabel)
+    _label_panels(figure, grid, len(panels), xlabel, ylabel)
     marks = [{**_line_style(name, names), "linestyle": "none", "label": name} for name in names]
     handles = [pyplot.Line2D([], [], markersize=5, **mark) for mark in marks]
     figure.legend(handles=handles, loc="outside right center", fontsize=8, frameon=False)

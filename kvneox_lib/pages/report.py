@@ -35,6 +35,13 @@ class Missing(LookupError):
         super().__init__(f"（缺少记录：{study}{what and f' 的 {what}'}，运行 notebooks/{NOTEBOOKS[study]}.ipynb 可得）")
 
 
+def found_in(study: str, found, what: str):
+    """`found`, if there is anything in it."""
+    if not len(found):
+        raise Missing(study, what)
+    return found
+
+
 @dataclass(frozen=True)
 class Records:
     """Runs of one study on one machine, with one model, text and protocol; one at each place on the axes."""

@@ -1,9 +1,11 @@
 """What is said and shown of recall: the runs and tables of study `recall`."""
 
+from functools import partial
+
 import pandas as pd
 
 from kvneox_lib.pages.ranks import rank_correlation
-from kvneox_lib.pages.report import Missing
+from kvneox_lib.pages.report import Missing, found_in
 from kvneox_lib.pages.selecting import middle_ratio, pressed
 from kvneox_lib.pages.words import listed, with_interval
 
@@ -30,11 +32,7 @@ def at_middle_ratio(runs: pd.DataFrame, mode: str) -> pd.DataFrame:
     return there(in_mode(runs[runs["compression_ratio"] == ratio], mode), mode).set_index("press", drop=False)
 
 
-def there(found, what: str):
-    """`found`, if there is anything in it."""
-    if not len(found):
-        raise Missing("recall", what)
-    return found
+there = partial(found_in, "recall")
 
 
 def with_digits(runs: pd.DataFrame, mode: str) -> pd.DataFrame:

@@ -1,10 +1,12 @@
 """What is said and shown of tasks: the runs of study `tasks`, one for each task, press, ratio, and place of the
 question."""
 
+from functools import partial
+
 import pandas as pd
 
 from kvneox_lib.pages.ranks import kendall
-from kvneox_lib.pages.report import Missing
+from kvneox_lib.pages.report import Missing, found_in
 from kvneox_lib.pages.selecting import middle_ratio, pressed
 from kvneox_lib.pages.words import listed, number, with_interval
 
@@ -30,11 +32,7 @@ def named(task: str) -> str:
     return TASKS.get(task, task)
 
 
-def there(found, what: str):
-    """`found`, if there is anything in it."""
-    if not len(found):
-        raise Missing("tasks", what)
-    return found
+there = partial(found_in, "tasks")
 
 
 def ordered(runs: pd.DataFrame) -> pd.DataFrame:
