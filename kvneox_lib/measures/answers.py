@@ -13,7 +13,7 @@ import torch
 
 from kvneox_lib.measures.decoding import continue_rows
 from kvneox_lib.measures.perplexity import read_on
-from kvneox_lib.measures.prefill import first_position, free_evicted, prefill_each, shares_the_pass
+from kvneox_lib.measures.prefill import first_position, prefill_each, shares_the_pass, store
 from kvneox_lib.measures.speed import entry_bytes
 from kvneox_lib.measures.survivors import kept_counts
 from kvneox_lib.neox.cache import CompactCache
@@ -60,9 +60,15 @@ class Compressed:
     kv_bytes: int  # of the entries that are kept
 
 
-def compressed_each(model: KVNeoXForCausalLM, context: Sequence[int], presses: list, seed: int = 0) -> list[Compressed]:
-    """The context under each press. One that draws does so by the seed and the context alone, whatever is read beside
-    it or was read before."""
+def compressed_each(
+    model: KVNeoXForCausalLM,
+    context: Sequence[int],
+    presses: list,
+    seed: int = 0,
+    kv_bits: list[int | None] | None = None,
+) -> list[Compressed]:
+    """The context under each press, in the bits that are given for each. One that draws does so by the seed and the
+    context alone, whatever is read beside it or was read before."""
     n = len(context)
     if n == 0:
         return [Compressed(CompactCache(), 0, None, 1.0, 0) for _ in presses]
@@ -70,10 +76,13 @@ def compressed_each(model: KVNeoXForCausalLM, context: Sequence[int], presses: l
     found = []
     together = [press for press in presses if shares_the_pass(press, 1)]
     shared = iter(_read(model, context, together, seed))
-    for press in presses:
+    for press, bits in zip(presses, kv_bits or [None] * len(presses), strict=True):
         cache = next(shared) if shares_the_pass(press, 1) else _read(model, context, [press], seed)[0]
         kept, position = kept_counts(cache), first_position(cache, n, press)
         kv_bytes = int(kept.sum()) * entry_bytes(model)
+        if bits is not None:
+            store(cache, press, bits)
+            kv_bytes = cache.used_bytes
         found.append(Compressed(cache, position, press, float(kept.float().mean()) / n, kv_bytes))
     return found
 
@@ -104,7 +113,7 @@ def likelihoods(
     whether it is what the model would say. Uses the caches up."""
     for one in found:
         one.cache.expect(max(len(rest) + max(map(len, of_rest)) for rest, of_rest in asked.items()))
-        free_evicted(one.cache, one.press)
+        store(one.cache, one.press)
         yield [answer for rest, of_rest in asked.items() for answer in _read_each(model, one, rest, of_rest)]
         one.cache = None  # freed before the next is read on
 

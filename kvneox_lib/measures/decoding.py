@@ -8,7 +8,7 @@ import torch
 
 from kvneox_lib.measures.chunks import check_reading
 from kvneox_lib.measures.clock import Clock, PeakMemory
-from kvneox_lib.measures.prefill import first_position, free_evicted, prefill_rows
+from kvneox_lib.measures.prefill import check_kv_bits, first_position, prefill_rows, store
 from kvneox_lib.measures.rows import check_questions, readable_together, without_padding
 from kvneox_lib.neox.cache import CompactCache
 from kvneox_lib.neox.checks import check_ids, check_int, check_temperature
@@ -25,6 +25,7 @@ class Generation:
     prefill_s: float  # to the first token
     decode_s: float  # for all others
     kv_bytes: int  # allocated when decoding ends
+    kv_bytes_compressed: int  # of what is held when it begins
     kv_lengths: torch.Tensor  # (layers, batch, heads) entries held after compression
     peak_bytes: int | None  # of the decoding phase: the allocator's on CUDA, resident memory on Linux, else None
     prefill_peak_bytes: int | None = None  # of what came before
@@ -46,6 +47,7 @@ def generate(
     attention_mask: torch.Tensor | None = None,
     with_logits: bool = False,
     stop_when: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    kv_bits: int | None = None,
     prefill_chunk: int | None = None,
     evict_while_reading: bool = False,
 ) -> Generation:
@@ -55,9 +57,10 @@ def generate(
     With them, (batch, n) or a list with one (n_i,) for each row, they are read after compression, as in the kvpress
     pipeline. attention_mask (batch, T): prompts of unequal length are padded on the left, and each is read, compressed
     and continued as if it were alone. min_new_tokens: none of so many ends a sample. stop_when: told the new tokens
-    (batch, n) after each step, it says which samples have ended, (batch,). prefill_chunk: the context is read by so
-    many tokens at a time, with the result of one pass; evict_while_reading: and after each chunk evicted from, which is
-    another result; see `chunks`.
+    (batch, n) after each step, it says which samples have ended, (batch,). kv_bits: 8, 4 or 2 for each number that the
+    press leaves, see `CompactCache`; what is read later joins it, 64 tokens at a time. prefill_chunk: the context is
+    read by so many tokens at a time, with the result of one pass; evict_while_reading: and after each chunk evicted
+    from, which is another result; see `chunks`.
     """
     input_ids = check_ids("input_ids", input_ids, model)
     prompts = without_padding(input_ids, attention_mask)
@@ -67,35 +70,37 @@ def generate(
     check_temperature(temperature)
     lengths = [(len(prompt), len(question)) for prompt, question in zip(prompts, questions)]
     _check_batch(decoding_part(press), len(prompts), len(set(lengths)) == 1)
+    check_kv_bits(kv_bits, press)
     reading = {"prefill_chunk": prefill_chunk, "evict_while_reading": evict_while_reading}
     for n_context in {len(prompt) for prompt in prompts}:
         check_reading(model, n_context, press, **reading)
     _warn_beyond_training(model, max(map(sum, lengths)), max_new_tokens)
 
-    make_ready(model.dtype)  # neither that nor packing is on the clock
+    make_ready(model.dtype, kv_bits or 0)  # neither that nor packing is on the clock
     with packed_weights(model, len(prompts)), left_untouched(model):
         ends = Ends(model, len(prompts), min_new_tokens, stop_at_eos, stop_when)
-        return _generate(model, prompts, questions, press, reading, max_new_tokens, ends, temperature, with_logits)
+        decoding = {"ends": ends, "max_new_tokens": max_new_tokens, "temperature": temperature}
+        return _generate(model, prompts, questions, press, kv_bits, reading, decoding, with_logits)
 
 
-def _generate(model, prompts, questions, press, reading, max_new_tokens, ends, temperature, with_logits) -> Generation:
+def _generate(model, prompts, questions, press, kv_bits, reading, how, with_logits) -> Generation:
     peak, clock, decoding = PeakMemory(model.device), Clock(model.device), decoding_part(press)
     lengths = [(len(prompt), len(question)) for prompt, question in zip(prompts, questions)]
     equal, n_question = len(set(lengths)) == 1, max(n for _, n in lengths)
-    headroom = n_question + max_new_tokens
+    headroom = n_question + how["max_new_tokens"]
     if decoding is not None:  # then it shrinks again, however long the text becomes
         headroom = min(headroom, _interval(decoding, headroom))
     question = None
     if equal:
         cache, hidden = prefill_rows(model, torch.stack(prompts), press, headroom, **reading)
-        free_evicted(cache, press)
+        store(cache, press, kv_bits)
         position = torch.tensor([first_position(cache, len(prompts[0]), press)], device=model.device)
         kv_lengths, question = cache.kv_lengths, torch.stack(questions)
     else:
-        cache, hidden, position = _read_unequal(model, prompts, questions, press, headroom, reading)
+        cache, hidden, position = _read_unequal(model, prompts, questions, press, kv_bits, headroom, reading)
         kv_lengths = cache.kv_lengths - torch.tensor([n for _, n in lengths])[:, None]
-    tokens, all_logits = [], []
-    for made, logits in _decode(model, cache, hidden, position, question, decoding, ends, max_new_tokens, temperature):
+    compressed, tokens, all_logits = cache.used_bytes, [], []
+    for made, logits in _decode(model, cache, hidden, position, question, decoding, **how):
         tokens.append(made)
         if with_logits:
             all_logits.append(logits)
@@ -107,6 +112,7 @@ def _generate(model, prompts, questions, press, reading, max_new_tokens, ends, t
         prefill_s=prefill_s,
         decode_s=clock.lap(),
         kv_bytes=cache.kv_bytes,
+        kv_bytes_compressed=compressed,
         kv_lengths=kv_lengths,
         peak_bytes=peak.lap(),
         prefill_peak_bytes=prefill_peak,
@@ -115,7 +121,7 @@ def _generate(model, prompts, questions, press, reading, max_new_tokens, ends, t
 
 
 def _decode(
-    model, cache, hidden, position, question, decoding, ends, max_new_tokens, temperature
+    model, cache, hidden, position, question, decoding, *, ends, max_new_tokens, temperature
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Tokens (batch,) and the logits (batch, vocabulary) that chose them, step by step, after `hidden` (batch, d), or
     after a `question` (batch, n), read first."""
@@ -154,18 +160,19 @@ def continue_rows(
     _check_batch(decoding, len(caches), equal=len(caches) == 1)
     for cache, question in zip(caches, questions):
         cache.expect(len(question) + max_new_tokens)
-    make_ready(model.dtype)
+    make_ready(model.dtype, caches[0].bits or 0)
     with packed_weights(model, len(caches)), left_untouched(model):
         starts = torch.tensor(positions, device=model.device)
         ends = Ends(model, len(caches), 0, True, stop_when)
         if len(caches) == 1:
-            free_evicted(caches[0], press)
+            store(caches[0], press)
             cache, hidden, question = caches[0], None, questions[0][None]
         else:
             steps = [_step(model, q[None], at[None], cache) for q, at, cache in zip(questions, starts, caches)]
             cache, hidden, question = CompactCache.stack(caches), torch.cat(steps), None
             starts = starts + torch.tensor([len(q) for q in questions], device=starts.device)
-        steps = _decode(model, cache, hidden, starts, question, decoding, ends, max_new_tokens, temperature)
+        how = {"ends": ends, "max_new_tokens": max_new_tokens, "temperature": temperature}
+        steps = _decode(model, cache, hidden, starts, question, decoding, **how)
         return torch.stack([tokens for tokens, _ in steps], 1)
 
 
@@ -198,7 +205,7 @@ def _interval(press, otherwise: int) -> int:
     return getattr(getattr(press, "decoding_press", press), "compression_interval", otherwise)
 
 
-def _read_unequal(model: KVNeoXForCausalLM, prompts: list, questions: list, press, headroom: int, reading: dict):
+def _read_unequal(model, prompts: list, questions: list, press, kv_bits: int | None, headroom: int, reading: dict):
     """The cache, the last hidden states (batch, d) and the next positions (batch,), when all prompts are read and
     compressed and all questions read: group by group, as only rows of one length can be read together."""
     groups, parts = readable_together(prompts, questions, press), []
@@ -206,6 +213,8 @@ def _read_unequal(model: KVNeoXForCausalLM, prompts: list, questions: list, pres
         context, question = (torch.stack([texts[row] for row in rows]) for texts in (prompts, questions))
         cache, hidden = prefill_rows(model, context, press, headroom, **reading)
         position = torch.full_like(context[:, 0], first_position(cache, context.shape[1], press))
+        if kv_bits is not None:
+            store(cache, press, kv_bits)
         if question.shape[1]:
             hidden = _step(model, question, position, cache)
         parts.append((cache, hidden, position + question.shape[1]))

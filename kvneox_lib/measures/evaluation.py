@@ -65,11 +65,14 @@ def asked_tasks(
     return found
 
 
-def evaluate_each(lm: KVNeoXLM, presses: list, asked: AskedTask) -> Iterator[tuple[dict, list[Reading]]]:
-    """lm-eval's results, with samples, and the readings, under each press. All presses answer a request in one go, as
-    far as they can share the reading of its context."""
+def evaluate_each(
+    lm: KVNeoXLM, presses: list, asked: AskedTask, kv_bits: list[int | None] | None = None
+) -> Iterator[tuple[dict, list[Reading]]]:
+    """lm-eval's results, with samples, and the readings, under each press, in the bits that are given for each. All
+    presses answer a request in one go, as far as they can share the reading of its context."""
     lm.forms = {asked.name: Form.of(asked.task.config)}
     lm.presses, lm._answers, lm._readings = presses, {}, [[] for _ in presses]
+    lm.kv_bits = kv_bits or [None] * len(presses)
     for lm.turn in range(len(presses)):
         asked.task.set_fewshot_seed(asked.seed)
         with _quiet():

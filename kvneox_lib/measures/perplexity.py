@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Cache, DynamicCache
 
 from kvneox_lib.measures.intervals import bootstrap_ci95
-from kvneox_lib.measures.prefill import first_position, free_evicted, prefill_each, with_delimiter
+from kvneox_lib.measures.prefill import check_kv_bits, first_position, prefill_each, store, with_delimiter
 from kvneox_lib.measures.survivors import kept_counts
 from kvneox_lib.neox.checks import check_ids
 from kvneox_lib.neox.hooks import in_turn
@@ -45,16 +45,18 @@ def continuation_nll(
     *,
     n_context: int,
     press=None,
+    kv_bits: int | None = None,
     prefill_chunk: int | None = None,
     evict_while_reading: bool = False,
 ) -> torch.Tensor:
     """(batch, T - n_context - 1): nll of tokens n_context + 1 ... T - 1 after `press` compressed the first `n_context`.
 
     The token at n_context itself is predicted by the prefill, which no press has touched, and is not scored.
-    prefill_chunk, evict_while_reading: how the context is read, see `chunks`.
+    kv_bits: 8, 4 or 2 for each number that is left of the context. prefill_chunk, evict_while_reading: how it is read,
+    see `chunks`.
     """
-    reading = {"prefill_chunk": prefill_chunk, "evict_while_reading": evict_while_reading}
-    return score_each(model, input_ids, n_context=n_context, presses=[press], **reading)[0].nll
+    how = {"kv_bits": [kv_bits], "prefill_chunk": prefill_chunk, "evict_while_reading": evict_while_reading}
+    return score_each(model, input_ids, n_context=n_context, presses=[press], **how)[0].nll
 
 
 @torch.no_grad()
@@ -65,32 +67,36 @@ def score_each(
     *,
     n_context: int,
     presses: list,
+    kv_bits: list[int | None] | None = None,
     prefill_chunk: int | None = None,
     evict_while_reading: bool = False,
 ) -> list[Scored]:
-    """`continuation_nll` under each press, with what it kept; the context is read once for all that allow it, unless it
-    is read in chunks."""
+    """`continuation_nll` under each press, in the bits that are given for each, with what it kept; the context is read
+    once for all that allow it, unless it is read in chunks."""
     input_ids = check_ids("input_ids", input_ids, model, least=3)
     if isinstance(n_context, bool) or not isinstance(n_context, int) or not 1 <= n_context <= input_ids.shape[1] - 2:
         raise ValueError(
             f"n_context={n_context!r}: must be from 1 to {input_ids.shape[1] - 2}, so that of these tokens"
             " one is read after compression and one is scored"
         )
+    stored = list(zip(presses, kv_bits or [None] * len(presses), strict=True))
+    for press, bits in stored:
+        check_kv_bits(bits, press)
     reading = {"prefill_chunk": prefill_chunk, "evict_while_reading": evict_while_reading}
     rows_at_once = readable_at_once(input_ids, *presses)
-    parts = [_score_at_once(model, rows, n_context, presses, reading) for rows in rows_at_once]
+    parts = [_score_at_once(model, rows, n_context, stored, reading) for rows in rows_at_once]
     return [_stacked(scored) for scored in zip(*parts)]
 
 
 def _score_at_once(
-    model: KVNeoXForCausalLM, input_ids: torch.Tensor, n_context: int, presses: list, reading: dict
+    model: KVNeoXForCausalLM, input_ids: torch.Tensor, n_context: int, stored: list, reading: dict
 ) -> list[Scored]:
-    caches = prefill_each(model, input_ids[:, :n_context], presses, **reading)
+    caches = prefill_each(model, input_ids[:, :n_context], [press for press, _ in stored], **reading)
     scored = []
-    for press in presses:
+    for press, bits in stored:
         cache = caches.pop(0)  # freed when it is done with
         kept, position = kept_counts(cache), first_position(cache, n_context, press)
-        free_evicted(cache, press)
+        store(cache, press, bits)
         kv_bytes = cache.kv_bytes
         nll, _ = read_on(model, cache, input_ids[:, n_context:], position, press)
         if decoding_part(press) is not None:  # what it evicted while reading on is gone only now

@@ -12,7 +12,9 @@ from kvpress import BasePress
 from transformers import Cache, DynamicCache
 
 from kvneox_lib.measures.chunks import check_reading, read_in_chunks
+from kvneox_lib.neox.bits import BITS
 from kvneox_lib.neox.cache import CompactCache
+from kvneox_lib.neox.checks import check_choice
 from kvneox_lib.neox.hooks import hooked, in_turn, refuse_attached
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
 from kvneox_lib.presses.applying import applied, check_context, check_press, readable_at_once
@@ -56,10 +58,23 @@ def _prefill(
     return cache, hidden
 
 
-def free_evicted(cache: CompactCache, press) -> None:
-    """Give back what `press` evicted head by head, unless it goes on while decoding and must find its entries."""
-    if decoding_part(press) is None:
+def store(cache: CompactCache, press, kv_bits: int | None = None) -> None:
+    """Give back what `press` evicted head by head, unless it goes on while decoding and must find its entries; and keep
+    the rest in so few bits, see `CompactCache.settle`."""
+    if kv_bits is not None:
+        cache.bits = kv_bits
+        cache.settle()
+    elif decoding_part(press) is None:
         cache.make_ragged()
+
+
+def check_kv_bits(kv_bits: int | None, press) -> None:
+    check_choice("kv_bits", kv_bits, (None, *BITS))
+    if kv_bits is not None and decoding_part(press) is not None:
+        raise ValueError(
+            f"kv_bits={kv_bits} cannot serve {type(press).__name__}: it evicts while decoding, by keys and values as "
+            "they are. Leave kv_bits None"
+        )
 
 
 @torch.no_grad()

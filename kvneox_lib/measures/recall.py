@@ -14,7 +14,7 @@ from transformers import Cache
 
 from kvneox_lib.inputs.passkeys import RecallKey, RecallSample, recall_samples
 from kvneox_lib.measures.perplexity import read_on
-from kvneox_lib.measures.prefill import first_position, free_evicted, prefill
+from kvneox_lib.measures.prefill import check_kv_bits, first_position, prefill, store
 from kvneox_lib.measures.survivors import kept_counts, prefill_and_find
 from kvneox_lib.neox.hooks import in_turn
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM, adapt, with_model
@@ -62,11 +62,14 @@ def recall_accuracy(
     seed: int = 0,
     keys_per_context: int = 4,
     depths: Sequence[float] | None = None,
+    kv_bits: int | None = None,
 ) -> RecallResult:
     """Exact recall of `n_keys` passkeys, a few to each context of `context_length` tokens of `filler`.
 
-    query_aware: let the press see the question, but for its last token. `depths`: see `recall_samples`.
+    query_aware: let the press see the question, but for its last token. `depths`: see `recall_samples`. kv_bits: 8, 4
+    or 2 for each number that is left of the context.
     """
+    check_kv_bits(kv_bits, press)
     samples = recall_samples(
         tokenizer,
         filler=filler,
@@ -76,13 +79,16 @@ def recall_accuracy(
         depths=depths,
         seed=seed,
     )
-    rows = [rows[0] for sample in samples for rows in ask_each(model, sample, [press], query_aware)]
+    rows = [rows[0] for sample in samples for rows in ask_each(model, sample, [press], query_aware, [kv_bits])]
     return RecallResult(rows)
 
 
 @torch.no_grad()
-def ask_each(model, sample: RecallSample, presses: list, query_aware: bool = False) -> Iterator[list[RecallRow]]:
-    """For each key of the sample, a row for each press."""
+def ask_each(
+    model, sample: RecallSample, presses: list, query_aware: bool = False, kv_bits: list[int | None] | None = None
+) -> Iterator[list[RecallRow]]:
+    """For each key of the sample, a row for each press, in the bits that are given for each."""
+    kv_bits = kv_bits or [None] * len(presses)
     model = adapt(model)
     device = model.model.embed_tokens.weight.device
     for context, keys, n_fed in _contexts(sample, query_aware):
@@ -90,8 +96,8 @@ def ask_each(model, sample: RecallSample, presses: list, query_aware: bool = Fal
         for key in keys:
             read = torch.cat([key.question_ids[n_fed:], key.answer_ids])[None].to(device)
             yield [
-                _ask(model, copy.deepcopy(cache), len(context), read, key, press, kept)
-                for press, (cache, kept) in zip(presses, found)
+                _ask(model, copy.deepcopy(cache), len(context), read, key, press, bits, kept)
+                for press, bits, (cache, kept) in zip(presses, kv_bits, found, strict=True)
             ]
 
 
@@ -105,11 +111,11 @@ def _contexts(sample: RecallSample, query_aware: bool) -> Iterator[tuple[torch.T
 
 
 @in_turn
-def _ask(model: KVNeoXForCausalLM, cache: Cache, n_context: int, read: torch.Tensor, key: RecallKey, press, kept):
+def _ask(model: KVNeoXForCausalLM, cache: Cache, n_context: int, read: torch.Tensor, key: RecallKey, press, bits, kept):
     kept_fraction = float(kept_counts(cache).float().mean()) / n_context
     if decoding_part(press) is not None:
         press = copy.deepcopy(press)  # its counters are of one question
-    free_evicted(cache, press)
+    store(cache, press, bits)
     kv_bytes = cache.kv_bytes
     nll, hit = read_on(model, cache, read, first_position(cache, n_context, press), press)
     answer = slice(-len(key.answer_ids), None)

@@ -56,17 +56,16 @@ class Timing:
 
 def time_once(model: KVNeoXForCausalLM, engine: str, press, input_ids: torch.Tensor, n_new: int, **reading) -> Timing:
     """Read `input_ids` under `press` and decode `n_new` tokens after the first, never stopping early. reading: how ours
-    reads the context, for `generate`."""
+    reads the context and keeps it, for `generate`."""
     if engine != "ours":
         stock = engine in ("stock", "static")
         other = stock_twin(model, model.config._attn_implementation) if stock else model
         return _time_loop(other, engine, press, input_ids, n_new)
     before = resident_bytes(input_ids.device)
     made = generate(model, input_ids, press=press, max_new_tokens=n_new + 1, stop_at_eos=False, **reading)
-    compressed = int(made.kv_lengths.sum()) * entry_bytes(model)
     kept = float(made.kv_lengths.float().mean()) / input_ids.shape[1]
     memory = made.kv_bytes, made.peak_bytes, made.prefill_peak_bytes, before
-    return Timing(made.prefill_s, made.decode_s, n_new, kept, compressed, *memory)
+    return Timing(made.prefill_s, made.decode_s, n_new, kept, made.kv_bytes_compressed, *memory)
 
 
 @torch.no_grad()
@@ -150,10 +149,12 @@ class Product:
     operations: int
 
 
-def step_products(model: KVNeoXForCausalLM, batch: int, entries: float) -> list[Product]:
-    """Those of a decoding step. entries: held by all heads of all layers for all rows, a key and a value each."""
+def step_products(model: KVNeoXForCausalLM, batch: int, entries: float, kv_bytes: float | None = None) -> list[Product]:
+    """Those of a decoding step. entries: held by all heads of all layers for all rows, a key and a value each, in so
+    many bytes, if they are not as the model's numbers are."""
+    kv_bytes = entries * entry_bytes(model) if kv_bytes is None else kv_bytes
     found = [_product(module, batch) for module in model.modules() if isinstance(module, nn.Linear)]
-    return [*found, Product(round(entries * entry_bytes(model)), round(entries * 4 * model.config.head_dim))]
+    return [*found, Product(round(kv_bytes), round(entries * 4 * model.config.head_dim))]
 
 
 def _product(module: nn.Linear, rows: int) -> Product:

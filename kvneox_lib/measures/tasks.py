@@ -28,6 +28,7 @@ from kvneox_lib.measures.answers import (
     likelihoods,
     shortened,
 )
+from kvneox_lib.measures.prefill import check_kv_bits
 from kvneox_lib.measures.questions import INSIDE, NO_RULE, Form, end_of_context, form_of
 from kvneox_lib.measures.scores import Reading, summary
 from kvneox_lib.neox.checks import check_choice, check_int
@@ -68,6 +69,7 @@ class KVNeoXLM(TemplateLM):
         revision: str | None = None,
         max_batch_size: int | None = None,
         seed: int = 0,
+        kv_bits: int | None = None,
         **press_options,
     ):
         super().__init__()
@@ -88,8 +90,10 @@ class KVNeoXLM(TemplateLM):
             raise ValueError(f"max_length={max_length!r}: allowed is at most {trained}, the trained length")
         self.press_name, press = _named_press(press, compression_ratio, self.model, press_options)
         self.compression_ratio = _ratio_of(press)
+        check_kv_bits(kv_bits, press)
         self.question, self.cut, self.seed = question, cut, seed
-        self.presses, self.turn = [press], 0  # which of them is asked for, see `evaluation`
+        # in how many bits what each press leaves is kept; and which of them is asked for, see `evaluation`
+        self.presses, self.kv_bits, self.turn = [press], [kv_bits], 0
         self.free_to_choose = attn_implementation == "auto"
         with self._attention():
             check_press(press, self.model)
@@ -128,6 +132,7 @@ class KVNeoXLM(TemplateLM):
             "weights": self.loaded.weights,
             "press": self.press_name,
             "compression_ratio": self.compression_ratio,
+            "kv_bits": self.kv_bits[self.turn],
             "question": self.question,
             "cut": self.cut,
             **summary(self.readings, self.presses[self.turn] is not None),
@@ -233,7 +238,7 @@ class KVNeoXLM(TemplateLM):
             for context, by_rest in by_context.items():
                 rows = sum(by_rest.values(), [])
                 asked = {rest: [work[row][1] for row in of_rest] for rest, of_rest in by_rest.items()}
-                found = compressed_each(self.model, context, self.presses, self.seed)
+                found = compressed_each(self.model, context, self.presses, self.seed, self.kv_bits)
                 for which, scored in enumerate(likelihoods(self.model, found, asked)):
                     for row, one in zip(rows, scored):
                         answers[which][row] = one
@@ -256,7 +261,9 @@ class KVNeoXLM(TemplateLM):
                 for start in range(0, len(rows), at_once):
                     batch = rows[start : start + at_once]
                     asked = [prompts[row] for row in batch]
-                    found = [compressed_each(self.model, one.context, self.presses, self.seed) for one in asked]
+                    found = [
+                        compressed_each(self.model, one.context, self.presses, self.seed, self.kv_bits) for one in asked
+                    ]
                     made = continuations(self.model, found, [prompt.rest for prompt in asked], self.presses, **how)
                     for which, tokens in enumerate(made):
                         for place, row in enumerate(batch):

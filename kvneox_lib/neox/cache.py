@@ -4,20 +4,22 @@ transformers' DynamicCache copies all keys and values for every token. Here each
 new token is written behind the others, and when a press assigns fewer keys the large buffer is given back at once.
 
 Head-wise presses evict different entries in each head, which kvpress only masks. `make_ragged` keeps each head's own
-entries and frees the rest.
+entries and frees the rest. With `bits` what was compressed is kept in so few bits a number: see `settle`.
 """
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch.nn.functional import pad
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from kvneox_lib.neox.checks import check_int
-from kvneox_lib.neox.kernels import attend_to_rows, compiled, is_for_few_queries, rows_of
+from kvneox_lib.neox.bits import BITS, GROUP, form_of
+from kvneox_lib.neox.checks import check_choice, check_int
+from kvneox_lib.neox.kernels import attend_to_rows, is_for_few_queries, rows_of
 from kvneox_lib.neox.modeling import EvictionsFollow, evictions
+from kvneox_lib.neox.stored import Blocks, Tiles
 
 
 def check_rows(given: int, held: int) -> None:
@@ -49,6 +51,10 @@ class Room:
     @property
     def nbytes(self) -> int:
         return 0 if self.buffer is None else self.buffer.nbytes
+
+    @property
+    def filled_bytes(self) -> int:
+        return 0 if self.buffer is None else self.filled.nbytes
 
     def append(self, new: torch.Tensor) -> torch.Tensor:
         at = self.make_room(new, new.shape[2])
@@ -124,6 +130,9 @@ class CompactLayer(DynamicLayer):
         at = self._keys.make_room(self._keys.buffer, n)
         return None, rows_of(self._keys.buffer, self._values.buffer, self._keys.length), at
 
+    def expect(self, n_tokens: int) -> None:
+        self.headroom = self._keys.headroom = self._values.headroom = n_tokens
+
     def reset(self) -> None:
         self._keys.length = self._values.length = 0
 
@@ -131,23 +140,44 @@ class CompactLayer(DynamicLayer):
     def allocated_bytes(self) -> int:
         return self._keys.nbytes + self._values.nbytes
 
+    @property
+    def used_bytes(self) -> int:
+        return self._keys.filled_bytes + self._values.filled_bytes
+
     def lengths(self) -> torch.Tensor:
         """(batch, heads) entries held."""
         keys = self.keys
         return torch.full(keys.shape[:2], keys.shape[2])
 
 
-class CompactCache(EvictionsFollow, Cache):
-    """A transformers Cache on CompactLayers. `headroom`: how many tokens follow, if that is known."""
+def check_bits(bits: int | None) -> None:
+    if bits is not None:
+        check_choice("bits", bits, BITS)
 
-    def __init__(self, headroom: int = 128):
+
+class CompactCache(EvictionsFollow, Cache):
+    """A transformers Cache on CompactLayers.
+
+    headroom: how many tokens follow, if that is known. bits: 8, 4 or 2 for each number of what was read and compressed
+    when the model reads on; presses see all of it as it is. residual: how many of the last tokens stay as they are.
+    """
+
+    def __init__(self, headroom: int = 128, bits: int | None = None, residual: int = 0):
         check_int("headroom", headroom, 0)
+        check_bits(bits)
+        check_int("residual", residual, 0)
         super().__init__(layer_class_to_replicate=partial(CompactLayer, headroom))
+        self.bits, self.residual = bits, residual
 
     @property
     def kv_bytes(self) -> int:
         """What is allocated, head-room included."""
         return sum(layer.allocated_bytes for layer in self.layers)
+
+    @property
+    def used_bytes(self) -> int:
+        """Of what is held, masked entries included, without room for more."""
+        return sum(layer.used_bytes for layer in self.layers)
 
     @property
     def kv_lengths(self) -> torch.Tensor:
@@ -157,14 +187,29 @@ class CompactCache(EvictionsFollow, Cache):
     def expect(self, n_tokens: int) -> None:
         """That many follow: what is allocated from now on has room for them."""
         for layer in self.layers:
-            layer.headroom = layer._keys.headroom = layer._values.headroom = n_tokens
+            layer.expect(n_tokens)
 
     def make_ragged(self) -> None:
         """Free what head-wise presses evicted. After prefill, for presses that are idle while decoding."""
         for index, evicted in list(evictions(self).items()):
             if _names_any(evicted):
-                self.layers[index] = RaggedLayer.of([self.layers[index]], [evicted])
-                evictions(self)[index] = None
+                self._keep_rows(index)
+
+    def settle(self) -> None:
+        """Keep what was read in `bits`, where there are any, and free what was evicted. The model does that before it
+        reads on, unless a press is attached."""
+        if self.bits is None:
+            return
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, RaggedLayer):
+                layer.keep_in(self.bits, self.residual)
+            elif layer.get_seq_length() > 0:
+                self._keep_rows(index)
+
+    def _keep_rows(self, index: int) -> None:
+        layer, evicted = self.layers[index], evictions(self).get(index)
+        self.layers[index] = RaggedLayer.of([layer], [evicted], bits=self.bits or 0, residual=self.residual)
+        evictions(self)[index] = None
 
     @classmethod
     def stack(cls, caches: Sequence["CompactCache"], order: Sequence[int] | None = None) -> "CompactCache":
@@ -172,10 +217,13 @@ class CompactCache(EvictionsFollow, Cache):
 
         order: the sample, counted through all caches, that comes to each row; as they are, if None.
         """
-        stacked = cls(caches[0].layers[0].headroom)
+        first = caches[0]
+        stacked = cls(first.layers[0].headroom, first.bits, first.residual)
         for index, layers in enumerate(zip(*(cache.layers for cache in caches))):
             evicted = [evictions(cache).get(index) for cache in caches]
-            if any(map(_names_any, evicted)) or len({layer.get_seq_length() for layer in layers}) > 1:
+            if isinstance(layers[0], RaggedLayer):
+                stacked.layers.append(RaggedLayer.stack(layers, order))
+            elif any(map(_names_any, evicted)) or len({layer.get_seq_length() for layer in layers}) > 1:
                 stacked.layers.append(RaggedLayer.of(layers, evicted, order))
             else:
                 states = (torch.cat(parts) for parts in zip(*((layer.keys, layer.values) for layer in layers)))
@@ -184,29 +232,37 @@ class CompactCache(EvictionsFollow, Cache):
 
 
 class RaggedLayer(CacheLayerMixin):
-    """Rows (one a sample and head) that hold different numbers of entries.
+    """Rows (one a sample and head) that hold different numbers of entries, or hold them in few bits.
 
-    What was held after compression is cut into tiles of one size, the last of a row padded, so that one product over
-    all tiles reads each entry once, however uneven the rows are; the softmax is put together from the tiles of a row.
-    What comes after is as long in every row and kept apart.
+    What was held after compression is kept apart, see `stored`. What comes after is as long in every row. In few bits,
+    64 tokens of that, the oldest, join the others when there are as many beside the last `residual` ones: before the
+    next tokens are read, so that what was just read can be taken back.
     """
 
     is_sliding = False
 
-    def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor], batch: int, logical: int, headroom: int):
+    def __init__(
+        self,
+        keys: list[torch.Tensor],
+        values: list[torch.Tensor],
+        batch: int,
+        logical: int,
+        headroom: int,
+        bits: int = 0,
+        residual: int = 0,
+    ):
         """keys, values: one (n_i, D) for each row, sample by sample. logical: the length that the model believes in."""
         super().__init__()
-        self.is_initialized, self.batch, self.logical = True, batch, logical
-        self.held, device = torch.tensor([len(row) for row in keys]), keys[0].device
-        self.tile_keys, self.tile_values = _tiles(keys), _tiles(values)  # (tiles, size, D)
-        size = self.tile_keys.shape[1]
-        n_tiles = -(-self.held // size)
-        self.row = torch.arange(len(keys)).repeat_interleave(n_tiles).to(device)  # of each tile
-        # the entry of its row with which a tile begins
-        first = torch.cat([torch.arange(n) * size for n in n_tiles.tolist()])
-        hidden = (first[:, None] + torch.arange(size) >= self.held[self.row.cpu()][:, None]).to(device)
-        self.hidden = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -torch.inf)[..., None]
-        self.new_keys, self.new_values = Room(headroom), Room(headroom)  # (1, rows, n, D)
+        self.is_initialized, self.batch, self.logical, self.residual = True, batch, logical, residual
+        in_full = min(residual, *map(len, keys)) if bits else 0
+        room = headroom if not bits else min(headroom, GROUP)
+        self.new_keys, self.new_values = Room(room), Room(room)  # (1, rows, n, D)
+        if in_full:
+            for room, rows in ((self.new_keys, keys), (self.new_values, values)):
+                room.append(torch.stack([row[-in_full:] for row in rows])[None])
+            keys, values = ([row[:-in_full] for row in rows] for rows in (keys, values))
+        form = form_of(bits, keys[0]) if bits else None
+        self.held = Blocks.of(form, keys, values, headroom) if bits else Tiles(keys, values)
 
     @classmethod
     def of(
@@ -214,6 +270,8 @@ class RaggedLayer(CacheLayerMixin):
         layers: Sequence[CompactLayer],
         evicted: Sequence[tuple | None],
         order: Sequence[int] | None = None,
+        bits: int = 0,
+        residual: int = 0,
     ) -> "RaggedLayer":
         """One layer of the samples in `layers`, without what was evicted from each; `order` as in `stack`."""
         keys, values = [], []
@@ -225,9 +283,62 @@ class RaggedLayer(CacheLayerMixin):
                 rows += [row[mask] for row, mask in zip(states.flatten(0, 1), keep.flatten(0, 1))]
         batch, heads = sum(len(layer.keys) for layer in layers), layers[0].keys.shape[1]
         if order is not None:
-            rows = [sample * heads + head for sample in order for head in range(heads)]
+            rows = _rows_of(order, heads)
             keys, values = [keys[row] for row in rows], [values[row] for row in rows]
-        return cls(keys, values, batch, max(layer.get_seq_length() for layer in layers), layers[0].headroom)
+        logical = max(layer.get_seq_length() for layer in layers)
+        return cls(keys, values, batch, logical, layers[0].headroom, bits, residual)
+
+    @classmethod
+    def stack(cls, layers: Sequence["RaggedLayer"], order: Sequence[int] | None) -> "RaggedLayer":
+        """Of layers in few bits. What some have read since, beyond what all have, goes into blocks with the rest."""
+        least, one = min(layer.new_keys.length for layer in layers), layers[0]
+        stacked, order = copy.copy(one), range(sum(layer.batch for layer in layers)) if order is None else order
+        for layer in layers:
+            layer.settle(least)
+        rows = _rows_of(order, len(one.held.lengths) // one.batch)
+        stacked.batch, stacked.logical = len(order), max(layer.logical for layer in layers)
+        stacked.held = Blocks.stack([layer.held for layer in layers], rows, one.held.headroom)
+        for name in ("new_keys", "new_values"):
+            room, rooms = Room(getattr(one, name).headroom), [getattr(layer, name).filled for layer in layers]
+            if least:
+                room.append(torch.cat(rooms, dim=1)[:, rows])
+            setattr(stacked, name, room)
+        return stacked
+
+    @property
+    def bits(self) -> int:
+        return self.held.bits
+
+    @property
+    def headroom(self) -> int:
+        return self.new_keys.headroom
+
+    def keep_in(self, bits: int, residual: int) -> None:
+        """What was held as it is."""
+        if not self.bits:
+            rows = self.held.as_tensors(0), self.held.as_tensors(1)
+            layer = RaggedLayer(*rows, self.batch, self.logical - self.new_keys.length, self.headroom, bits, residual)
+            for room, new in ((layer.new_keys, self.new_keys), (layer.new_values, self.new_values)):
+                if new.length:
+                    room.append(new.filled)
+            self.__dict__.update(layer.__dict__ | {"logical": self.logical})
+
+    def expect(self, n_tokens: int) -> None:
+        if self.bits:
+            self.held.headroom, n_tokens = n_tokens, min(n_tokens, GROUP)
+        self.new_keys.headroom = self.new_values.headroom = n_tokens
+
+    def settle(self, in_full: int | None = None) -> None:
+        """Have whole blocks joined by what was read before; or all but `in_full` tokens."""
+        if not self.bits:
+            return
+        n = self.new_keys.length - (self.residual if in_full is None else in_full)
+        n = n if in_full is not None else n // GROUP * GROUP
+        if n <= 0:
+            return
+        self.held.append(*(room.filled[0, :, :n] for room in (self.new_keys, self.new_values)))
+        for room in (self.new_keys, self.new_values):
+            room.assign(room.filled[:, :, n:].clone())
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
         """Take in new keys and values and answer the queries, all (batch, heads, T, D)."""
@@ -235,55 +346,53 @@ class RaggedLayer(CacheLayerMixin):
         by_kernel = is_for_few_queries(query)
         if by_kernel:
             self._check(*query.shape[1::2], query.dtype, key, value)
+        self.settle()
         self.logical += query.shape[2]
         self.new_keys.append(key.flatten(0, 1)[None])
         self.new_values.append(value.flatten(0, 1)[None])
         if by_kernel:
-            return attend_to_rows(query, self._held_rows(), self._new_rows(), scaling)
-        return self._attend_by_tiles(query, scaling)
+            return attend_to_rows(query, self.held.as_rows(), self._new_rows(), scaling)
+        return self._attend_part_by_part(query, scaling)
 
     def make_room(self, batch: int, heads: int, n: int, dim: int, dtype: torch.dtype):
         """As a CompactLayer does; what was held after compression is stored apart."""
         check_rows(batch, self.batch)
         self._check(heads, dim, dtype)
+        self.settle()
         self.logical += n
-        like = self.tile_keys.new_empty(1, len(self.held), 0, dim)
+        like = torch.empty(1, len(self.held.lengths), 0, dim, dtype=dtype, device=self.held.device)
         self.new_values.make_room(like, n)
         at = self.new_keys.make_room(like, n)
-        return self._held_rows(), self._new_rows(), at
+        return self.held.as_rows(), self._new_rows(), at
 
     def _check(self, heads: int, dim: int, dtype: torch.dtype, *given: torch.Tensor) -> None:
         new = self.new_keys.buffer, self.new_values.buffer
-        stored = [self.tile_keys, self.tile_values, *(buffer for buffer in new if buffer is not None), *given]
-        held = ((len(self.held) // self.batch, x.shape[-1], x.dtype) for x in stored)
-        check_states((heads, dim, dtype), *held)
-
-    def _held_rows(self):
-        """Each row's tiles lie one behind the other, and only the last of them is padded."""
-        (size, dim), n_tiles = self.tile_keys.shape[1:], -(-self.held // self.tile_keys.shape[1])
-        n_words = dim // compiled().per(self.tile_keys.dtype)
-        starts = (n_tiles.cumsum(0) - n_tiles) * size * n_words
-        return compiled().Rows(self.tile_keys, self.tile_values, starts, self.held, n_words)
+        stored = [(x.shape[-1], x.dtype) for x in (*(buffer for buffer in new if buffer is not None), *given)]
+        n_heads = len(self.held.lengths) // self.batch
+        check_states((heads, dim, dtype), *((n_heads, *of) for of in [(self.held.dim, self.held.dtype), *stored]))
 
     def _new_rows(self):
         return rows_of(self.new_keys.buffer, self.new_values.buffer, self.new_keys.length)
 
-    def _attend_by_tiles(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
-        n, row = query.shape[2], self.row
+    def _attend_part_by_part(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
+        n = query.shape[2]
         new_keys, new_values = self.new_keys.filled[0].float(), self.new_values.filled[0].float()
         # float32 also for half precision: its scores would be rounded to a hundredth
         queries = (query.flatten(0, 1).float() * scaling).transpose(1, 2)  # (rows, D, T)
-        new = torch.bmm(new_keys, queries)  # (rows, n new, T)
+        scores = torch.bmm(new_keys, queries)  # (rows, n new, T)
         if n > 1:
-            later = torch.ones(n, n, dtype=torch.bool, device=new.device).tril(-1)  # entry i, query j < i
-            new[:, -n:].masked_fill_(later, -torch.inf)
-        old = torch.bmm(self.tile_keys.float(), queries[row]).add_(self.hidden)  # (tiles, size, T)
-        top = new.amax(1).scatter_reduce_(0, row[:, None].expand(-1, n), old.amax(1), "amax")  # (rows, T)
-        new = new.sub_(top[:, None]).exp_()
-        old = old.sub_(top[row][:, None]).exp_()
-        total = new.sum(1).index_add_(0, row, old.sum(1))
-        output = torch.bmm(new.transpose(1, 2), new_values)  # (rows, T, D)
-        output.index_add_(0, row, torch.bmm(old.transpose(1, 2), self.tile_values.float()))
+            later = torch.ones(n, n, dtype=torch.bool, device=scores.device).tril(-1)  # entry i, query j < i
+            scores[:, -n:].masked_fill_(later, -torch.inf)
+        top = scores.amax(1)  # (rows, T): each query sees at least itself
+        scores = scores.sub_(top[:, None]).exp_()
+        total, output = scores.sum(1), torch.bmm(scores.transpose(1, 2), new_values)  # (rows, T), (rows, T, D)
+        for keys, values, hidden, row in self.held.parts(n):
+            scores = torch.bmm(keys, queries[row]).add_(hidden)  # (tiles, size, T)
+            higher = top.scatter_reduce(0, row[:, None].expand(-1, n), scores.amax(1), "amax")
+            shrunk, top = (top - higher).exp_(), higher
+            scores = scores.sub_(top[row][:, None]).exp_()
+            total = total.mul_(shrunk).index_add_(0, row, scores.sum(1))
+            output = output.mul_(shrunk[..., None]).index_add_(0, row, torch.bmm(scores.transpose(1, 2), values))
         return output.div_(total[..., None]).to(query.dtype).view(query.shape)
 
     def update(self, key_states, value_states, cache_kwargs=None):
@@ -301,39 +410,79 @@ class RaggedLayer(CacheLayerMixin):
     def get_max_cache_shape(self) -> int:
         return -1
 
-    def _refuse(self, *_) -> None:
+    def _take_rows(self, order: torch.Tensor) -> None:
+        if not self.bits:
+            self.reset()
+        self.__dict__.update(RaggedLayer.stack([self], order.tolist()).__dict__)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._take_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._take_rows(torch.arange(self.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._take_rows(torch.arange(self.batch)[torch.as_tensor(indices).cpu()])
+
+    def reset(self) -> None:
         raise NotImplementedError(
             "entries are stored for each head: samples cannot be reordered, repeated or reset; use the CompactCache "
             "before make_ragged() for that"
         )
 
-    reorder_cache = batch_repeat_interleave = batch_select_indices = reset = _refuse
-
     def crop(self, max_length: int) -> None:
-        """Take back what was read after compression."""
+        """Take back what was read after compression; of what is in few bits also what was there before, if it is as
+        long in all rows."""
         surplus = self.logical - (max_length if max_length >= 0 else self.logical + max_length)
-        if surplus > self.new_keys.length:
+        new = self.new_keys.length
+        if surplus > new and not self.bits:
             raise ValueError(f"max_length={max_length}: what was compressed cannot be cropped")
-        if surplus > 0:
-            self.logical -= surplus
-            self.new_keys.length -= surplus
-            self.new_values.length -= surplus
+        if surplus <= 0:
+            return
+        left = self.held.take_back(surplus - new) if surplus > new else ()
+        self.logical -= surplus
+        for room in (self.new_keys, self.new_values):
+            room.length = max(new - surplus, 0)
+        for room, states in zip((self.new_keys, self.new_values), left):
+            room.append(states[None])
+
+    # A view of a layer as others know it: (batch, heads, T, D), those of a row that were evicted in front, as zeros. It
+    # is made when asked for. What is assigned must be its beginning: kvpress takes a question back so.
+    keys = property(lambda self: self._as_tensor(0), lambda self, tensor: self._assign(0, tensor))
+    values = property(lambda self: self._as_tensor(1), lambda self, tensor: self._assign(1, tensor))
+
+    def _as_tensor(self, which: int) -> torch.Tensor:
+        held, new = self.held, (self.new_keys, self.new_values)[which]
+        shape = len(held.lengths), self.logical, held.dim
+        dense, end = torch.zeros(shape, dtype=held.dtype, device=held.device), self.logical - new.length
+        if new.length:
+            dense[:, end:] = new.filled[0]
+        for row, states in zip(dense, held.as_tensors(which)):
+            row[end - len(states) : end] = states
+        return dense.unflatten(0, (self.batch, -1))
+
+    def _assign(self, which: int, tensor: torch.Tensor | None) -> None:
+        if tensor is None:  # as a layer is made
+            return
+        if not torch.equal(tensor, self._as_tensor(which)[:, :, : tensor.shape[2]]):
+            raise NotImplementedError("what is kept for each head, or in few bits, can be cropped, not replaced")
+        self.crop(tensor.shape[2])
 
     @property
     def allocated_bytes(self) -> int:
-        held = self.tile_keys, self.tile_values, self.hidden, self.new_keys, self.new_values
-        return sum(part.nbytes for part in held)
+        return self.held.nbytes + self.new_keys.nbytes + self.new_values.nbytes
+
+    @property
+    def used_bytes(self) -> int:
+        return self.held.used_bytes + self.new_keys.filled_bytes + self.new_values.filled_bytes
 
     def lengths(self) -> torch.Tensor:
-        return (self.held + self.new_keys.length).view(self.batch, -1)
+        return (self.held.lengths + self.new_keys.length).view(self.batch, -1)
 
 
 def _names_any(evicted: tuple[torch.Tensor, ...] | None) -> bool:
     return evicted is not None and len(evicted[0]) > 0
 
 
-def _tiles(rows: list[torch.Tensor]) -> torch.Tensor:
-    """(tiles, size, D) of rows (n_i, D). A sixteenth of the mean length as size wastes about 3 %."""
-    size = min(256, max(8, sum(map(len, rows)) // len(rows) // 16))
-    tiles = [pad(row, (0, 0, 0, -len(row) % size)).unflatten(0, (-1, size)) for row in rows if len(row)]
-    return torch.cat(tiles) if tiles else rows[0].new_empty(0, size, rows[0].shape[-1])
+def _rows_of(order: Sequence[int], heads: int) -> list[int]:
+    return [sample * heads + head for sample in order for head in range(heads)]

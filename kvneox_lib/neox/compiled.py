@@ -1,10 +1,8 @@
 """The products of a decoding step, compiled by numba: they read memory as fast as it can be read.
 
-Numbers are read as they are stored, a word at a time, and widened to float32 on the way: half precision, two numbers a
-word, reads half the bytes on any processor. What is multiplied with them is in the order of their words: the first
-number of each, then the second ("in order of words"). Work is cut into shares that threads take one after the other.
-The threads are torch's own: two pools would keep each other from the cores, and a step was slower than without these
-kernels. Compiled code is kept on disk.
+Numbers are read as they are stored (see `words`), or in few bits each (see `codes`). Work is cut into shares that
+threads take one after the other. The threads are torch's own: two pools would keep each other from the cores, and a
+step was slower than without these kernels. Compiled code is kept on disk.
 """
 
 import ctypes
@@ -15,23 +13,41 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import carray, cfunc, njit, types
-from numba.extending import intrinsic
+from numba import carray, cfunc, types
+from numba.extending import overload
 from torch.nn.functional import pad
 
-TILE, AHEAD = 64, 16  # keys whose scores are at hand together; so many keys ahead memory is asked for
-LINE_BYTES = 64
+from kvneox_lib.neox.codes import BITS_OF_MARK, MARKS, read_blocks
+from kvneox_lib.neox.words import (
+    ENDLESS,
+    LINE_BYTES,
+    NOTHING,
+    WORDS,
+    ZERO,
+    add_four,
+    add_one,
+    ask_for,
+    ask_for_four,
+    at,
+    compiled,
+    count_up,
+    dot,
+    exp_of_negative,
+    first_of,
+    four_dots,
+    number,
+    per_word,
+    place,
+    pointer,
+    second_of,
+    word_of,
+)
+
+TILE = 64  # keys whose scores are at hand together
 SHARES_PER_THREAD = 4
-# Sums may be put in another order; but NaN stays NaN and infinity infinity.
-FAST = {"reassoc", "contract", "arcp", "nsz"}
-ZERO, NOTHING = np.float32(0), np.float32(-np.inf)
-ENDLESS = 2**62  # the length of what is known by its address alone
-WORDS = {torch.float32: np.float32, torch.bfloat16: np.uint32, torch.float16: np.int32}
 # Numba looks only at a kernel's own file to see whether what it keeps on disk is outdated; this is in each kernel, too.
-SOURCES = [Path(__file__).with_name(name).read_bytes() for name in ("compiled.py", "layers.py")]
+SOURCES = [Path(__file__).with_name(name).read_bytes() for name in ("words.py", "codes.py", "compiled.py", "layers.py")]
 VERSION = int(hashlib.sha256(b"".join(SOURCES)).hexdigest()[:15], 16)
-compiled = njit(fastmath=FAST, error_model="numpy")  # an exception would want Python, which runs in one thread
 
 
 # ---- running on torch's threads -------------------------------------------------------------------------------------
@@ -89,225 +105,7 @@ def _pool(n_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n_threads)
 
 
-# ---- what numba does not have ---------------------------------------------------------------------------------------
-
-
-@intrinsic
-def pointer(context, address):
-    def write(context, builder, signature, args):
-        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.int64), write
-
-
-@intrinsic
-def count_up(context, numbers, index, by):
-    """numbers[index] before it grows, whichever threads do so at once."""
-
-    def write(context, builder, signature, args):
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        return builder.atomic_rmw("add", builder.gep(data, [args[1]]), args[2], "acq_rel")
-
-    return types.int64(numbers, types.intp, types.int64), write
-
-
-@intrinsic
-def per_word(context, word):
-    """How many numbers a word holds."""
-
-    def write(context, builder, signature, args):
-        return ir.IntType(64)(1 if word == types.float32 else 2)
-
-    return types.int64(word), write
-
-
-@intrinsic
-def first_of(context, word):
-    """The first number of a word, in float32."""
-
-    def write(context, builder, signature, args):
-        float32, int32 = ir.FloatType(), ir.IntType(32)
-        if word == types.float32:
-            return args[0]
-        if word == types.uint32:  # bfloat16 is the upper half of float32
-            return builder.bitcast(builder.shl(args[0], int32(16)), float32)
-        return _from_float16(builder, builder.and_(args[0], int32(0xFFFF)))
-
-    return types.float32(word), write
-
-
-@intrinsic
-def second_of(context, word):
-    def write(context, builder, signature, args):
-        float32, int32 = ir.FloatType(), ir.IntType(32)
-        if word == types.float32:
-            return float32(0)
-        if word == types.uint32:
-            return builder.bitcast(builder.and_(args[0], int32(0xFFFF0000)), float32)
-        return _from_float16(builder, builder.lshr(args[0], int32(16)))
-
-    return types.float32(word), write
-
-
-def _from_float16(builder, bits):
-    """Its bits below the sign, in the places of float32's, are the number over 2^112."""
-    float32, int32 = ir.FloatType(), ir.IntType(32)
-    unsigned = builder.shl(builder.and_(bits, int32(0x7FFF)), int32(13))
-    scaled = builder.bitcast(builder.fmul(builder.bitcast(unsigned, float32), float32(2.0**112)), int32)
-    not_finite = builder.icmp_unsigned(">=", unsigned, int32(0x7C00 << 13))
-    unsigned = builder.select(not_finite, builder.or_(unsigned, int32(0x7F800000)), scaled)
-    sign = builder.shl(builder.and_(bits, int32(0x8000)), int32(16))
-    return builder.bitcast(builder.or_(unsigned, sign), float32)
-
-
-@intrinsic
-def word_of(context, first, second, like):
-    """Two numbers as they are stored in a word such as `like`: float32 is the first as it is, bfloat16 both rounded."""
-
-    def write(context, builder, signature, args):
-        if like == types.float32:
-            return args[0]
-        int32, halves = ir.IntType(32), []
-        for number in args[:2]:
-            bits = builder.bitcast(number, int32)
-            odd = builder.and_(builder.lshr(bits, int32(16)), int32(1))
-            rounded = builder.add(bits, builder.add(odd, int32(0x7FFF)))  # to even
-            is_nan = builder.fcmp_unordered("uno", number, number)
-            halves.append(builder.lshr(builder.select(is_nan, int32(0x7FC00000), rounded), int32(16)))
-        return builder.or_(halves[0], builder.shl(halves[1], int32(16)))
-
-    return like(types.float32, types.float32, like), write
-
-
-@intrinsic
-def power_of_two(context, exponent):
-    """2 ** exponent for a whole number from -126 to 127."""
-
-    def write(context, builder, signature, args):
-        int32 = ir.IntType(32)
-        return builder.bitcast(builder.shl(builder.add(args[0], int32(127)), int32(23)), ir.FloatType())
-
-    return types.float32(types.int32), write
-
-
-@intrinsic
-def ask_for(context, words, index):
-    """Have memory bring the line with that word; there need not be one."""
-
-    def write(context, builder, signature, args):
-        byte, int32 = ir.IntType(8).as_pointer(), ir.IntType(32)
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        prefetch = ir.FunctionType(ir.VoidType(), [byte, int32, int32, int32])
-        place = builder.bitcast(builder.gep(data, [args[1]]), byte)
-        called = builder.module.declare_intrinsic("llvm.prefetch", [byte], prefetch)
-        builder.call(called, [place, int32(0), int32(2), int32(1)])  # to read, into the second cache, data
-        return context.get_dummy_value()
-
-    return types.void(words, types.intp), write
-
-
-@compiled
-def at(address, n, dtype):
-    return carray(pointer(address), n, dtype)
-
-
-@compiled
-def number(words, i):
-    """The i-th number."""
-    if per_word(words[0]) == 1:
-        return first_of(words[i])
-    return second_of(words[i // 2]) if i % 2 else first_of(words[i // 2])
-
-
-@compiled
-def place(i, n, per):
-    """Of the i-th of `n` numbers, in order of words."""
-    return i % per * (n // per) + i // per
-
-
-@compiled
-def exp_of_negative(x):
-    """To 2e-7, in steps that a compiler does for many numbers at once. Below -87 it is 1e-38."""
-    if x < np.float32(-87):
-        x = np.float32(-87)
-    n = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
-    rest = (x - n * np.float32(0.693359375)) + n * np.float32(2.12194440e-4)  # ln 2 in two parts
-    series = np.float32(1 / 5040)
-    for term in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
-        series = series * rest + np.float32(term)
-    return series * power_of_two(np.int32(n))
-
-
-@compiled
-def four_dots(row, words, first, stride):
-    """The products of `row` (numbers in order of words) with four rows of words, the first beginning at `first`."""
-    per = per_word(words[0])
-    n = row.shape[0] // per
-    one, two = row[:n], row[row.shape[0] - n :]
-    a, b = words[first : first + n], words[first + stride : first + stride + n]
-    c, d = words[first + 2 * stride : first + 2 * stride + n], words[first + 3 * stride : first + 3 * stride + n]
-    in_a = in_b = in_c = in_d = ZERO
-    for i in range(n):
-        x, y = one[i], two[i]
-        in_a += x * first_of(a[i])
-        in_b += x * first_of(b[i])
-        in_c += x * first_of(c[i])
-        in_d += x * first_of(d[i])
-        if per == 2:
-            in_a += y * second_of(a[i])
-            in_b += y * second_of(b[i])
-            in_c += y * second_of(c[i])
-            in_d += y * second_of(d[i])
-    return in_a, in_b, in_c, in_d
-
-
-@compiled
-def dot(row, words, first):
-    per = per_word(words[0])
-    n = row.shape[0] // per
-    one, two, part, total = row[:n], row[row.shape[0] - n :], words[first : first + n], ZERO
-    for i in range(n):
-        total += one[i] * first_of(part[i])
-        if per == 2:
-            total += two[i] * second_of(part[i])
-    return total
-
-
 # ---- few queries over all keys and values ---------------------------------------------------------------------------
-
-
-@compiled
-def add_four(output, values, first, stride, weights, t):
-    per = per_word(values[0])
-    n = output.shape[0] // per
-    one, two = output[:n], output[output.shape[0] - n :]
-    a, b = values[first : first + n], values[first + stride : first + stride + n]
-    c, d = values[first + 2 * stride : first + 2 * stride + n], values[first + 3 * stride : first + 3 * stride + n]
-    of_a, of_b, of_c, of_d = weights[t], weights[t + 1], weights[t + 2], weights[t + 3]
-    for i in range(n):
-        one[i] += of_a * first_of(a[i]) + of_b * first_of(b[i]) + (of_c * first_of(c[i]) + of_d * first_of(d[i]))
-        if per == 2:
-            two[i] += (
-                of_a * second_of(a[i]) + of_b * second_of(b[i]) + (of_c * second_of(c[i]) + of_d * second_of(d[i]))
-            )
-
-
-@compiled
-def add_one(output, values, first, weight):
-    per = per_word(values[0])
-    n = output.shape[0] // per
-    one, two, value = output[:n], output[output.shape[0] - n :], values[first : first + n]
-    for i in range(n):
-        one[i] += weight * first_of(value[i])
-        if per == 2:
-            two[i] += weight * second_of(value[i])
-
-
-@compiled
-def ask_for_four(words, first, stride, n):
-    for t in range(4):
-        for i in range(0, n, LINE_BYTES // 4):
-            ask_for(words, first + (AHEAD + t) * stride + i)
 
 
 @compiled
@@ -352,6 +150,21 @@ def take_in_all(queries, keys, values, first, stride, n, hidden, scores, states)
                 take_in(queries[j], keys, values, first + start * stride, stride, visible, scores, states[j])
 
 
+def take_in_held(queries, keys, values, first, low, until, stride, hidden, scores, states):
+    """Entries `low` to `until` of what a row held before, whose first one begins at word `first`."""
+
+
+@overload(take_in_held)
+def _take_in_held(queries, keys, values, first, low, until, stride, hidden, scores, states):
+    def read_numbers(queries, keys, values, first, low, until, stride, hidden, scores, states):
+        take_in_all(queries, keys, values, first + low * stride, stride, until - low, hidden, scores, states)
+
+    def read_bits(queries, keys, values, first, low, until, stride, hidden, scores, states):
+        read_blocks(queries, keys, values, first, low, until, stride, states)
+
+    return read_bits if keys.dtype in BITS_OF_MARK else read_numbers
+
+
 @compiled
 def ends_of(lengths, n_new):
     """Where the entries of each row end, if all rows are put one after the other."""
@@ -380,8 +193,7 @@ def read_share(share, n_shares, ends, queries, held, new, states):
         until, since = min(high, n_held), max(low - n_held, 0)
         if low < until:
             hidden = n_queries - 1 - (n_new + n_held - until)
-            first = starts[row] + low * stride
-            take_in_all(queries[row], keys, values, first, stride, until - low, hidden, scores, state)
+            take_in_held(queries[row], keys, values, starts[row], low, until, stride, hidden, scores, state)
         if high > n_held:
             hidden = n_queries - 1 - (n_new + n_held - high)
             first, n = new_starts[row] + since * new_stride, high - n_held - since
@@ -419,7 +231,9 @@ def share_of(entry, n_entries, n_shares):
     return (n_shares * (entry + 1) - 1) // n_entries
 
 
-def _attend(stored, version, keep):
+def _attend(stored, held_as, version, keep):
+    values_as = stored if held_as is stored else np.uint32
+
     @cfunc(types.void(types.voidptr), cache=keep)
     def attend(arguments):
         given = carray(arguments, 19, np.int64)
@@ -428,15 +242,12 @@ def _attend(stored, version, keep):
         queries = carray(pointer(given[6]), (n_rows, n_queries, dim), np.float32)
         output = carray(pointer(given[7]), (n_rows, n_queries, dim), np.float32)
         states = carray(pointer(given[8]), (n_rows + n_shares, n_queries, dim + 2), np.float32)
-        keys, values, lengths = (
-            at(given[9], ENDLESS, stored),
-            at(given[10], ENDLESS, stored),
-            at(given[12], n_rows, np.int64),
-        )
+        keys, values = at(given[9], ENDLESS, held_as), at(given[10], ENDLESS, values_as)
+        lengths = at(given[12], n_rows, np.int64)
         held = keys, values, at(given[11], n_rows, np.int64), lengths, given[13]
         keys, values = at(given[14], ENDLESS, stored), at(given[15], ENDLESS, stored)
         new = keys, values, at(given[16], n_rows, np.int64), given[17], given[18]
-        ends, per = ends_of(lengths, given[17]), per_word(keys[0])
+        ends, per = ends_of(lengths, given[17]), per_word(new[0][0])
         n_shares = max(1, min(n_shares, ends[-1]))  # none of them empty
         share = count_up(given, 0, 1)
         while share < n_shares:
@@ -601,9 +412,11 @@ def _multiply(stored, version, keep):
 
 class Rows:
     """Keys and values of rows in one stretch of memory: the word with which each row begins, how many entries it has
-    (all rows alike, or each), and how many words it is from one to the next."""
+    (all rows alike, or each), and how many words it is from one to the next. In few bits: keys and values are the same
+    blocks, and so many words it is from one to the next; entries are counted as if all blocks were full."""
 
-    def __init__(self, keys, values, starts: torch.Tensor, lengths: torch.Tensor | int, stride: int):
+    def __init__(self, keys, values, starts: torch.Tensor, lengths: torch.Tensor | int, stride: int, bits: int = 0):
+        self.bits = bits
         self.held = keys, values, starts, lengths  # lest they go
         places = keys.data_ptr(), values.data_ptr(), starts.data_ptr()
         self.arguments = *places, lengths if isinstance(lengths, int) else lengths.data_ptr(), stride
@@ -625,11 +438,13 @@ def per(dtype: torch.dtype) -> int:
 
 
 @cache
-def kernel_for(make, dtype: torch.dtype):
+def kernel_for(make, dtype: torch.dtype, *held: int):
+    """Of a kernel that reads a cache there is one for each number of bits (0: as `dtype`) in which it may be held."""
+    types_of = WORDS[dtype], *(MARKS.get(bits, WORDS[dtype]) for bits in held)
     try:
-        return make(WORDS[dtype], VERSION, keep=True)
+        return make(*types_of, VERSION, keep=True)
     except RuntimeError:  # no folder to keep it in can be written to
-        return make(WORDS[dtype], VERSION, keep=False)
+        return make(*types_of, VERSION, keep=False)
 
 
 def attend(queries: torch.Tensor, held: Rows, new: Rows) -> torch.Tensor:
@@ -642,7 +457,7 @@ def attend(queries: torch.Tensor, held: Rows, new: Rows) -> torch.Tensor:
     n_shares = shares_at_most()
     output, states = torch.empty_like(queries), torch.empty(n_rows + n_shares, n_queries, dim + 2)
     places = queries.data_ptr(), output.data_ptr(), states.data_ptr()
-    kernel = kernel_for(_attend, held.held[0].dtype)
+    kernel = kernel_for(_attend, new.held[0].dtype, held.bits)
     run(kernel, n_shares, n_rows, n_queries, dim, *places, *held.arguments, *new.arguments)
     return output
 

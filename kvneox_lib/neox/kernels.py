@@ -272,12 +272,13 @@ def one_query_is_faster_alone(query: torch.Tensor) -> bool:
 
 @cache
 @torch.no_grad()
-def make_ready(dtype: torch.dtype) -> None:
-    """Compile, or fetch from the disk, what a step in that precision needs: seconds, once."""
+def make_ready(dtype: torch.dtype, kv_bits: int = 0) -> None:
+    """Compile, or fetch from the disk, what a step in that precision needs, from a cache in so many bits (0: as it is):
+    seconds, once."""
     states = torch.zeros(1, 1, 1, 16, dtype=dtype)
     if is_for_few_queries(states):
-        attend_with_few_queries(states, states, states, 1.0)
+        compiled().kernel_for(compiled()._attend, dtype, kv_bits)
         compiled().multiply(states[0, 0], states[0, 0], None)
         _packing_works(dtype)
         if may_be_turned(states[0], states[0]):
-            _layers().compile_for(dtype)
+            _layers().compile_for(dtype, kv_bits)

@@ -12,28 +12,30 @@ from numba import carray, cfunc, types
 from torch import nn
 
 from kvneox_lib.neox.compiled import (
-    ENDLESS,
-    ZERO,
     Rows,
     _turn_into,
     address_of,
-    at,
-    compiled,
-    count_up,
     ends_of,
-    exp_of_negative,
     in_fours,
     kernel_for,
     multiply_share,
-    number,
-    per_word,
-    place,
     place_token,
-    pointer,
     put_together,
     read_share,
     run,
     shares_at_most,
+)
+from kvneox_lib.neox.words import (
+    ENDLESS,
+    ZERO,
+    at,
+    compiled,
+    count_up,
+    exp_of_negative,
+    number,
+    per_word,
+    place,
+    pointer,
 )
 
 PHASES, NUMBERS = 5, 23  # of a layer
@@ -94,7 +96,9 @@ def multiply_part(x, numbers, which, share, n_shares, output, dtype):
     return begin, end
 
 
-def _read_layers(stored, version, keep):
+def _read_layers(stored, held_as, version, keep):
+    values_as = stored if held_as is stored else np.uint32
+
     @cfunc(types.void(types.voidptr), cache=keep)
     def read_layers(arguments):
         given = carray(arguments, 23, np.int64)
@@ -136,7 +140,7 @@ def _read_layers(stored, version, keep):
                 share = next_share(counters, phase, 2 * most)
 
             # queries and keys are turned; keys and values go into the cache
-            keys, values = at(numbers[12], ENDLESS, stored), at(numbers[13], ENDLESS, stored)
+            keys, values = at(numbers[12], ENDLESS, held_as), at(numbers[13], ENDLESS, values_as)
             lengths = at(numbers[15], n_queries, np.int64)
             held = keys, values, at(numbers[14], n_queries, np.int64), lengths, numbers[16]
             keys, values = at(numbers[17], ENDLESS, stored), at(numbers[18], ENDLESS, stored)
@@ -191,10 +195,10 @@ def _read_layers(stored, version, keep):
 # ---- for tensors ----------------------------------------------------------------------------------------------------
 
 
-def compile_for(dtype: torch.dtype) -> None:
+def compile_for(dtype: torch.dtype, bits: int) -> None:
     """All that reads a token which goes on from a cache."""
     kernel_for(_turn_into, dtype)
-    kernel_for(_read_layers, dtype)
+    kernel_for(_read_layers, dtype, bits)
 
 
 def numbers_of(layer: nn.Module, held: Rows | None, new: Rows, first: int) -> list[int]:
@@ -225,5 +229,6 @@ def read_layers(layers, rooms, x: torch.Tensor, cos: torch.Tensor, sin: torch.Te
     given = counters, numbers, settings
     buffers = rows, fused, wide, attended, queries, states
     places = *(part.data_ptr() for part in given), *turns, *(part.data_ptr() for part in buffers)
-    run(kernel_for(_read_layers, x.dtype), *sizes, *places)
+    held_in = {0 if held is None else held.bits for held, _, _ in rooms}
+    run(kernel_for(_read_layers, x.dtype, *held_in), *sizes, *places)
     return rows[: batch * n].to(x.dtype).view(x.shape)

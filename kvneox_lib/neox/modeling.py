@@ -384,6 +384,8 @@ class KVNeoXModel(KVNeoXPreTrainedModel, GPTNeoXModel):
             inputs_embeds = self.embed_in(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if getattr(past_key_values, "bits", None) and not any(layer.attention._forward_hooks for layer in self.layers):
+            past_key_values.settle()
         if cache_position is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             cache_position = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)
@@ -434,6 +436,7 @@ class KVNeoXModel(KVNeoXPreTrainedModel, GPTNeoXModel):
             and self.config.use_parallel_residual
             and may_be_turned(x, cos)
             and all(goes_on(self.config, masks, cache, layer, index) for index, layer in enumerate(cache.layers))
+            and len({getattr(layer, "bits", 0) for layer in cache.layers}) == 1
             and not self.training
             and self._is_untouched(x.dtype)
         )
