@@ -12,9 +12,8 @@ from kvpress import BasePress
 from transformers import Cache, DynamicCache
 
 from kvneox_lib.measures.chunks import check_reading, read_in_chunks
-from kvneox_lib.neox.bits import BITS
+from kvneox_lib.neox.bits import check_bits
 from kvneox_lib.neox.cache import CompactCache
-from kvneox_lib.neox.checks import check_choice
 from kvneox_lib.neox.hooks import hooked, in_turn, refuse_attached
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
 from kvneox_lib.presses.applying import applied, check_context, check_press, readable_at_once
@@ -69,7 +68,7 @@ def store(cache: CompactCache, press, kv_bits: int | None = None) -> None:
 
 
 def check_kv_bits(kv_bits: int | None, press) -> None:
-    check_choice("kv_bits", kv_bits, (None, *BITS))
+    check_bits("kv_bits", kv_bits)
     if kv_bits is not None and decoding_part(press) is not None:
         raise ValueError(
             f"kv_bits={kv_bits} cannot serve {type(press).__name__}: it evicts while decoding, by keys and values as "

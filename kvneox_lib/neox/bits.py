@@ -24,14 +24,13 @@ ABSENT = -(2**31)  # a step of -0.0
 BLOCKS_AT_ONCE = 64  # are packed: what that takes stays in a processor's cache
 
 
-def widths(dim: int) -> list[int]:
-    """Of the groups of a value's channels: 64 each, and what is left, filled up to 16, 32 or 64."""
-    rest = dim % GROUP
-    return [GROUP] * (dim // GROUP) + ([next(width for width in (16, 32, 64) if width >= rest)] if rest else [])
-
-
 def in_sixteens(dim: int) -> int:
     return -(-dim // 16) * 16
+
+
+def check_bits(name: str, bits: int | None) -> None:
+    if bits is not None and (type(bits) is not int or bits not in BITS):
+        raise ValueError(f"{name}={bits!r}: allowed is {', '.join(map(str, BITS))}, or None: numbers as they are")
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,17 @@ class Form:
         return in_sixteens(self.dim)
 
     @property
+    def groups(self) -> list[int]:
+        """Of a value's channels: 64 each, and what is left, filled up to 16, 32 or 64."""
+        rest = self.dim % GROUP
+        last = [next(width for width in (16, 32, 64) if width >= rest)] if rest else []
+        return [GROUP] * (self.dim // GROUP) + last
+
+    @property
     def sizes(self) -> list[int]:
         """Words of key codes, of key steps, of value codes and of value steps."""
-        groups = widths(self.dim)
-        return [self.channels * 2 * self.bits, self.channels, 2 * self.bits * sum(groups), GROUP * len(groups)]
+        of_codes = 2 * self.bits * self.channels, 2 * self.bits * sum(self.groups)
+        return [of_codes[0], self.channels, of_codes[1], GROUP * len(self.groups)]
 
     @property
     def n_words(self) -> int:
@@ -74,18 +80,19 @@ def form_of(bits: int, like: torch.Tensor) -> Form:
     return Form(bits, like.shape[-1], like.dtype.itemsize == 2)
 
 
-def pack(keys: torch.Tensor, values: torch.Tensor, there: torch.Tensor, form: Form) -> torch.Tensor:
-    """(blocks, words) of keys and values (blocks, 64, D), and which tokens are there (blocks, 64)."""
-    some = zip(*(x.split(BLOCKS_AT_ONCE) for x in (keys, values, there)))
+def pack(keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor, form: Form) -> torch.Tensor:
+    """(blocks, words) of keys and values (blocks, 64, D), of which the first `counts` (blocks) are there."""
+    some = zip(*(x.split(BLOCKS_AT_ONCE) for x in (keys, values, counts.to(keys.device))))
     return torch.cat([_pack(*parts, form) for parts in some])
 
 
-def _pack(keys: torch.Tensor, values: torch.Tensor, there: torch.Tensor, form: Form) -> torch.Tensor:
+def _pack(keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor, form: Form) -> torch.Tensor:
+    there = torch.arange(GROUP, device=keys.device) < counts[:, None]  # (blocks, 64)
     order = form.order.to(keys.device)
     keys, values = (_filled(x[..., order].float(), there) for x in (keys, values))
     key_codes, key_steps = _quantized(pad(keys, (0, form.channels - form.dim)).transpose(-1, -2), form.bits)
     value_codes, value_steps = [], []
-    for width, group in zip(widths(form.dim), values.split(GROUP, dim=-1)):
+    for width, group in zip(form.groups, values.split(GROUP, dim=-1)):
         filled = torch.cat([group, group[..., :1].expand(*group.shape[:-1], width - group.shape[-1])], dim=-1)
         codes, steps = _quantized(filled, form.bits)
         value_codes.append(_words(codes, form.bits))
@@ -97,7 +104,7 @@ def unpack(words: torch.Tensor, form: Form) -> tuple[torch.Tensor, torch.Tensor,
     """Keys and values (n, 64, D) in float32 of blocks (n, words), and which tokens are there (n, 64)."""
     key_codes, key_steps, value_codes, value_steps = words.split(form.sizes, dim=-1)
     keys = _numbers(key_codes, key_steps, GROUP, form.bits).transpose(1, 2)[..., : form.dim]
-    groups = widths(form.dim)
+    groups = form.groups
     of_groups = value_codes.split([2 * form.bits * width for width in groups], dim=-1), value_steps.split(GROUP, dim=-1)
     values = [_numbers(codes, steps, width, form.bits) for codes, steps, width in zip(*of_groups, groups)]
     back = form.order.argsort().to(words.device)
@@ -105,11 +112,8 @@ def unpack(words: torch.Tensor, form: Form) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def _filled(x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
-    """x (..., 64, D) with another token in the place of those that are not there, so that no group grows."""
-    if there.all():
-        return x
-    one = there.int().argmax(-1)[..., None, None].expand(*x.shape[:-2], 1, x.shape[-1])
-    return torch.where(there[..., None], x, x.gather(-2, one))
+    """x (blocks, 64, D) with the first token in the place of those that are not there, so that no group grows."""
+    return x if there.all() else torch.where(there[..., None], x, x[:, :1])
 
 
 def _quantized(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,13 +127,14 @@ def _quantized(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _bfloat16_below(x: torch.Tensor) -> torch.Tensor:
-    """The greatest bfloat16 that is not above x: of a negative number the upper half grows by what is cut off."""
+    """The greatest bfloat16 that is not above x, of whose bits it is the upper half; one more if x is negative."""
     numbers = x.contiguous().view(torch.int32)
     return torch.where(x < 0, numbers + 0xFFFF, numbers).bitwise_and_(-0x10000).view(torch.float32)
 
 
 def _bfloat16_above(x: torch.Tensor) -> torch.Tensor:
-    return -_bfloat16_below(-x)
+    """The least bfloat16 that is not below x, which is not negative."""
+    return (x.contiguous().view(torch.int32) + 0xFFFF).bitwise_and_(-0x10000).view(torch.float32)
 
 
 def _words(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -15,8 +15,8 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from kvneox_lib.neox.bits import BITS, GROUP, form_of
-from kvneox_lib.neox.checks import check_choice, check_int
+from kvneox_lib.neox.bits import GROUP, check_bits, form_of
+from kvneox_lib.neox.checks import check_int
 from kvneox_lib.neox.kernels import attend_to_rows, is_for_few_queries, rows_of
 from kvneox_lib.neox.modeling import EvictionsFollow, evictions
 from kvneox_lib.neox.stored import Blocks, Tiles
@@ -150,11 +150,6 @@ class CompactLayer(DynamicLayer):
         return torch.full(keys.shape[:2], keys.shape[2])
 
 
-def check_bits(bits: int | None) -> None:
-    if bits is not None:
-        check_choice("bits", bits, BITS)
-
-
 class CompactCache(EvictionsFollow, Cache):
     """A transformers Cache on CompactLayers.
 
@@ -164,7 +159,7 @@ class CompactCache(EvictionsFollow, Cache):
 
     def __init__(self, headroom: int = 128, bits: int | None = None, residual: int = 0):
         check_int("headroom", headroom, 0)
-        check_bits(bits)
+        check_bits("bits", bits)
         check_int("residual", residual, 0)
         super().__init__(layer_class_to_replicate=partial(CompactLayer, headroom))
         self.bits, self.residual = bits, residual
@@ -276,11 +271,8 @@ class RaggedLayer(CacheLayerMixin):
         """One layer of the samples in `layers`, without what was evicted from each; `order` as in `stack`."""
         keys, values = [], []
         for layer, gone in zip(layers, evicted):
-            keep = torch.ones(layer.keys.shape[:3], dtype=torch.bool, device=layer.keys.device)
-            if gone is not None:
-                keep[tuple(index.to(keep.device) for index in gone)] = False
-            for rows, states in ((keys, layer.keys), (values, layer.values)):
-                rows += [row[mask] for row, mask in zip(states.flatten(0, 1), keep.flatten(0, 1))]
+            keys += _left(layer.keys, gone)
+            values += _left(layer.values, gone)
         batch, heads = sum(len(layer.keys) for layer in layers), layers[0].keys.shape[1]
         if order is not None:
             rows = _rows_of(order, heads)
@@ -482,6 +474,15 @@ class RaggedLayer(CacheLayerMixin):
 
 def _names_any(evicted: tuple[torch.Tensor, ...] | None) -> bool:
     return evicted is not None and len(evicted[0]) > 0
+
+
+def _left(states: torch.Tensor, gone: tuple[torch.Tensor, ...] | None) -> list[torch.Tensor]:
+    """(n_i, D) for each sample and head of states (batch, heads, n, D), without the (batch, head, position) gone."""
+    if gone is None:
+        return [*states.flatten(0, 1)]
+    keep = torch.ones(states.shape[:3], dtype=torch.bool, device=states.device)
+    keep[tuple(index.to(keep.device) for index in gone)] = False
+    return [row[mask] for row, mask in zip(states.flatten(0, 1), keep.flatten(0, 1))]
 
 
 def _rows_of(order: Sequence[int], heads: int) -> list[int]:

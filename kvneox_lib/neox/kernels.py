@@ -28,6 +28,8 @@ import torch
 from torch import nn
 from transformers.utils.output_capturing import _active_collector
 
+from kvneox_lib.neox import bits
+
 FEW_ROWS, FEW_QUERIES = 32, 8
 LARGE = 2**22  # numbers in a weight
 PACKED_SHARE = 1 / 8  # of the machine's memory: so much do the copies of all models take together at most
@@ -242,6 +244,15 @@ def attend_turned(fused: torch.Tensor, cos, sin, half: int, layer, scaling: floa
     return output.view(batch, -1, n, output.shape[-1]).transpose(1, 2).flatten(2)
 
 
+def pack_blocks(keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor, form: bits.Form) -> torch.Tensor:
+    """See `bits.pack`."""
+    if not _may_be_compiled(keys):
+        return bits.pack(keys, values, counts, form)
+    from kvneox_lib.neox import packer  # wants numba
+
+    return packer.pack(keys, values, counts, form)
+
+
 def read_layers(layers, rooms, x, cos, sin) -> torch.Tensor:
     return _layers().read_layers(layers, rooms, x, cos, sin)
 
@@ -278,6 +289,9 @@ def make_ready(dtype: torch.dtype, kv_bits: int = 0) -> None:
     states = torch.zeros(1, 1, 1, 16, dtype=dtype)
     if is_for_few_queries(states):
         compiled().kernel_for(compiled()._attend, dtype, kv_bits)
+        if kv_bits:
+            block = states[0].expand(1, bits.GROUP, -1)
+            pack_blocks(block, block, torch.ones(1, dtype=torch.long), bits.form_of(kv_bits, block))
         compiled().multiply(states[0, 0], states[0, 0], None)
         _packing_works(dtype)
         if may_be_turned(states[0], states[0]):

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.nn.functional import pad
 
-from kvneox_lib.neox.bits import GROUP, Form, pack, unpack
-from kvneox_lib.neox.kernels import compiled
+from kvneox_lib.neox.bits import GROUP, Form, unpack
+from kvneox_lib.neox.kernels import compiled, pack_blocks
 
 # A part: keys and values (n, size, D), what is added to scores (n, size, 1), and the row of each (n)
 Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -93,8 +93,8 @@ class Blocks:
     @classmethod
     def of(cls, form: Form, keys: list[torch.Tensor], values: list[torch.Tensor], room: int) -> "Blocks":
         """One (n_i, D) for each row."""
-        counts, blocks_of_rows = [len(row) for row in keys], [_in_blocks(*row) for row in zip(keys, values)]
-        words = pack(*map(torch.cat, zip(*blocks_of_rows)), form).split([len(blocks[0]) for blocks in blocks_of_rows])
+        counts = [len(row) for row in keys]
+        words = _packed(keys, values, form).split([-(-n // GROUP) for n in counts])
         blocks = cls(form, keys[0].dtype, words, torch.tensor(counts), room)
         if len(set(counts)) == 1:
             blocks.same = [min(GROUP, counts[0] - at) for at in range(0, counts[0], GROUP)]
@@ -136,8 +136,7 @@ class Blocks:
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """(rows, n, D), as many to each row."""
         n = keys.shape[1]
-        blocks_of_rows = zip(*map(_in_blocks, keys, values))
-        packed = pack(*map(torch.cat, blocks_of_rows), self.form).unflatten(0, (len(keys), -1))  # (rows, blocks, words)
+        packed = _packed(keys, values, self.form).unflatten(0, (len(keys), -1))  # (rows, blocks, words)
         if packed.shape[1] > self.free:
             self._lay_out(self.rows(), packed.shape[1] + max(-(-self.headroom // GROUP), int(self.n_blocks.max()) // 4))
         places = (self.first + self.n_blocks)[:, None] + torch.arange(packed.shape[1])
@@ -177,9 +176,13 @@ class Blocks:
             yield keys, values, _added(there), row
 
 
-def _in_blocks(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(blocks, 64, D) of each (n, D), and which tokens are there (blocks, 64)."""
-    n = len(states[0])
-    there = torch.arange(n + -n % GROUP, device=states[0].device) < n
-    filled = [pad(x, (0, 0, 0, -n % GROUP)).unflatten(0, (-1, GROUP)) for x in states]
-    return *filled, there.unflatten(0, (-1, GROUP))
+def _packed(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], form: Form) -> torch.Tensor:
+    """(blocks, words) of rows (n_i, D), one after the other."""
+    return pack_blocks(*map(torch.cat, zip(*map(_in_blocks, keys, values))), form)
+
+
+def _in_blocks(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(blocks, 64, D) of each (n, D), and how many tokens are in a block."""
+    n = len(keys)
+    filled = [pad(x, (0, 0, 0, -n % GROUP)).unflatten(0, (-1, GROUP)) for x in (keys, values)]
+    return *filled, torch.tensor([min(GROUP, n - at) for at in range(0, n, GROUP)], dtype=torch.long)
