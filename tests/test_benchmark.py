@@ -5,6 +5,7 @@ import sys
 import timeit
 from math import inf
 
+import pandas as pd
 import pytest
 import torch
 from conftest import stock_and_ours, tiny_config
@@ -266,6 +267,29 @@ def test_precisions_take_turns_in_one_run(tmp_path):
     assert "__dtype=bfloat16__" in half["run_id"] and "__dtype=float32__" in full["run_id"]
 
 
+def test_bits_are_ours_alone_and_the_floor_counts_what_is_read(tmp_path):
+    small = {**SMALL, "engines": ["ours", "kvpress"], "context_lengths": 200, "max_new_tokens": 4, "repeats": 1}
+    small |= {"compression_ratio": 0.75, "dtype": "bfloat16", "kv_bits": [None, 4]}
+    rows = measure_speed(**small, output_dir=str(tmp_path)).records
+    assert rows["failure"].isna().all() and rows.loc[rows["engine"] == "kvpress", "kv_bits"].isna().all()
+    assert len(rows) == 2 * 2 + 1 and rows["kv_bits"].eq(4).sum() == 2
+    lm, n_heads, batch = load_model("demo", dtype="bfloat16").model, 6 * 4, 2
+    products = [module for module in lm.modules() if isinstance(module, torch.nn.Linear)]
+    weights = sum(parameter.nbytes for module in products for parameter in module.parameters())
+    for _, row in rows[rows["engine"] == "ours"].iterrows():
+        kept = {"no_press": 200, "snapkv": 50}[row["press"]]
+        # in blocks of 64 tokens: half a byte for each number, and four for each channel and each token
+        in_full, rounded = kept * 64 * 2 * 2, -(-kept // 64) * (64 * 64 * 2 // 2 + 4 * (64 + 64))
+        held = batch * n_heads * (in_full if pd.isna(row["kv_bits"]) else rounded)
+        added = batch * n_heads * 4 / 2 * 64 * 2 * 2  # half of the new tokens, in bfloat16
+        assert row["kv_bytes_compressed"] == held
+        assert row["floor_bytes_s"] * row["bandwidth_bytes_per_s"] == pytest.approx(weights + held + added, rel=1e-6)
+        operations = 2 * batch * sum(module.weight.numel() for module in products)
+        operations += 4 * 64 * batch * n_heads * (kept + 4 / 2)  # as many, however they are stored
+        assert row["floor_operations_s"] * row["peak_flop_per_s"] == pytest.approx(operations, rel=1e-6)
+    assert rows["demo_nll_diff"].notna().sum() == 1  # of precision alone
+
+
 def test_names_without_what_is_left_at_its_default():
     def names(**asked):
         return declared(measure_speed, plan, {**DEFAULTS, **SMALL, **asked})
@@ -279,3 +303,6 @@ def test_names_without_what_is_left_at_its_default():
     }
     told = {name.split("__")[2]: ("prefill_chunk=64" in name, "evict" in name) for name in chunks if "=ours" in name}
     assert told == {"no_press": (True, False), "snapkv": (True, True)}
+    assert names(kv_bits=[None]) == plain and names(engines="stock", kv_bits=4) == names(engines="stock")
+    rounded = set(names(kv_bits=[None, 8])) - set(plain)
+    assert len(rounded) == 2 and all("engine=ours__kv_bits=8" in name for name in rounded)

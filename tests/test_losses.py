@@ -10,7 +10,7 @@ from matplotlib import pyplot
 
 from kvneox_lib.pages import losses, quality
 from kvneox_lib.pages import report as reporting
-from kvneox_lib.pages.selecting import at_ratio, middle_ratio
+from kvneox_lib.pages.selecting import at_ratio, left_out_of_figures, middle_ratio, of_one_storage
 from kvneox_lib.pages.shapes import cache_shares
 from kvneox_lib.pages.timings import corner
 from kvneox_lib.pages.words import CONTROL
@@ -37,6 +37,42 @@ def study(ends=0.01) -> pd.DataFrame:
     frame = frame.assign(delta_nll_ci95_low=low, delta_nll_ci95_high=high)
     values = {"ppl": 20.0, "bits_per_byte": 1.5, "word_ppl": None, "kept_fraction": 0.9, "kv_bytes": 2e6}
     return frame.assign(ppl_ratio=np.exp(frame["delta_nll"]), **values)
+
+
+def in_bits(runs: pd.DataFrame, bits, shift: float) -> pd.DataFrame:
+    """The same runs, but for what rounding adds."""
+    return runs.assign(kv_bits=bits, **{name: runs[name] + shift for name in runs if name.startswith("delta_nll")})
+
+
+def test_runs_in_bits_are_told_apart():
+    plain, coarse, coarser = (in_bits(study(), bits, shift) for bits, shift in ((None, 0), (4, 0.01), (2, 0.5)))
+    runs = pd.concat([coarser, plain, coarse], ignore_index=True)
+    table = losses.summary(runs)
+    assert table["存储"].tolist() == ["2 位"] * 8 + ["原样"] * 8 + ["4 位"] * 8 and "存储" not in losses.summary(
+        study()
+    )
+    pd.testing.assert_frame_equal(of_one_storage(runs).reset_index(drop=True), plain, check_dtype=False)
+    assert losses.rising(runs).to_dict() == losses.rising(study()).to_dict()
+    assert left_out_of_figures(runs) == ["图里每种 press 只画一种存储：原样；4 位、2 位的运行只在表里。"]
+    assert left_out_of_figures(study()) == left_out_of_figures(plain) == []
+    drawn = losses.loss_lines(runs).axes[0].containers
+    assert [line.get_label() for line in drawn] == ["snapkv", "random", "think"]
+    assert list(drawn[0].lines[0].get_ydata()) == pytest.approx([0.1, 0.2, 0.4])
+    said = [line for line in losses.highest_losses(runs) if line.startswith("snapkv")]
+    assert [line.partition("：")[0] for line in said] == [
+        f"snapkv（压缩率 0.75{stored}）" for stored in ("，2 位", "", "，4 位")
+    ]
+
+    bare = plain[plain["press"] == "no_press"]
+    rounded = pd.concat([bare, coarse, coarser], ignore_index=True)  # nothing else as it is: the finest is drawn
+    chosen = of_one_storage(rounded)
+    assert chosen[chosen["press"] != "no_press"]["kv_bits"].eq(4).all() and chosen["press"].eq("no_press").sum() == 1
+    assert left_out_of_figures(rounded) == ["图里每种 press 只画一种存储：4 位；2 位的运行只在表里。"]
+
+
+def test_the_middle_ratio_is_of_those_at_which_most_were_measured():
+    more = pd.DataFrame([("snapkv", ratio) for ratio in (0.9, 0.95, 0.97)], columns=["press", "compression_ratio"])
+    assert middle_ratio(study()) == middle_ratio(pd.concat([study(), more])) == 0.5
 
 
 def windows(n: int) -> pd.DataFrame:

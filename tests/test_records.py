@@ -209,6 +209,32 @@ def test_records_come_back_as_one_frame_without_the_damaged(tmp_path, record):
         assert find_record(tmp_path, "id1", {"seed": 0}) is None
 
 
+def test_a_parameter_that_came_later_was_none_before(tmp_path, record):
+    write_record(tmp_path, "id", record)
+    assert find_record(tmp_path, "id", {**PARAMETERS, "kv_bits": None})["ppl"] == record["ppl"]
+    assert find_record(tmp_path, "id", {**PARAMETERS, "kv_bits": 8}) is None
+    assert find_record(tmp_path, "other", {"kv_bits": None}) is None
+
+
+def test_bits_are_packed_beside_records_that_know_of_none(tmp_path, record):
+    study = tmp_path / "reference" / "recall"
+    bits = {"old": {}, "plain": {"kv_bits": None, "kv_group": None}, "coarse": {"kv_bits": 4, "kv_group": 64}}
+    for name in ("old", "plain"):
+        write_record(study, name, {**record, **bits[name]})
+    pack(study)
+    write_record(study, "coarse", {**record, **bits["coarse"]})
+    write_table(study, "coarse", "keys", pd.DataFrame({"right": [True]}))
+    for turn in (pack, unpack, pack):
+        turn(study)
+        for name, own in bits.items():
+            for value in (None, 4):
+                found = find_record(study, name, {**PARAMETERS, "kv_bits": value})
+                assert (found is not None) == (own.get("kv_bits") == value), (name, value, turn)
+        found = find_record(study, "coarse", {"kv_bits": 4})
+        assert (type(found["kv_bits"]), found["kv_group"]) == (int, 64)
+        assert tables_of(load_records(study), "keys")["kv_bits"].tolist() == [4]
+
+
 def keys(right: list[bool], names: list[str]) -> pd.DataFrame:
     return pd.DataFrame({"right": right, "name": names, "share": [1 / 3, None], "n": [1, 2]})
 

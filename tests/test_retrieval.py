@@ -43,6 +43,17 @@ def test_what_survives_at_the_middle_ratio(runs):
         retrieval.gained(runs[~runs["query_aware"]])
 
 
+def test_runs_in_bits_are_told_apart(runs):
+    coarse = runs.assign(kv_bits=2, accuracy=0.0)
+    both = pd.concat([coarse, runs.assign(kv_bits=None)], ignore_index=True)
+    assert retrieval.accuracy_table(both)["存储"].tolist() == ["2 位"] * len(runs) + ["原样"] * len(runs)
+    for said in (retrieval.plain, retrieval.survivors, retrieval.gained, retrieval.digits_in_words):
+        assert said(both) == said(runs)
+    assert {mode: len(part) for mode, part in retrieval.by_mode(both).items()} == {
+        mode: len(part) for mode, part in retrieval.by_mode(runs).items()
+    }
+
+
 def test_modes_and_the_table(runs):
     assert {mode: len(part) for mode, part in retrieval.by_mode(runs).items()} == {"问题在外": 3, "问题在内": 2}
     assert retrieval.by_mode(runs[runs["press"] == "no_press"]) == {}

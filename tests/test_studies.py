@@ -1,19 +1,23 @@
 """Studies: each run once, found again only for equal parameters, the same alone as among others."""
 
+import json
 import shutil
+import warnings
 
 import pandas as pd
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import REPOSITORY, tiny_config
 from transformers import GPTNeoXForCausalLM
 
 from kvneox_lib.inputs.text import load_text
 from kvneox_lib.inputs.windows import windows
 from kvneox_lib.measures.intervals import bootstrap_ci95, wilson_ci95
 from kvneox_lib.measures.perplexity import continuation_nll, teacher_forced_nll
+from kvneox_lib.measures.recall import recall_accuracy
 from kvneox_lib.presses.by_name import make_press
 from kvneox_lib.studies import perplexity as studies
+from kvneox_lib.studies import records
 from kvneox_lib.studies.arguments import defaults_of
 from kvneox_lib.studies.explore import record_exploration
 from kvneox_lib.studies.perplexity import measure_perplexity, plan
@@ -185,6 +189,128 @@ def test_recall_study(tmp_path):
     heads = study.table("heads").query("press == 'streaming_llm' and not query_aware")
     assert len(heads) == 24 and heads["digits_kept"].mean() == pytest.approx(row["digits_kept"])
     assert row["digits_kept_where_read"] == pytest.approx(0.5)  # all heads alike
+
+
+# ---- in how many bits ----
+
+STORED = {
+    **SMALL,
+    "context_length": 160,
+    "batch_size": 6,
+    "press": ["snapkv", "decoding_knorm"],
+    "compression_ratio": [0.4, 0.6],
+}
+
+
+def test_each_number_of_bits_is_what_continuation_nll_says_of_it_alone(demo, tokenizer, tmp_path, monkeypatch):
+    read, score_each = [], studies.score_each
+
+    def counting(*args, presses, **how):
+        read.append(len(presses))
+        return score_each(*args, presses=presses, **how)
+
+    monkeypatch.setattr(studies, "score_each", counting)
+    found = measure_perplexity(**STORED, kv_bits=[None, 4], output_dir=str(tmp_path)).records
+    assert read == [1 + 2, 1 + 2 * 2, 1 + 1]  # windows are read once for all ratios and bits of a press
+    told = found[["press", "compression_ratio", "kv_bits"]].astype(object).where(lambda cells: cells.notna(), None)
+    assert [*told.itertuples(index=False, name=None)] == [
+        *(("no_press", 0.0, bits) for bits in (None, 4)),
+        *(("snapkv", ratio, bits) for bits in (None, 4) for ratio in (0.4, 0.6)),
+        ("decoding_knorm", None, None),  # acts while decoding: as it is alone
+    ]
+    cut = windows(load_text("python-docs"), tokenizer, context_length=160, continuation_length=32, max_windows=6)
+    alone = {"n_context": 160, "press": make_press("snapkv", 0.6)}
+    plain = continuation_nll(demo, cut.input_ids, n_context=160).double()
+    for row, bits in ((found.iloc[3], None), (found.iloc[5], 4)):
+        nll = continuation_nll(demo, cut.input_ids, kv_bits=bits, **alone).double()
+        assert row["nll_mean"] == pytest.approx(float(nll.mean()), abs=1e-5)
+        assert row["delta_nll"] == pytest.approx(float((nll - plain).mean()), abs=1e-5)
+        assert ("__kv_bits=4__" in row["run_id"]) == (bits == 4)
+    full, coarse = found.iloc[3], found.iloc[5]
+    assert full["nll_mean"] != coarse["nll_mean"] and full["kept_fraction"] == coarse["kept_fraction"]
+    assert full["kv_bytes"] == 2 * 6 * 64 * 256 * 4
+    # a block of 64 tokens: half a byte for each of its numbers, and four for each channel and each token
+    assert coarse["kv_bytes"] == 6 * 4 * (64 * 64 * 2 // 2 + 4 * (64 + 64))
+    assert (coarse["kv_group"], coarse["kv_residual"]) == (64, 0) and pd.isna(full["kv_group"])
+    assert found["run_id"].tolist() == declared(
+        measure_perplexity, plan, {**defaults_of(measure_perplexity), **STORED, "kv_bits": [None, 4]}
+    )
+
+
+def test_what_evicts_while_decoding_is_left_out_where_all_is_rounded(tmp_path):
+    asked = {**defaults_of(measure_perplexity), **STORED, "kv_bits": [8, 2]}
+    assert [(run.press, run.settings["kv_bits"]) for run in plan(asked, 2048)] == [
+        *(("no_press", bits) for bits in (None, 8, 2)),
+        *(("snapkv", bits) for bits in (8, 8, 2, 2)),
+    ]
+    small = {**STORED, "max_windows": 1, "control_windows": 1, "output_dir": str(tmp_path / "out")}
+    with pytest.warns(UserWarning) as caught:
+        measure_perplexity(**small, kv_bits=4)
+    assert [str(one.message) for one in caught if "leaves out decoding_knorm" in str(one.message)] == [
+        "kv_bits=4 leaves out decoding_knorm: what evicts while decoding needs keys and values as they are"
+    ]
+    for bits in (4, [8, 4]):
+        with pytest.raises(ValueError, match=r"kv_bits=.*: decoding_knorm would be left out.*allowed is None, or a"):
+            measure_perplexity(**{**small, "press": "decoding_knorm", "output_dir": str(tmp_path / "b")}, kv_bits=bits)
+    for bits in (3, True, 8.0, "4", [None, 16]):
+        with pytest.raises(ValueError, match="kv_bits=.*: allowed is None, 8, 4, 2"):
+            measure_perplexity(**{**small, "output_dir": str(tmp_path / "b")}, kv_bits=bits)
+    assert not (tmp_path / "b").exists()
+
+
+def test_records_from_before_there_were_bits_are_used_again(study, tmp_path, monkeypatch):
+    for path in study.folder.iterdir():
+        shutil.copy(path, tmp_path)
+    for path in tmp_path.glob("*.json"):
+        old = {name: value for name, value in json.loads(path.read_text()).items() if not name.startswith("kv_bits")}
+        path.write_text(json.dumps(old))
+    monkeypatch.setattr(studies, "score_each", None)  # whoever measures now fails
+    asked = {**SMALL, "press": ["random", "snapkv"], "compression_ratio": [0.3, 0.8], "output_dir": str(tmp_path)}
+    again = measure_perplexity(**asked)
+    assert again.records["nll_mean"].tolist() == study.records["nll_mean"].tolist()
+    for bits in (4, [None, 4]):
+        with pytest.raises(TypeError):
+            measure_perplexity(**asked, kv_bits=bits)
+
+
+@pytest.mark.parametrize("name", ["wikitext_ppl", "pg19_ppl", "recall", "speed", "tasks"])
+def test_the_committed_records_are_found_by_parameters_of_today(name):
+    """With kv_bits None, not 4. (Which of their columns are parameters, the table of studies says.)"""
+    folder = REPOSITORY / "results" / "reference" / name
+    rows = [row for row in records.packed(folder).values() if row.get("kv_bits") is None]
+    for row in (rows[0], rows[-1]):
+        known = {key: row[key] for key in STUDIES[name].parameters if key in row}
+        assert records.find_record(folder, row["run_id"], known | {"kv_bits": None})["run_id"] == row["run_id"]
+        assert records.find_record(folder, row["run_id"], known | {"kv_bits": 4}) is None
+
+
+def test_recall_in_bits_is_what_recall_accuracy_says(demo, tokenizer, tmp_path):
+    asked = {"n_keys": 4, "keys_per_context": 2, "context_length": 300}
+    study = measure_recall(
+        model="demo",
+        dataset="python-docs",
+        press="keydiff",
+        compression_ratio=0.5,
+        kv_bits=[None, 2],
+        depths=None,
+        **asked,
+        output_dir=str(tmp_path),
+    )
+    filler, found = "\n\n".join(load_text("python-docs").documents), study.records
+    assert found["press"].tolist() == ["no_press"] * 2 + ["keydiff"] * 2
+    for (_, row), bits in zip(found.iterrows(), (None, 2, None, 2)):
+        press = make_press(row["press"], 0.5)
+        alone = recall_accuracy(demo, tokenizer, press=press, filler=filler, kv_bits=bits, **asked)
+        assert row["nll_mean"] == pytest.approx(alone.nll, abs=1e-5) and row["accuracy"] == alone.accuracy
+        assert row["kv_bytes"] == alone.rows[0].kv_bytes and ("kv_bits=2" in row["run_id"]) == (bits == 2)
+    assert found["nll_mean"].nunique() == 4
+    keys = study.table("keys")
+    assert keys["kv_bits"].eq(2).sum() == keys["kv_bits"].isna().sum() == 2 * 4
+    with warnings.catch_warnings(record=True) as caught:  # asleep, whatever the bits: one warning says so
+        warnings.simplefilter("always")
+        small = {**asked, "n_keys": 2, "depths": None, "press": ["decoding_knorm"], "kv_bits": 4}
+        measure_recall(model="demo", dataset="python-docs", **small, output_dir=str(tmp_path / "b"))
+    assert sum("decoding_knorm" in str(one.message) for one in caught) == 1
 
 
 def test_wilsons_interval():

@@ -106,6 +106,49 @@ def test_runs_are_not_done_again_unless_something_else_is_asked(study, monkeypat
             measure_tasks(**{**asked, **changed})
 
 
+def test_bits_are_what_the_harness_says_of_our_model_in_bits_alone(tmp_path):
+    from lm_eval import simple_evaluate
+
+    from kvneox_lib.inputs.harness import task_manager
+    from kvneox_lib.measures.tasks import KVNeoXLM
+
+    task = {**ASKED, "tasks": "kvneox_copy"}
+    asked = {"press": ["keydiff", "snapkv"], "compression_ratio": 0.5, "kv_bits": [None, 2]}
+    study = measure_tasks(**task, **asked, output_dir=str(tmp_path))
+    found, scores = study.records, study.table("scores")
+    assert found["kv_bits"].isna().tolist() == [True, False] * 3
+    assert found["run_id"].iloc[3] == "kvneox_copy__demo__keydiff__0.50__kv_bits=2__limit=6"
+    manager = task_manager(bundled_only=True, seed=0)
+    for (name, bits), row in found.groupby(["press", "kv_bits"], dropna=False):
+        press, kv_bits = None if name == "no_press" else name, None if pd.isna(bits) else int(bits)
+        lm = KVNeoXLM("demo", press=press, kv_bits=kv_bits)
+        told = simple_evaluate(lm, tasks=["kvneox_copy"], task_manager=manager, limit=6, bootstrap_iters=0)
+        mine = scores[
+            (scores["press"] == name) & (scores["kv_bits"].eq(bits) | scores["kv_bits"].isna() & pd.isna(bits))
+        ]
+        for metric, value in mine.set_index("metric")["value"].items():
+            assert value == pytest.approx(told["results"]["kvneox_copy"][f"{metric},none"], rel=1e-6), (name, bits)
+        assert row["kv_bytes"].iloc[0] == pytest.approx(lm.get_model_info()["kv_bytes"])
+    by_bits = found.set_index(["press", found["kv_bits"].fillna(16)])["kv_bytes"]
+    assert by_bits["no_press", 2] < 0.2 * by_bits["no_press", 16] and by_bits["keydiff", 2] < by_bits["no_press", 2]
+    shown = pages.score_table(found)
+    assert shown["存储"].tolist() == ["原样", "2 位"] * 3 and shown["与不压缩之差"].tolist().count("—") == 1
+    assert [*pages.at_middle_ratio(found, "outside").index.sort_values()] == ["keydiff", "no_press", "snapkv"]
+    panel = pages.by_task(found, "outside")["抄写"]
+    assert len(panel) == 3 and panel["kv_bits"].isna().all()
+
+
+def test_runs_of_one_press_are_never_parted(monkeypatch):
+    from kvneox_lib.studies.runs import Runs
+
+    asked = {"press": ["keydiff", "snapkv", "knorm"], "compression_ratio": [0.5, 0.9], "kv_bits": [None, 8, 4]}
+    asked = {**studies.measure_tasks.__kwdefaults__, **ASKED, "tasks": "kvneox_copy", **asked, "overwrite": True}
+    runs = Runs(measure_tasks, studies.plan, asked)
+    monkeypatch.setattr(studies, "AT_ONCE", 9)
+    found = [[run.press for run in group] for group in studies._together(runs)]
+    assert found == [["no_press"] * 3 + ["keydiff"] * 6, ["snapkv"] * 6, ["knorm"] * 6]
+
+
 def test_other_documents_are_other_runs(study, monkeypatch):
     """The same task under the same name may ask something else: another Python has another language reference."""
     from kvneox_lib.measures import evaluation
@@ -207,6 +250,22 @@ def test_the_command_line(monkeypatch, capsys):
     assert float(row.split("|")[7]) >= 0.7
     monkeypatch.setattr(sys, "argv", ["kvneox_lib", *line.replace("kvneox_passkey", "kvneox_pass").split()])
     assert main() == 2 and "did you mean kvneox_passkey" in capsys.readouterr().err
+
+
+def test_the_command_line_in_bits(monkeypatch, tmp_path, capsys):
+    from kvneox_lib.__main__ import main
+
+    def asked(bits: int, *more: str) -> list[str]:
+        given = f"pretrained=demo,press=keydiff,compression_ratio=0.5,kv_bits={bits}"
+        return ["kvneox_lib", "tasks", "--model_args", given, "--tasks", "kvneox_copy", "--limit", "2", *more]
+
+    for bits in (8, 2):
+        monkeypatch.setattr(sys, "argv", asked(bits, "--output_path", str(tmp_path / str(bits))))
+        assert main() == 0
+    told = [json.loads(next(tmp_path.glob(f"{bits}/*/results_*.json")).read_text())["config"] for bits in (8, 2)]
+    assert [one["kv_bits"] for one in told] == [8, 2] and told[1]["kv_bytes"] < 0.5 * told[0]["kv_bytes"]
+    monkeypatch.setattr(sys, "argv", asked(3))
+    assert main() == 2 and "kv_bits=3: allowed is one of None, 8, 4, 2" in capsys.readouterr().err
 
 
 OWN_TASK = """

@@ -55,6 +55,34 @@ def test_the_corner_is_of_the_longest_context_and_then_the_largest_batch(runs):
         timings.gains(runs[runs["failure"].notna()])
 
 
+def test_the_corner_is_where_engines_were_compared(runs):
+    alone = pd.DataFrame([run("ours", "snapkv", 0.75, 0.02, batch=16), run("ours", "no_press", 0.0, 0.03, batch=16)])
+    more = pd.concat([runs, alone], ignore_index=True)
+    assert timings.corner(more)["batch_size"].unique().tolist() == [4]
+    assert timings.corner(alone)["batch_size"].unique().tolist() == [16]
+    assert {len(part) for part in timings.by_context(more).values()} == {2, 3}
+
+
+def test_bits_are_variants_and_the_baseline_is_as_it_is(runs):
+    coarse = [run("ours", "no_press", 0.0, 0.001), run("ours", "snapkv", 0.75, 0.002, prefill_s=4.0, kv_bytes=10)]
+    more = pd.concat([pd.DataFrame(coarse).assign(kv_bits=[2, 4]), runs], ignore_index=True)
+    cell = timings.corner(more)
+    assert timings.variants(cell).tolist()[:2] == ["本库，不压缩", "本库，不压缩，2 位"]
+    assert timings.variants(cell).tolist()[-2:] == ["本库，snapkv 0.75", "本库，snapkv 0.75，4 位"]
+    gain, before = timings.engine_gains(more).iloc[0], timings.engine_gains(runs).iloc[0]
+    assert gain["plain_s"] == before["plain_s"] == 0.02 and gain["best"] == "snapkv，压缩率 0.75，4 位"
+    assert before["best"] == "snapkv，压缩率 0.75" and gain["kvpress_s"] == before["kvpress_s"] == 0.04
+    assert "snapkv 0.75，4 位：0.0 MB" in timings.smallest_cache(more)
+    assert "用时为不压缩的 4.00 倍" in timings.slowest_prefill(more)
+    ours, _ = timings.by_context(more).values()
+    assert sorted(ours["press"]) == ["snapkv", "snapkv，4 位", "不压缩", "不压缩，2 位"]
+    same = ["press", "compression_ratio"]
+    losses = pd.DataFrame(
+        [("snapkv", 0.75, 0.3, None), ("snapkv", 0.75, 9.0, 4)], columns=[*same, "delta_nll", "kv_bits"]
+    )
+    assert front.front(more, losses)[["delta_nll", "decode_tok_per_s"]].to_numpy().tolist() == [[0.3, 4 / 0.010]]
+
+
 def test_a_variant_has_engine_press_and_ratio():
     frame = pd.DataFrame(
         [("ours", "no_press", 0.0), ("kvpress", "snapkv", 0.5), ("ours", "think", None), ("ours", "knorm", 0.875)],

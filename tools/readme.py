@@ -23,6 +23,7 @@ from kvneox_lib.pages import report as reporting
 from kvneox_lib.pages import streams, timings
 from kvneox_lib.pages import tasks as task_pages
 from kvneox_lib.pages.figures import press_lines, use_style
+from kvneox_lib.pages.selecting import of_one_storage
 from kvneox_lib.pages.tables import press_table
 from kvneox_lib.studies.records import load_records
 
@@ -86,8 +87,8 @@ def _meaning(name: str, by_notebook: dict[str, dict]) -> str:
 
 
 def core_runs(study: str) -> pd.DataFrame:
-    """The core presses and no_press on the largest number of windows or keys."""
-    frame = load_records(REFERENCE / study)
+    """The core presses and no_press on the largest number of windows or keys, the cache as it is."""
+    frame = of_one_storage(load_records(REFERENCE / study))
     frame = frame[frame["press"].isin(expand_presses("all"))]
     return frame[frame["n_keys"] == frame["n_keys"].max()] if study == "recall" else _most_windows(frame)
 
@@ -133,7 +134,7 @@ def task_table() -> str:
     runs = load_records(REFERENCE / "tasks")
     if runs.empty:
         return missing("tasks")
-    outside = task_pages.ordered(runs[runs["question"] == "outside"])
+    outside = task_pages.in_mode(runs, "outside")
     columns = {
         f"{task_pages.named(task)} {ratio:.2f}": _by_press(part, ratio, "score")
         for task, part in outside.groupby("dataset", sort=False)

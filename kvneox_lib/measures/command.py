@@ -18,7 +18,8 @@ from kvneox_lib.measures.tasks import KVNeoXLM
 ABOUT = """\
 lm-evaluation-harness with a GPT-NeoX model whose KV cache is compressed. Its own arguments follow; --model is ours.
 --model_args pretrained=<alias, hub id, folder or demo>,press=<name>,compression_ratio=0.5,question=outside|inside,
-             cut=left|middle, and fields of the press, such as window_size=32
+             cut=left|middle, kv_bits=8|4|2 for each number that is left of the cache (as it is without it), and
+             fields of the press, such as window_size=32
 --tasks      the harness' own, and in the box kvneox_passkey, _multikey, _cloze, _cloze_free and _copy
 """
 
@@ -82,7 +83,7 @@ def _evaluate(evaluate: Callable, lm: KVNeoXLM, *, tasks: list, task_manager, **
         lm.forms = {name: Form.of(task.config) for name, task in loaded["tasks"].items() if hasattr(task, "config")}
         with replaced(task_manager, "load", lambda _: loaded):
             results = evaluate(tasks=tasks, task_manager=task_manager, **how)
-    if lm.presses == [None]:
+    if (lm.presses, lm.kv_bits) == ([None], [None]):
         for task in results["n-samples"]:
             _say_what_was_published(Scores.of(results, lm.readings, task), lm, task)
     return results

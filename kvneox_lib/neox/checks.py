@@ -13,7 +13,7 @@ def check_int(name: str, value: int, least: int) -> None:
 
 def did_you_mean(name, allowed: Iterable[str], most: int = 2) -> str:
     """`did you mean A or B? ` for a word that is near others, else nothing."""
-    near = difflib.get_close_matches(str(name), list(allowed), n=most, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), map(str, allowed), n=most, cutoff=0.5)
     return f"did you mean {' or '.join(near)}? " if near else ""
 
 

@@ -3,6 +3,7 @@
 import pandas as pd
 
 from kvneox_lib.pages.report import Missing
+from kvneox_lib.pages.selecting import of_one_storage
 from kvneox_lib.pages.timings import corner
 from kvneox_lib.pages.words import listed
 
@@ -13,6 +14,7 @@ def of_model(losses: pd.DataFrame, model: str) -> pd.DataFrame:
     """Of records of perplexity those of this model; if there are several sets, the one with most scored tokens."""
     if losses.empty:
         raise Missing("wikitext_ppl", model)
+    losses = of_one_storage(losses)
     found = losses[(losses["model"] == model) & (losses["weights"] != "random")]
     if found.empty:
         raise Missing("wikitext_ppl", model)
@@ -22,7 +24,7 @@ def of_model(losses: pd.DataFrame, model: str) -> pd.DataFrame:
 def front(timings: pd.DataFrame, losses: pd.DataFrame) -> pd.DataFrame:
     """This library's runs at the corner beside the loss of the same press at the same ratio. A press with a strength of
     its own has no counterpart."""
-    cell = corner(timings)
+    cell, losses = of_one_storage(corner(timings)), of_one_storage(losses)
     ours = cell[cell["engine"] == "ours"][[*SAME, "decode_tok_per_s", "kv_bytes"]].dropna(subset="compression_ratio")
     both = ours.merge(losses[[*SAME, "delta_nll"]], on=SAME)
     if (both["press"] == "no_press").all():

@@ -11,7 +11,15 @@ from matplotlib.figure import Figure
 from kvneox_lib.measures.intervals import bootstrap_ci95
 from kvneox_lib.pages import figures
 from kvneox_lib.pages.report import Missing
-from kvneox_lib.pages.selecting import numeric, pressed
+from kvneox_lib.pages.selecting import (
+    and_storage,
+    bits_of,
+    left_out_of_figures,
+    numeric,
+    of_one_storage,
+    pressed,
+    storage_column,
+)
 from kvneox_lib.pages.words import CONTROL, listed, machine_of, model_of, number, numbers, plain, with_interval
 
 SAME_WINDOWS = ["model", "weights_id", "dataset", "text_sha256", "device_name", "context_tokens", "n_windows"]
@@ -39,6 +47,7 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
         {
             "press": runs["press"],
             "压缩率": numbers(runs["compression_ratio"], ".2f"),
+            **storage_column(runs),
             "实际保留": numbers(runs["kept_fraction"], ".3f"),
             "困惑度": _with_intervals(runs, "ppl", 2),
             "与不压缩之差": _with_intervals(runs, "delta_nll", 3),
@@ -69,7 +78,7 @@ def moved(runs: pd.DataFrame) -> pd.DataFrame:
 
 def loss_lines(runs: pd.DataFrame, control: pd.DataFrame | None = None) -> Figure:
     """Loss against ratio, a line a press; `control` is what `moved` gives."""
-    shown = placed(runs)
+    shown = placed(of_one_storage(runs))
     if shown.empty:
         return figures.note("只测了不压缩，没有可画的损失")
     shown = shown[["press", "ratio", "delta_nll", *(name for name in (LOW, HIGH) if name in shown)]]
@@ -80,7 +89,7 @@ def loss_lines(runs: pd.DataFrame, control: pd.DataFrame | None = None) -> Figur
 def rising(runs: pd.DataFrame) -> pd.Series:
     """For each press with intervals at several ratios, whether that at the highest lies above that at the lowest."""
     found = {}
-    for press, rows in pressed(numeric(runs)).dropna(subset=[LOW, HIGH]).groupby("press", sort=False):
+    for press, rows in pressed(numeric(of_one_storage(runs))).dropna(subset=[LOW, HIGH]).groupby("press", sort=False):
         rows = rows.sort_values("compression_ratio")
         if rows["compression_ratio"].nunique() > 1:
             found[press] = bool(rows[LOW].iloc[-1] > rows[HIGH].iloc[0])
@@ -89,7 +98,7 @@ def rising(runs: pd.DataFrame) -> pd.Series:
 
 def at_highest(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs at the highest ratio measured, with `ppl_ratio` as floats."""
-    found = pressed(runs)
+    found = pressed(of_one_storage(runs))
     found = found[found["compression_ratio"] == found["compression_ratio"].max()]
     return found.assign(ppl_ratio=pd.to_numeric(found["ppl_ratio"]))
 
@@ -100,7 +109,7 @@ def still(runs: pd.DataFrame) -> str:
 
 def findings(runs: pd.DataFrame, windows: pd.DataFrame) -> list[str]:
     """What the runs of a study show, a sentence each; `windows` is its table of that name."""
-    lines = [still(runs)]
+    lines = [*left_out_of_figures(runs), still(runs)]
     rises = rising(runs)
     if len(rises):
         flat = "、".join(rises.index[~rises])
@@ -108,9 +117,12 @@ def findings(runs: pd.DataFrame, windows: pd.DataFrame) -> list[str]:
             f"测了多个压缩率的 {len(rises)} 种 press 中，{rises.sum()} 种在最高压缩率下的损失高于最低压缩率，且两个区间"
             + (f"不重叠；例外：{flat}。" if flat else "不重叠。")
         )
-    better = numeric(runs)[lambda found: found[HIGH] < 0]
+    better = numeric(runs.assign(kv_bits=bits_of(runs)))[lambda found: found[HIGH] < 0]
     if len(better):
-        which = listed(f"{row.press} {number(row.compression_ratio, '.2f')}" for row in better.itertuples())
+        which = listed(
+            f"{row.press} {number(row.compression_ratio, '.2f')}{and_storage(row.kv_bits)}"
+            for row in better.itertuples()
+        )
         lines.append(f"值得再看一眼，比不压缩还好且区间不含零的：{which}。")
     return lines + _against_random(windows)
 
@@ -130,10 +142,11 @@ def _against_random(windows: pd.DataFrame) -> list[str]:
 
 def highest_losses(runs: pd.DataFrame) -> list[str]:
     """What each press costs at the highest ratio measured, or at its own strength."""
-    shown = placed(runs)
+    shown = placed(runs).assign(kv_bits=bits_of(runs))
     shown = shown[shown["compression_ratio"].isna() | (shown["ratio"] == pressed(runs)["compression_ratio"].max())]
     return [
-        f"{row.press}（压缩率 {row.ratio:.2f}）：每词元多 {with_interval(row, 'delta_nll')} nat，困惑度乘以 "
+        f"{row.press}（压缩率 {row.ratio:.2f}{and_storage(row.kv_bits)}）：每词元多 "
+        f"{with_interval(row, 'delta_nll')} nat，困惑度乘以 "
         f"{number(row.ppl_ratio, '.3f')}。"
         for _, row in shown.iterrows()
     ]
@@ -148,7 +161,7 @@ def against(table: pd.DataFrame, other: str) -> pd.DataFrame:
 
     `table` is the study's table `windows`; its windows are the same for every run.
     """
-    rows = []
+    rows, table = [], of_one_storage(table)
     for ratio, part in table.groupby("compression_ratio"):
         by_press = {name: runs["nll_mean"].to_numpy() for name, runs in part.groupby("press")}
         for name in by_press.keys() - {other} if other in by_press else ():
@@ -164,7 +177,7 @@ def against(table: pd.DataFrame, other: str) -> pd.DataFrame:
 
 def of_one_book(windows: pd.DataFrame) -> pd.DataFrame:
     """The windows of the first document, with `ppl`: without compression, and at the highest ratio measured."""
-    windows = windows.dropna(subset="compression_ratio")
+    windows = of_one_storage(windows).dropna(subset="compression_ratio")
     shown = windows["compression_ratio"].isin([0.0, pressed(windows)["compression_ratio"].max()])
     book = windows[(windows["document"] == windows["document"].min()) & shown]
     return book.assign(ppl=np.exp(book["nll_mean"]))
@@ -201,6 +214,7 @@ def along_book(windows: pd.DataFrame) -> str:
 
 def distance_lines(table: pd.DataFrame, ratio: float | None) -> Figure:
     """Loss against the distance from the cut, at one ratio; `table` is the study's table `distance`."""
+    table = of_one_storage(table)
     shown = table[table["compression_ratio"] == ratio]
     if shown.empty:
         return figures.note("没有由压缩率决定强度的 press，这一节略去")
@@ -238,6 +252,7 @@ def near_and_far(table: pd.DataFrame, near: int = 16) -> NearAndFar:
 
 def lasting(table: pd.DataFrame, ratio: float | None) -> str:
     """How long the loss lasts, at one ratio."""
+    table = of_one_storage(table)
     shown = table[table["compression_ratio"] == ratio]
     if shown.empty:
         return "没有由压缩率决定强度的 press，这一节略去。"
@@ -254,7 +269,7 @@ def kept_maps(heads: pd.DataFrame) -> Figure:
     """What each layer and head kept; `heads` is the study's table of that name, for one strength of each press."""
     if heads.empty:
         return figures.note("只测了不压缩，没有可画的保留比例")
-    return figures.heat_maps(heads, "layer", "head", "kept", ylabel="层", xlabel="头", label="保留比例")
+    return figures.heat_maps(of_one_storage(heads), "layer", "head", "kept", ylabel="层", xlabel="头", label="保留比例")
 
 
 # ---- readings -------------------------------------------------------------------------------------------------------
@@ -266,6 +281,7 @@ def evicting_in_words(settings: list) -> str:
     runs = pd.concat([records.frame for records in settings], ignore_index=True) if settings else pd.DataFrame()
     if "evict_while_reading" not in runs:
         raise Missing("wikitext_ppl", "边读边淘汰")
+    runs = of_one_storage(runs)
     evicts, same = runs["evict_while_reading"].eq(True), ["press", "compression_ratio", *SAME_WINDOWS]
     both = runs[evicts].merge(runs[~evicts], on=same, suffixes=("", "_after")).query("press != 'no_press'")
     if both.empty:

@@ -5,12 +5,18 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from kvneox_lib.pages import losses
-from kvneox_lib.pages.report import Missing, Records, middle_ratio, named, pressed, settings, sources
+from kvneox_lib.pages.report import Missing, Records, middle_ratio, named, settings, sources
+from kvneox_lib.pages.report import pressed as pressed_in_all_bits
+from kvneox_lib.pages.selecting import of_one_storage
 from kvneox_lib.pages.words import STUDY_NAMES, listed, tiny, with_interval
 
 SHOWN_BESIDE_CONTROL = ("random", "snapkv", "streaming_llm", "pyramidkv", "knorm")
 SHOWN_AS_MAPS = ("snapkv", "pyramidkv", "adakv_snapkv")
 VERDICTS = {"better": " 好", "worse": " 差", "": ""}
+
+
+def pressed(records: Records) -> pd.DataFrame:
+    return of_one_storage(pressed_in_all_bits(records))
 
 
 def _these_or_all(table: pd.DataFrame, presses: tuple[str, ...]) -> pd.DataFrame:
@@ -66,7 +72,7 @@ def breaking(records: Records) -> str:
 
 def summary(books: Records, wiki: Records) -> str:
     ratio = middle_ratio(books)
-    row = books.run(press="snapkv", compression_ratio=ratio)
+    row = of_one_storage(books.runs(press="snapkv", compression_ratio=ratio)).iloc[0]
     return (
         f"质量：在一次前向的教师强制之下，{len(pressed(books)) + len(pressed(wiki))} 次运行里负对数似然的最大变动是"
         f"{tiny(furthest_moved(wiki, books))}，这样的困惑度什么也没有测到；让续文去读压缩后的缓存，SnapKV 在压缩率 "
@@ -90,7 +96,7 @@ def loss_table(*texts: Records) -> pd.DataFrame:
 
 
 def baselines(*texts: Records) -> str:
-    runs = [(named(records), records.run(press="no_press")) for records in texts]
+    runs = [(named(records), of_one_storage(records.runs(press="no_press")).iloc[0]) for records in texts]
     parts = [f"{name} {with_interval(run, 'ppl', 1)}（每字节 {run.bits_per_byte:.3f} 比特）" for name, run in runs]
     return f"不压缩时的困惑度：{'；'.join(parts)}。"
 
@@ -99,7 +105,7 @@ def extremes(*texts: Records) -> str:
     parts = []
     for records in texts:
         ratio = middle_ratio(records)
-        runs = records.runs(compression_ratio=ratio).sort_values("delta_nll")
+        runs = of_one_storage(records.runs(compression_ratio=ratio)).sort_values("delta_nll")
         best, worst = runs.iloc[0], runs.iloc[-1]
         parts.append(
             f"{named(records)}压缩率 {ratio:.2f} 时，损失最小的是 {best.press}（{with_interval(best, 'delta_nll')}），"
@@ -167,7 +173,7 @@ def snapkv_against_random(*texts: Records) -> str:
         where.append(f"{name}，{'压缩率 ' + listed(ratios) if len(ratios) else '没有'}")
     loss = []
     for records in texts:
-        random = records.runs(press="random").sort_values("compression_ratio").iloc[0]
+        random = of_one_storage(records.runs(press="random")).sort_values("compression_ratio").iloc[0]
         loss.append(f"{named(records)} {with_interval(random, 'delta_nll')} nat（压缩率 {random.compression_ratio:g}）")
     return (
         f"SnapKV 明确好于随机淘汰的地方：{'；'.join(where)}。"
@@ -208,7 +214,7 @@ def every_press(*studies: str) -> pd.DataFrame:
     """Each press at 0.5 or its own strength: what it kept and what it lost in each study."""
     tables, kept = [], []
     for study in studies:
-        runs = widest(study).runs()
+        runs = of_one_storage(widest(study).runs())
         strength = (runs["compression_ratio"] == 0.5) | runs["compression_ratio"].isna()
         runs = runs[(runs["press"] != "no_press") & strength].set_index("press")
         lost = [with_interval(row, "delta_nll") for _, row in runs.iterrows()]

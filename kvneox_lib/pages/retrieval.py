@@ -6,7 +6,7 @@ import pandas as pd
 
 from kvneox_lib.pages.ranks import rank_correlation
 from kvneox_lib.pages.report import Missing, found_in
-from kvneox_lib.pages.selecting import middle_ratio, pressed
+from kvneox_lib.pages.selecting import middle_ratio, of_one_storage, pressed, storage_column
 from kvneox_lib.pages.words import listed, with_interval
 
 MODES = {"问题在外": False, "问题在内": True}
@@ -22,13 +22,13 @@ def in_mode(table: pd.DataFrame, mode: str) -> pd.DataFrame:
 
 def by_mode(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The runs with a ratio, in the modes that were measured."""
-    panels = {mode: in_mode(pressed(runs), mode) for mode in MODES}
+    panels = {mode: in_mode(pressed(of_one_storage(runs)), mode) for mode in MODES}
     return {mode: part for mode, part in panels.items() if len(part)}
 
 
 def at_middle_ratio(runs: pd.DataFrame, mode: str) -> pd.DataFrame:
     """By press."""
-    ratio = middle_ratio(runs)
+    ratio, runs = middle_ratio(runs), of_one_storage(runs)
     return there(in_mode(runs[runs["compression_ratio"] == ratio], mode), mode).set_index("press", drop=False)
 
 
@@ -37,7 +37,7 @@ there = partial(found_in, "recall")
 
 def with_digits(runs: pd.DataFrame, mode: str) -> pd.DataFrame:
     """The compressed runs of which is known how many digits they kept."""
-    return there(in_mode(pressed(runs), mode).dropna(subset=list(KEPT)), "digits_kept")
+    return there(in_mode(pressed(of_one_storage(runs)), mode).dropna(subset=list(KEPT)), "digits_kept")
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -52,12 +52,12 @@ def accuracy_table(runs: pd.DataFrame) -> pd.DataFrame:
         words: pd.to_numeric(runs[name]).map(lambda value: "—" if pd.isna(value) else f"{value:.2f}")
         for name, words in columns.items()
     }
-    return table.assign(**shown)
+    return table.assign(**storage_column(runs), **shown)
 
 
 def by_depth(keys: pd.DataFrame, mode: str, presses=()) -> pd.DataFrame:
     """Table `keys` for heat maps: `correct` as a number, by depth and ratio; of `presses` those there, if any are."""
-    keys = in_mode(keys, mode)
+    keys = in_mode(of_one_storage(keys), mode)
     keys = keys[(keys["press"] != "no_press") & (keys["compression_ratio"] > 0)]
     chosen = there(_among(keys, presses), f"{mode}的逐口令表")
     return chosen.assign(correct=chosen["correct"].astype(float), depth=chosen["depth"].round(2))
@@ -71,6 +71,7 @@ def _among(table: pd.DataFrame, presses) -> pd.DataFrame:
 def head_shares(heads: pd.DataFrame, presses=()) -> pd.DataFrame:
     """Table `heads` of one mode for heat maps: `share` is the attention to the digit being said (not compressed), and
     the digits that each press, or each of `presses`, kept at the middle ratio."""
+    heads = of_one_storage(heads)
     looking = heads[heads["press"] == "no_press"]
     left = pressed(heads).dropna(subset="digits_kept")
     left = left[left["compression_ratio"] == middle_ratio(heads)]
@@ -81,6 +82,7 @@ def head_shares(heads: pd.DataFrame, presses=()) -> pd.DataFrame:
 
 def copying_heads(heads: pd.DataFrame) -> pd.DataFrame:
     """The heads that look at the digit at least half as much as the one that looks most; that one first."""
+    heads = of_one_storage(heads)
     plain = heads[heads["press"] == "no_press"].sort_values("copy_attention", ascending=False)
     return plain[plain["copy_attention"] >= plain["copy_attention"].max() / 2]
 
@@ -89,7 +91,7 @@ def copying_heads(heads: pd.DataFrame) -> pd.DataFrame:
 
 
 def plain(runs: pd.DataFrame) -> str:
-    found = runs[runs["press"] == "no_press"]
+    found = of_one_storage(runs[runs["press"] == "no_press"])
     parts = [
         f"{mode} {with_interval(row, 'accuracy', 2)}" for mode in MODES for _, row in in_mode(found, mode).iterrows()
     ]
@@ -119,7 +121,7 @@ def gained(runs: pd.DataFrame) -> str:
 
 def edge(keys: pd.DataFrame) -> str:
     """Of StreamingLLM, which looks at nothing but places."""
-    keys = in_mode(keys[keys["press"] == "streaming_llm"], "问题在外")
+    keys = in_mode(of_one_storage(keys[keys["press"] == "streaming_llm"]), "问题在外")
     kept, gone = (keys[part]["correct"].astype(float) for part in (keys["digits_kept"] == 1, keys["digits_kept"] == 0))
     if kept.empty or gone.empty:
         raise Missing("recall", "数字全部留下与全部淘汰的提问")
@@ -131,6 +133,7 @@ def edge(keys: pd.DataFrame) -> str:
 
 def copying(heads: pd.DataFrame) -> str:
     """Of the heads of one mode."""
+    heads = of_one_storage(heads)
     every, reading = heads[heads["press"] == "no_press"], copying_heads(heads)
     names = listed([f"第 {row.layer} 层第 {row.head} 头（{row.copy_attention:.2f}）" for row in reading.itertuples()])
     share = reading["copy_attention"].sum() / every["copy_attention"].sum()
@@ -182,8 +185,8 @@ def elsewhere(runs: pd.DataFrame) -> str:
 def diluted(runs: pd.DataFrame, losses: pd.DataFrame) -> str:
     """What lost digits would add to a mean over prose, beside the interval of such a mean (`losses`: runs of the study
     of books)."""
-    ratio = middle_ratio(runs)
-    outside = in_mode(runs, "问题在外")
+    ratio, losses = middle_ratio(runs), of_one_storage(losses)
+    outside = in_mode(of_one_storage(runs), "问题在外")
     compressed = outside[(outside["press"] == "snapkv") & (outside["compression_ratio"] == ratio)]
     run = there(compressed, "snapkv").iloc[0]
     bare = there(outside[outside["press"] == "no_press"], "no_press").iloc[0]
@@ -202,7 +205,7 @@ def diluted(runs: pd.DataFrame, losses: pd.DataFrame) -> str:
 
 def against_losses(runs: pd.DataFrame, losses: pd.DataFrame) -> str:
     """Two orders of the presses: by the loss on books, and by recall."""
-    ratio = middle_ratio(runs)
+    ratio, losses = middle_ratio(runs), of_one_storage(losses)
     loss = losses[losses["compression_ratio"] == ratio].set_index("press")["delta_nll"]
     both = pd.concat([loss.rename("loss"), at_middle_ratio(runs, "问题在外")["accuracy"]], axis=1).dropna()
     relation = rank_correlation(-both["loss"], both["accuracy"])

@@ -9,8 +9,9 @@ def pressed(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def middle_ratio(runs: pd.DataFrame) -> float | None:
-    """The middle one of the ratios measured, the upper of two; None where there is none."""
-    ratios = sorted(pressed(runs)["compression_ratio"].unique())
+    """The middle one of the ratios at which most presses were measured, the upper of two; None where there is none."""
+    counts = pressed(runs).groupby("compression_ratio")["press"].nunique()
+    ratios = sorted(counts.index[counts == counts.max()])
     return ratios[len(ratios) // 2] if ratios else None
 
 
@@ -27,5 +28,52 @@ def at_ratio(runs: pd.DataFrame, ratio: float | None) -> pd.DataFrame:
 
 
 def with_strength(run) -> str:
-    """Press and ratio; a press with a strength of its own has none."""
-    return run.press + ("" if pd.isna(run.compression_ratio) else f"，压缩率 {run.compression_ratio:g}")
+    """Press and ratio, and in how many bits what is left was kept; a press with a strength of its own has no ratio."""
+    ratio = "" if pd.isna(run.compression_ratio) else f"，压缩率 {run.compression_ratio:g}"
+    return run.press + ratio + and_storage(getattr(run, "kv_bits", None))
+
+
+# ---- in how many bits what is left was kept -------------------------------------------------------------------------
+
+
+def bits_of(runs: pd.DataFrame) -> pd.Series:
+    """Of each run; NaN where numbers were kept as they are, as in all records from before there was a choice."""
+    return pd.to_numeric(runs["kv_bits"]) if "kv_bits" in runs else pd.Series(float("nan"), runs.index)
+
+
+def storage(bits) -> str:
+    return "原样" if pd.isna(bits) else f"{bits:.0f} 位"
+
+
+def and_storage(bits) -> str:
+    """After a name: nothing where numbers are as they are."""
+    return "" if pd.isna(bits) else f"，{storage(bits)}"
+
+
+def storage_column(runs: pd.DataFrame) -> dict[str, list[str]]:
+    """Of a table; none where nothing was rounded."""
+    bits = bits_of(runs)
+    return {"存储": [storage(one) for one in bits]} if bits.notna().any() else {}
+
+
+def of_one_storage(runs: pd.DataFrame) -> pd.DataFrame:
+    """For what has one place for a press at a ratio: the runs that keep numbers as they are, else those in most bits.
+    The baseline is as it is."""
+    bits, compressed = bits_of(runs), runs["press"] != "no_press"
+    shown = _bits_shown(bits[compressed])
+    same = bits.isna() if shown is None else bits == shown
+    return runs[(compressed & same) | (~compressed & bits.isna())]
+
+
+def _bits_shown(bits: pd.Series) -> float | None:
+    return None if bits.isna().any() or bits.empty else bits.max()
+
+
+def left_out_of_figures(runs: pd.DataFrame) -> list[str]:
+    """A sentence where runs in several numbers of bits would lie on one line, as `of_one_storage` chooses."""
+    bits = bits_of(runs)[runs["press"] != "no_press"]
+    shown, several = _bits_shown(bits), sorted(bits.dropna().unique(), reverse=True)
+    others = [storage(one) for one in several if one != shown]
+    if not others:
+        return []
+    return [f"图里每种 press 只画一种存储：{storage(shown)}；{'、'.join(others)}的运行只在表里。"]

@@ -7,7 +7,7 @@ import pandas as pd
 
 from kvneox_lib.pages.ranks import kendall
 from kvneox_lib.pages.report import Missing, found_in
-from kvneox_lib.pages.selecting import middle_ratio, pressed
+from kvneox_lib.pages.selecting import middle_ratio, of_one_storage, pressed, storage_column
 from kvneox_lib.pages.words import listed, number, with_interval
 
 MODES = {"outside": "问题在外", "inside": "问题在内"}
@@ -44,7 +44,8 @@ def ordered(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def in_mode(runs: pd.DataFrame, mode: str) -> pd.DataFrame:
-    return there(ordered(runs[runs["question"] == mode]), MODES[mode])
+    """Those of one storage."""
+    return there(ordered(of_one_storage(runs[runs["question"] == mode])), MODES[mode])
 
 
 def modes_of(runs: pd.DataFrame) -> list[str]:
@@ -81,7 +82,7 @@ def at_middle_ratio(runs: pd.DataFrame, mode: str) -> pd.DataFrame:
 def inside_against_outside(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """For each task the presses' scores with the question outside and inside, at every ratio."""
     keys = ["dataset", "press", "compression_ratio"]
-    runs = pressed(ordered(runs))
+    runs = pressed(ordered(of_one_storage(runs)))
     outside, inside = (runs[runs["question"] == mode].set_index(keys)["score"] for mode in MODES)
     both = pd.concat([outside, inside], axis=1, keys=["outside", "inside"]).dropna().reset_index()
     return there(
@@ -103,7 +104,7 @@ def beside_others(runs: pd.DataFrame, others: dict[str, pd.Series], ratio: float
 def score_table(runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for _, row in runs.iterrows():
-        compressed = row["press"] != "no_press"
+        changed = row["press"] != "no_press" or pd.notna(row.get("kv_bits"))
         rows.append(
             {
                 "任务": named(row["dataset"]),
@@ -112,11 +113,14 @@ def score_table(runs: pd.DataFrame) -> pd.DataFrame:
                 "压缩率": number(row["compression_ratio"], ".2f"),
                 "指标": row["metric"],
                 "得分": with_interval(row, "score", 2),
-                "与不压缩之差": with_interval(row, "delta_score", 2) if compressed else "—",
-                "McNemar p": number(row["mcnemar_p"], ".2g") if compressed else "—",
+                "与不压缩之差": with_interval(row, "delta_score", 2) if changed else "—",
+                "McNemar p": number(row["mcnemar_p"], ".2g") if changed else "—",
             }
         )
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    for name, column in storage_column(runs).items():
+        table.insert(list(table).index("指标"), name, column)
+    return table
 
 
 def prompt_table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -158,7 +162,7 @@ def published_table(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def plain(runs: pd.DataFrame) -> str:
-    bare = there(ordered(runs[runs["press"] == "no_press"]).drop_duplicates("dataset"), "no_press")
+    bare = there(ordered(of_one_storage(runs[runs["press"] == "no_press"])).drop_duplicates("dataset"), "no_press")
     parts = [f"{named(row['dataset'])} {with_interval(row, 'score', 2)}" for _, row in bare.iterrows()]
     return f"不压缩时的得分：{'，'.join(parts)}。"
 
@@ -190,6 +194,7 @@ RECALL, LOSSES = "口令检索", {"pg19_ppl": "长书的损失", "wikitext_ppl":
 
 def others_at(recall: pd.DataFrame, losses: dict[str, pd.DataFrame], ratio: float) -> dict[str, pd.Series]:
     """By press: recall with the question outside, and what compression costs in perplexity."""
+    recall, losses = of_one_storage(recall), {study: of_one_storage(runs) for study, runs in losses.items()}
     outside = recall[~recall["query_aware"].astype(bool) & (recall["compression_ratio"] == ratio)]
     found = {RECALL: outside.set_index("press")["accuracy"]}
     for study, runs in losses.items():

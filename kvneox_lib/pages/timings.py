@@ -1,9 +1,10 @@
 """What is said and shown of speed and memory: the runs of study `speed`, as tables and sentences."""
 
+import numpy as np
 import pandas as pd
 
 from kvneox_lib.pages.report import Missing
-from kvneox_lib.pages.selecting import middle_ratio, pressed, with_strength
+from kvneox_lib.pages.selecting import and_storage, bits_of, middle_ratio, pressed, with_strength
 from kvneox_lib.pages.words import ENGINES, listed, numbers
 
 FAILURES = {"out of memory": "内存不够", "mixes the rows of a batch": "不能整批运行"}
@@ -18,10 +19,19 @@ def timed_runs(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def corner(runs: pd.DataFrame) -> pd.DataFrame:
-    """Of the timed runs those at the longest context, and of these at the largest batch; the baseline first."""
-    largest = at_largest(at_largest(timed_runs(runs), "context_tokens"), "batch_size")
-    plain_first = largest.assign(pressed=largest["press"] != "no_press")
-    return plain_first.sort_values(["pressed", "press", "compression_ratio", "engine"]).drop(columns="pressed")
+    """Of the runs that `compared` gives those at the longest context, and of these at the largest batch; the baseline
+    first, and what is kept as it is before what is rounded."""
+    largest = at_largest(at_largest(compared(runs), "context_tokens"), "batch_size")
+    ordered = largest.assign(pressed=largest["press"] != "no_press", coarse=-bits_of(largest).fillna(np.inf))
+    ordered = ordered.sort_values(["pressed", "press", "compression_ratio", "engine", "coarse"])
+    return ordered.drop(columns=["pressed", "coarse"])
+
+
+def compared(runs: pd.DataFrame) -> pd.DataFrame:
+    """The timed runs at those contexts and batches at which engines were compared; where there are none, all."""
+    timed = timed_runs(runs)
+    several = timed.groupby(["context_tokens", "batch_size"])["engine"].transform("nunique") > 1
+    return timed[several] if several.any() else timed
 
 
 def at_largest(runs: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -72,7 +82,8 @@ def fastest_transformers(runs: pd.DataFrame) -> pd.Series | None:
 
 
 def variants(runs: pd.DataFrame) -> pd.Series:
-    """Engine, press and ratio in words, and how the context was read; the precision where there are several."""
+    """Engine, press and ratio in words, how the context was read and what is left of it kept; the precision where there
+    are several."""
     named = runs["engine"].map(ENGINES) + "，" + _presses(runs) + _readings(runs)
     return named + "，" + runs["dtype"] if several_precisions(runs) else named
 
@@ -96,7 +107,7 @@ def column(runs: pd.DataFrame, name: str) -> pd.Series:
 
 def _presses(runs: pd.DataFrame) -> pd.Series:
     strength = runs["compression_ratio"].map(lambda ratio: f" {_ratio(ratio)}" if ratio and ratio == ratio else "")
-    return runs["press"].replace("no_press", "不压缩") + strength
+    return runs["press"].replace("no_press", "不压缩") + strength + bits_of(runs).map(and_storage)
 
 
 def _ratio(ratio: float) -> str:
@@ -181,11 +192,12 @@ def at_corners(settings: list, measured) -> pd.DataFrame:
 
 def by_context(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The largest batch at the middle ratio, this library and the others as two panels."""
-    timed = timed_runs(runs)
+    timed = compared(runs)
     if timed.empty:
         raise Missing("speed", "计了时的运行")
     shown = at_middle_ratio(at_largest(timed, "batch_size")).sort_values("press")
     shown = shown.replace({"press": {"no_press": "不压缩"}})
+    shown["press"] += bits_of(shown).map(and_storage)
     own = shown["engine"].isin(["stock", "static"])
     shown.loc[own, "press"] = shown["engine"].map(ENGINES)
     ours = shown["engine"] == "ours"
@@ -199,7 +211,7 @@ def engine_gains(runs: pd.DataFrame) -> pd.DataFrame:
     `best_s` and `times_floor`, and the same compression in the loop of kvpress (`kvpress_s`)."""
     rows = []
     for (context, batch, dtype), cell in timed_runs(runs).groupby(["context_tokens", "batch_size", "dtype"]):
-        plain = cell[cell["press"] == "no_press"].groupby("engine")["step_s"].first()
+        plain = cell[(cell["press"] == "no_press") & bits_of(cell).isna()].groupby("engine")["step_s"].first()
         if "ours" not in plain or not {"stock", "static"} & set(plain.index):
             continue
         row = {"context_tokens": context, "batch_size": batch, "dtype": dtype, "plain_s": plain["ours"]}
@@ -301,6 +313,7 @@ def slowest_prefill(runs: pd.DataFrame) -> str:
     plain, scored = (ours[(ours["press"] == "no_press") == is_plain] for is_plain in (True, False))
     if plain.empty or scored.empty:
         raise Missing("speed", "首词元用时的对照")
+    plain = plain[bits_of(plain).isna()]
     slowest = scored.loc[scored["prefill_s"].idxmax()]
     ratio = slowest.prefill_s / plain["prefill_s"].iloc[0]
     return f"打分也要时间：首词元最慢的是 {slowest.press}，用时为不压缩的 {ratio:.2f} 倍。"

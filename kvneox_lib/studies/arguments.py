@@ -14,6 +14,7 @@ from typing import Annotated, get_args, get_type_hints
 from kvneox_lib.inputs.harness import check_single_task
 from kvneox_lib.inputs.text import HUB, SPLITS, WIKITEXT_SUBSETS
 from kvneox_lib.inputs.weights import ATTENTION, DTYPES, find_target
+from kvneox_lib.neox.bits import BITS
 from kvneox_lib.neox.checks import check_choice, check_int
 from kvneox_lib.presses.by_name import expand_presses, press_row
 
@@ -55,6 +56,11 @@ def yes_or_no(several: bool = False, not_in_a_sweep: Mapping | None = None) -> R
             refuse(name, value, "true or false")
 
     return Rule(check, several, not_in_a_sweep)
+
+
+def _bits(name, value):
+    if value is not None and (type(value) is not int or value not in BITS):
+        refuse(name, value, f"None, {', '.join(map(str, BITS))}")
 
 
 def _press(name, value):
@@ -124,6 +130,7 @@ Press = Annotated[str, Rule(_one_press)]
 Presses = Annotated[str | Sequence[str], Rule(_press, several=True)]
 Ratio = Annotated[float, share(below_one=True)]
 Ratios = Annotated[float | Sequence[float], share(below_one=True, several=True)]
+Bits = Annotated[int | None | Sequence[int | None], Rule(_bits, several=True)]
 Tasks = Annotated[str | Sequence[str], Rule(_task, several=True)]
 Questions = Annotated[str | Sequence[str], one_of("outside", "inside", several=True)]
 Cut = Annotated[str, one_of("left", "middle")]

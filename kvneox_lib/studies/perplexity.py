@@ -16,18 +16,24 @@ from kvneox_lib.measures.chunks import check_reading
 from kvneox_lib.measures.perplexity import Scored, by_distance, score_each, summarize, teacher_forced_nll
 from kvneox_lib.presses.by_name import expand_presses
 from kvneox_lib.studies import arguments as may_be
-from kvneox_lib.studies.plan import Planned, at_ratios, fitting_context, one_after_the_other
+from kvneox_lib.studies.plan import Planned, at_ratios, bits_of, fitting_context, left_out, one_after_the_other
 from kvneox_lib.studies.provenance import provenance
-from kvneox_lib.studies.runs import Runs, Study, head_table
+from kvneox_lib.studies.runs import Runs, Study, bits_in, head_table
 
 
 def plan(asked: dict, trained: int | None) -> list[Planned]:
-    """No compression, and each press at each ratio."""
+    """No compression, and each press at each ratio, in each number of bits."""
     if asked["evict_while_reading"] and asked["prefill_chunk"] is None:
         raise ValueError("evict_while_reading=True: allowed beside a prefill_chunk, after each of which is evicted")
     length = fitting_context(asked, asked["continuation_length"], trained)
-    presses = dict.fromkeys(["no_press", *expand_presses(asked["press"])])
-    return [run for name in presses for run in at_ratios(name, asked["compression_ratio"], context_length=length)]
+    presses = expand_presses(asked["press"])
+    left_out(presses, asked["kv_bits"])
+    return [
+        run
+        for name in dict.fromkeys(["no_press", *presses])
+        for bits in bits_of(name, asked["kv_bits"])
+        for run in at_ratios(name, asked["compression_ratio"], context_length=length, kv_bits=bits)
+    ]
 
 
 def measure_perplexity(
@@ -41,6 +47,7 @@ def measure_perplexity(
     data_dir: may_be.Folder | None = None,
     press: may_be.Presses = "snapkv",
     compression_ratio: may_be.Ratios = (0.25, 0.5, 0.75, 0.9),
+    kv_bits: may_be.Bits = None,
     context_length: may_be.Count = 1024,
     continuation_length: may_be.Count = 256,
     context_limit: may_be.Count | None = None,
@@ -60,9 +67,11 @@ def measure_perplexity(
     on the first `control_windows` windows. `no_press` is always measured too: differences are to it, window by window.
 
     context_limit: no window, context and continuation together, is longer; its context is cut for that.
+    kv_bits: in how many bits a number of what is left of a context is kept; None: as it is.
     prefill_chunk, evict_while_reading: how a context is read under a press; without one it is read in one pass.
     """
     runs = Runs(measure_perplexity, plan, locals())
+    runs.say_what_is_left_out()
     context_length = runs.context_length()
     reading = {"prefill_chunk": prefill_chunk, "evict_while_reading": evict_while_reading}
     _refuse_what_cannot_be_read_so(runs, context_length, reading)
@@ -79,7 +88,9 @@ def measure_perplexity(
         progress.set_postfix_str(group[0].press)
         started, clock = provenance(runs.device), time.perf_counter()
         with runs.presses(group) as presses:
-            baseline, *scored = _score_windows(runs.loaded.model, cut, presses, batch_size, reading, progress)
+            baseline, *scored = _score_windows(
+                runs.loaded.model, cut, list(zip(presses, bits_in(group))), batch_size, reading, progress
+            )
             still, *control = _control(runs.loaded.model, cut, [None, *presses], control_windows, batch_size)
         seconds = (time.perf_counter() - clock) / len(group)
         for run, result, control_nll in zip(group, scored, control):
@@ -118,13 +129,13 @@ class _WindowsScored:
 
 
 def _score_windows(
-    model, cut: Windows, presses: list, batch_size: int, reading: dict, progress: tqdm
+    model, cut: Windows, stored: list[tuple], batch_size: int, reading: dict, progress: tqdm
 ) -> list[_WindowsScored]:
-    """No press, then each of `presses`."""
+    """No press and nothing rounded, then each of `stored`, a press and the bits in which what it leaves is kept."""
     batches = []
     for ids in cut.input_ids.split(batch_size):
-        batches.append(_score_batch(model, ids, cut.context_length, presses, reading))
-        progress.update(len(ids) * (len(presses) + 1))
+        batches.append(_score_batch(model, ids, cut.context_length, stored, reading))
+        progress.update(len(ids) * (len(stored) + 1))
     n, results = len(cut.input_ids), []
     for scored in zip(*batches):
         nll = torch.cat([part.nll for part in scored]).double().cpu().numpy()
@@ -133,11 +144,13 @@ def _score_windows(
     return results
 
 
-def _score_batch(model, ids: torch.Tensor, n_context: int, presses: list, reading: dict) -> list[Scored]:
-    if reading["prefill_chunk"] is None or presses == [None]:
-        return score_each(model, ids, n_context=n_context, presses=[None, *presses])  # of one pass
-    baseline = score_each(model, ids, n_context=n_context, presses=[None])
-    return baseline + score_each(model, ids, n_context=n_context, presses=presses, **reading)
+def _score_batch(model, ids: torch.Tensor, n_context: int, stored: list[tuple], reading: dict) -> list[Scored]:
+    presses, kv_bits = map(list, zip(*stored))
+    how = {"n_context": n_context}
+    if reading["prefill_chunk"] is None or set(presses) == {None}:
+        return score_each(model, ids, presses=[None, *presses], kv_bits=[None, *kv_bits], **how)  # of one pass
+    baseline = score_each(model, ids, presses=[None], **how)
+    return baseline + score_each(model, ids, presses=presses, kv_bits=kv_bits, **how, **reading)
 
 
 def _control(model, cut: Windows, presses: list, n_windows: int, batch_size: int) -> list[float]:

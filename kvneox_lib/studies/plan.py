@@ -16,7 +16,8 @@ from kvneox_lib.inputs.weights import (
     find_target,
     read_config,
 )
-from kvneox_lib.presses.by_name import press_row
+from kvneox_lib.presses.by_name import make_press, press_row
+from kvneox_lib.presses.facts import decoding_part
 from kvneox_lib.presses.registry import RATIO_PER_LAYER
 from kvneox_lib.studies import records
 from kvneox_lib.studies.arguments import defaults_of
@@ -120,8 +121,34 @@ def own_ratios(press: str, ratios) -> list:
     )
 
 
+def bits_of(press: str, kv_bits) -> list[int | None]:
+    """Those of `kv_bits` at which a press is measured: no_press at each, and as it is, which differences are to; one
+    that evicts while decoding needs keys and values as they are."""
+    asked = list(dict.fromkeys(as_list(kv_bits)))
+    if press == "no_press":
+        return list(dict.fromkeys([None, *asked]))
+    return asked if asked == [None] or not evicts_while_decoding(press) else [bits for bits in asked if bits is None]
+
+
+def left_out(presses: Sequence[str], kv_bits) -> list[str]:
+    """The presses that are measured at none of `kv_bits`; ValueError where no other was asked for."""
+    found = [name for name in presses if not bits_of(name, kv_bits)]
+    if found and not set(presses) - {*found, "no_press"}:
+        raise ValueError(
+            f"kv_bits={kv_bits!r}: {', '.join(found)} would be left out, as what evicts while decoding needs keys and "
+            "values as they are, and nothing else was asked for; allowed is None, or a list with None in it"
+        )
+    return found
+
+
+def evicts_while_decoding(press: str) -> bool:
+    ratio = [0.5] if press_row(press).strength == RATIO_PER_LAYER else 0.5
+    return decoding_part(make_press(press, ratio)) is not None
+
+
 def as_list(values) -> list:
-    return [values] if isinstance(values, bool | int | float | str) else list(values)
+    """Of one value (None is one) or several."""
+    return [values] if values is None or isinstance(values, bool | int | float | str) else list(values)
 
 
 def fitting_context(asked: dict, others: int, trained: int | None) -> int:
@@ -142,8 +169,13 @@ def fitting_context(asked: dict, others: int, trained: int | None) -> int:
 
 
 def one_after_the_other(planned: Sequence[Planned]) -> list[list[Planned]]:
-    """Runs that differ in the ratio alone, together: they are measured in one go."""
+    """Runs that differ in the ratio and the bits alone, together: they are measured in one go."""
     groups: dict[tuple, list[Planned]] = {}
     for run in planned:
-        groups.setdefault((run.press, *run.settings.items()), []).append(run)
+        groups.setdefault((run.press, *but_for_bits(run).items()), []).append(run)
     return list(groups.values())
+
+
+def but_for_bits(run: Planned) -> dict:
+    """What must be equal in runs that share the reading of a context."""
+    return {name: value for name, value in run.settings.items() if name != "kv_bits"}

@@ -12,20 +12,19 @@ from tqdm.auto import tqdm
 from kvneox_lib.inputs.passkeys import recall_samples
 from kvneox_lib.measures.intervals import wilson_ci95
 from kvneox_lib.measures.recall import RecallResult, ask_each, copy_attention
-from kvneox_lib.presses.by_name import expand_presses, make_press, press_row
-from kvneox_lib.presses.facts import decoding_part
-from kvneox_lib.presses.registry import RATIO_PER_LAYER
+from kvneox_lib.presses.by_name import expand_presses
 from kvneox_lib.studies import arguments as may_be
-from kvneox_lib.studies.plan import Planned, as_list, at_ratios, fitting_context
+from kvneox_lib.studies.plan import Planned, as_list, at_ratios, bits_of, evicts_while_decoding, fitting_context
 from kvneox_lib.studies.provenance import provenance
-from kvneox_lib.studies.runs import Runs, Study, head_table
+from kvneox_lib.studies.runs import Runs, Study, bits_in, head_table
 
 QUESTION_TOKENS = 64  # room for a question and its answer
 WHY_NOT_ASKED = "not asked, as they compress only after more tokens than a question has"
 
 
 def plan(asked: dict, trained: int | None) -> list[Planned]:
-    """With the question outside, inside, or both: no compression, and each press at each ratio."""
+    """With the question outside, inside, or both: no compression, and each press at each ratio, in each number of
+    bits."""
     length, presses = fitting_context(asked, QUESTION_TOKENS, trained), expand_presses(asked["press"])
     asleep = asleep_while_asked(presses)
     return [
@@ -33,14 +32,14 @@ def plan(asked: dict, trained: int | None) -> list[Planned]:
         for mode in dict.fromkeys(as_list(asked["query_aware"]))
         for name in dict.fromkeys(["no_press", *presses])
         if name not in asleep
-        for run in at_ratios(name, asked["compression_ratio"], query_aware=mode, context_length=length)
+        for bits in bits_of(name, asked["kv_bits"])
+        for run in at_ratios(name, asked["compression_ratio"], query_aware=mode, context_length=length, kv_bits=bits)
     ]
 
 
 def asleep_while_asked(presses: list[str]) -> list[str]:
     """Those that act while decoding: they wait for more tokens than a question has, and would pass."""
-    sample = {RATIO_PER_LAYER: [0.5]}
-    return [name for name in presses if decoding_part(make_press(name, sample.get(press_row(name).strength, 0.5)))]
+    return [name for name in presses if evicts_while_decoding(name)]
 
 
 def measure_recall(
@@ -54,6 +53,7 @@ def measure_recall(
     data_dir: may_be.Folder | None = None,
     press: may_be.Presses = ("random", "streaming_llm", "snapkv", "keydiff"),
     compression_ratio: may_be.Ratios = (0.25, 0.5, 0.75, 0.9),
+    kv_bits: may_be.Bits = None,
     query_aware: may_be.YesesAndNoes = False,
     n_keys: may_be.Count = 20,
     keys_per_context: may_be.Count = 5,
@@ -69,7 +69,8 @@ def measure_recall(
 ) -> Study:
     """Recall of passkeys hidden in the text, by press, ratio, depth, and whether the press saw the question.
 
-    context_limit: no context with a question and its answer is longer; the context is cut for that.
+    context_limit: no context with a question and its answer is longer; the context is cut for that. kv_bits: in how
+    many bits a number of what is left of a context is kept; None: as it is.
     """
     runs = Runs(measure_recall, plan, locals())
     asleep = asleep_while_asked(expand_presses(press))
@@ -91,9 +92,10 @@ def measure_recall(
     for group in together:
         progress.set_postfix_str(group[0].press)
         started, clock, rows = provenance(runs.device), time.perf_counter(), []
+        inside = group[0].settings["query_aware"]
         with runs.presses(group) as presses:
             for sample in samples:
-                for row in ask_each(runs.loaded.model, sample, presses, group[0].settings["query_aware"]):
+                for row in ask_each(runs.loaded.model, sample, presses, inside, bits_in(group)):
                     rows.append(row)
                     progress.update(len(row))
         seconds = (time.perf_counter() - clock) / len(group)

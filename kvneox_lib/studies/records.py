@@ -29,7 +29,9 @@ REQUIRED = (
 )
 WEIGHTS = ("pretrained", "bundled", "random")
 # What tells the rows of a table apart that has those of several runs.
-KNOWN_IN_TABLES = ("press", "compression_ratio", "query_aware", "n_sink", "window", "dataset", "question")
+KNOWN_IN_TABLES = ("press", "compression_ratio", "query_aware", "n_sink", "window", "dataset", "question", "kv_bits")
+# Parameters that came later, and what records from before them were measured at.
+CAME_LATER = {"kv_bits": None}
 # Cells of a packed file that stay text, whatever they look like.
 TEXTS = (
     *("run_id", "model", "weights", "dataset", "press", "source", "device", "dtype", "engine", "failure"),
@@ -146,7 +148,8 @@ def find_record(folder: str | Path, run_id: str, parameters: Mapping) -> dict | 
     path = path_of(folder, run_id, ".json")
     record = next(read_loose([path]), None) if path.exists() else packed(Path(folder)).get(run_id)
     wanted = {name: _plain(name, value) for name, value in parameters.items()}
-    stored = {name: record[name] for name in wanted if name in record} if record else None
+    known = CAME_LATER | record if record else {}
+    stored = {name: known[name] for name in wanted if name in known} if record else None
     same = json.dumps(stored, sort_keys=True) == json.dumps(wanted, sort_keys=True)  # True is not 1
     return record if same else None
 

@@ -14,13 +14,14 @@ import torch
 from kvneox_lib.inputs.files import make_ready
 from kvneox_lib.inputs.text import HUB, PYTHON_DOCS, Text, load_text
 from kvneox_lib.inputs.weights import LoadedModel, find_device, find_dtype, load_model
+from kvneox_lib.neox.bits import GROUP
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
 from kvneox_lib.presses.applying import attention, check_press
-from kvneox_lib.presses.by_name import make_press, ratio_for
+from kvneox_lib.presses.by_name import expand_presses, make_press, ratio_for
 from kvneox_lib.presses.facts import attention_needed
 from kvneox_lib.studies import records
 from kvneox_lib.studies.arguments import check_arguments, values_matter
-from kvneox_lib.studies.plan import Planned, identity, one_after_the_other, text_name
+from kvneox_lib.studies.plan import Planned, identity, left_out, one_after_the_other, text_name
 from kvneox_lib.studies.provenance import provenance
 
 
@@ -93,6 +94,13 @@ class Runs:
         name = provenance(self.device)["device_name"]
         self.turned_out |= {"n_threads": torch.get_num_threads(), "device_name": name}
 
+    def say_what_is_left_out(self) -> None:
+        asked = self.asked["kv_bits"]
+        found = left_out(expand_presses(self.asked["press"]), asked)
+        if found:
+            why = "what evicts while decoding needs keys and values as they are"
+            warnings.warn(f"kv_bits={asked!r} leaves out {', '.join(found)}: {why}", stacklevel=3)
+
     # ---- open and done ----
 
     def open(self) -> list[Planned]:
@@ -100,7 +108,7 @@ class Runs:
         return [run for run in self.planned if not self._is_done(run)]
 
     def open_together(self) -> list[list[Planned]]:
-        """The same, those together that differ in the ratio alone."""
+        """The same, those together that differ in the ratio and the bits alone."""
         return one_after_the_other(self.open())
 
     def _is_done(self, run: Planned) -> bool:
@@ -144,7 +152,8 @@ class Runs:
         for table, frame in tables.items():
             records.write_table(self.folder, run_id, table, frame)
         rows = " ".join(f"{name}={len(frame)}" for name, frame in sorted(tables.items()))
-        record = {**started, **self.parameters(run), **figures, "context_tokens": n_context, "table_rows": rows or None}
+        known = {**self.parameters(run), **_blocks(run)}
+        record = {**started, **known, **figures, "context_tokens": n_context, "table_rows": rows or None}
         return records.write_record(self.folder, run_id, record)
 
     def study(self) -> Study:
@@ -174,6 +183,18 @@ def made_presses(model: KVNeoXForCausalLM, runs: list[Planned], attn_implementat
 
 def _made(model: KVNeoXForCausalLM, run: Planned):
     return make_press(run.press, *([] if run.ratio is None else [ratio_for(run.press, run.ratio, model)]))
+
+
+def bits_in(runs: list[Planned]) -> list[int | None]:
+    return [run.settings["kv_bits"] for run in runs]
+
+
+def _blocks(run: Planned) -> dict[str, int | None]:
+    """How rounded numbers are grouped, and how many of the last tokens are kept as they are."""
+    if "kv_bits" not in run.settings:
+        return {}
+    rounded = run.settings["kv_bits"] is not None
+    return {"kv_group": GROUP if rounded else None, "kv_residual": 0 if rounded else None}
 
 
 def head_table(**columns: np.ndarray) -> pd.DataFrame:

@@ -29,7 +29,7 @@ from kvneox_lib.measures.speed import (
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
 from kvneox_lib.presses.by_name import expand_presses
 from kvneox_lib.studies import arguments as may_be
-from kvneox_lib.studies.plan import Planned, as_list, at_ratios
+from kvneox_lib.studies.plan import Planned, as_list, at_ratios, bits_of, left_out
 from kvneox_lib.studies.provenance import provenance
 from kvneox_lib.studies.runs import Runs, Study, made_presses
 
@@ -39,17 +39,21 @@ Engines = Annotated[str | Sequence[str], may_be.one_of(*ENGINES, several=True)]
 
 def plan(asked: dict, trained: int | None) -> list[Planned]:
     """For each context length, batch size and precision: no compression in ours and in transformers' own, each press at
-    each ratio in ours and in kvpress' loop."""
+    each ratio in ours, in each number of bits, and in kvpress' loop."""
     if asked["evict_while_reading"] and asked["prefill_chunk"] is None:
         raise ValueError(
             "evict_while_reading=True: wants prefill_chunk, the number of tokens read before each eviction"
         )
     presses = list(dict.fromkeys(["no_press", *expand_presses(asked["press"])]))
+    kv_bits = {"ours": asked["kv_bits"]}  # the others know of none
+    if "ours" in as_list(asked["engines"]):
+        left_out(presses, asked["kv_bits"])
     varied = (dict.fromkeys(as_list(asked[name])) for name in ("context_lengths", "batch_sizes", "dtype", "engines"))
     planned = [
         run
         for length, batch, dtype, engine in itertools.product(*varied)
         for name in for_engine(engine, presses)
+        for bits in bits_of(name, kv_bits.get(engine))
         for run in at_ratios(
             name,
             asked["compression_ratio"],
@@ -58,6 +62,7 @@ def plan(asked: dict, trained: int | None) -> list[Planned]:
             batch_size=batch,
             dtype=dtype,
             engine=engine,
+            kv_bits=bits,
             **_reading(asked, engine, name),
         )
     ]
@@ -87,6 +92,7 @@ def measure_speed(
     weights: may_be.Weights = "auto",
     press: may_be.Presses = "snapkv",
     compression_ratio: may_be.Ratios = 0.75,
+    kv_bits: may_be.Bits = None,
     context_lengths: may_be.Counts = (2048,),
     batch_sizes: may_be.Counts = (1, 4),
     engines: Engines = ("ours", "stock", "static", "kvpress"),
@@ -108,9 +114,11 @@ def measure_speed(
 
     The variants of one context length and batch size take turns, `repeats` times; in a turn each reads the context and
     decodes its share of `max_new_tokens`, and nothing ends early. min_new_tokens: so many in each turn at least.
-    prefill_chunk, evict_while_reading: how ours reads the context; see `generate`.
+    prefill_chunk, evict_while_reading, kv_bits: how ours reads the context and keeps what is left; see `generate`.
     """
     runs = Runs(measure_speed, plan, locals())
+    if "ours" in as_list(engines):
+        runs.say_what_is_left_out()
     runs.times_on_this_machine()
     n_turn = max(-(-max_new_tokens // repeats), min_new_tokens or 0, 2)
     open_runs = runs.open()
@@ -159,6 +167,7 @@ def _time_or_why_not(lm: KVNeoXForCausalLM, run: Planned, ids, n_turn: int, aske
     engine, chunk = run.settings["engine"], run.settings["prefill_chunk"]
     evicting = run.settings["evict_while_reading"]
     reading = {} if chunk is None else {"prefill_chunk": chunk, "evict_while_reading": evicting}
+    reading |= {} if run.settings["kv_bits"] is None else {"kv_bits": run.settings["kv_bits"]}
     with made_presses(lm, [run], asked["attn_implementation"], asked["seed"]) as (press,), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*the model was trained on")  # time does not depend on that
         if not can_batch(engine, press, len(ids)):
@@ -188,14 +197,18 @@ def _record(lm, timings: list, cell: dict, max_new_tokens: int, decode_only: boo
         return found | {"failure": failed[0]}
     found |= figures(timings, batch, max_new_tokens, decode_only)
     found |= {"kept_fraction": timings[-1].kept_fraction, "n_tokens": batch * max_new_tokens}
-    entries = found["kv_bytes_compressed"] / entry_bytes(lm) + timings[0].n_new / 2 * batch * n_heads
-    found |= floors(step_products(lm, batch, entries), bandwidth, peak)
+    held, added = found["kv_bytes_compressed"] / entry_bytes(lm), timings[0].n_new / 2 * batch * n_heads
+    if cell["kv_bits"] is not None:  # then bytes do not tell how many there are
+        held = found["kept_fraction"] * cell["context_length"] * batch * n_heads
+    read = found["kv_bytes_compressed"] + added * entry_bytes(lm)
+    found |= floors(step_products(lm, batch, held + added, read), bandwidth, peak)
     return found | {"times_floor": found["step_s"] / found["floor_s"]}
 
 
 def _accuracy(run: Planned, lm: KVNeoXForCausalLM) -> dict[str, float | None]:
-    """What rounding costs: once for each precision, in the records of ours without a press."""
-    if lm.dtype == torch.float32 or (run.settings["engine"], run.press) != ("ours", "no_press"):
+    """What rounding the weights costs: once for each precision, in the records of ours without a press."""
+    plain = (run.settings["engine"], run.press, run.settings["kv_bits"]) == ("ours", "no_press", None)
+    if lm.dtype == torch.float32 or not plain:
         return {"demo_logits_rel_diff": None, "demo_nll_diff": None}
     cost = cost_of_precision(lm.dtype, lm.device)
     return {"demo_logits_rel_diff": cost.logits_rel_diff, "demo_nll_diff": cost.nll_diff}

@@ -182,7 +182,10 @@ def _declared_records(row: StudyRow, asked: dict) -> list[str]:
     planned = {run.press for run in row.plan(asked, trained_length(asked["model"]))}
     dropped = [name for name in expand_presses(asked["press"]) if name not in planned] if row.has_baseline else []
     if dropped:
-        raise ValueError(f"press={', '.join(dropped)}: {row.notebook} cannot measure what acts only while decoding")
+        how = "" if asked["kv_bits"] is None else f" at kv_bits={asked['kv_bits']}"
+        raise ValueError(
+            f"press={', '.join(dropped)}: {row.notebook} cannot measure{how} what acts only while decoding"
+        )
     return [f"{asked['output_dir']}/{run_id}.json" for run_id in declared(row.measure, row.plan, asked)]
 
 

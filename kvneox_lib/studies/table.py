@@ -31,11 +31,13 @@ class StudyRow:
         return values_matter(self.measure)
 
 
-_GRID = ("press", "compression_ratio")
+_GRID = ("press", "compression_ratio", "kv_bits")
 ROWS = [
     StudyRow("adapter", "00_adapter", adapter.measure_adapter, adapter.plan),
-    StudyRow("wikitext_ppl", "01_wikitext_ppl", perplexity.measure_perplexity, perplexity.plan, has_baseline=True),
-    StudyRow("pg19_ppl", "02_pg19_ppl", perplexity.measure_perplexity, perplexity.plan, has_baseline=True),
+    StudyRow(
+        "wikitext_ppl", "01_wikitext_ppl", perplexity.measure_perplexity, perplexity.plan, _GRID, has_baseline=True
+    ),
+    StudyRow("pg19_ppl", "02_pg19_ppl", perplexity.measure_perplexity, perplexity.plan, _GRID, has_baseline=True),
     StudyRow(
         "speed",
         "03_speed",
@@ -49,7 +51,7 @@ ROWS = [
         "04_streaming",
         streaming.measure_streaming,
         streaming.plan,
-        axes=(*_GRID, "n_sink", "window", "timed"),
+        axes=("press", "compression_ratio", "n_sink", "window", "timed"),
         is_timed=True,
     ),
     StudyRow(

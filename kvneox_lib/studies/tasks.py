@@ -11,22 +11,26 @@ from tqdm.auto import tqdm
 from kvneox_lib.measures.scores import Scores, beside_published
 from kvneox_lib.presses.by_name import expand_presses
 from kvneox_lib.studies import arguments as may_be
-from kvneox_lib.studies.plan import Planned, as_list, at_ratios
+from kvneox_lib.studies.plan import Planned, as_list, at_ratios, bits_of, but_for_bits, left_out
 from kvneox_lib.studies.provenance import provenance
-from kvneox_lib.studies.runs import Runs, Study
+from kvneox_lib.studies.runs import Runs, Study, bits_in
 
-AT_ONCE = 16  # runs
+AT_ONCE = 16  # runs, unless one press has more
 IN_THE_BOX = ("kvneox_passkey", "kvneox_cloze", "kvneox_copy")
 
 
 def plan(asked: dict, trained: int | None) -> list[Planned]:
-    """For each task, with the question outside, inside, or both: no compression, and each press at each ratio."""
+    """For each task, with the question outside, inside, or both: no compression, and each press at each ratio, in each
+    number of bits."""
+    presses = expand_presses(asked["press"])
+    left_out(presses, asked["kv_bits"])
     return [
         run
         for task in dict.fromkeys(as_list(asked["tasks"]))
         for mode in dict.fromkeys(as_list(asked["question"]))
-        for name in dict.fromkeys(["no_press", *expand_presses(asked["press"])])
-        for run in at_ratios(name, asked["compression_ratio"], dataset=task, question=mode)
+        for name in dict.fromkeys(["no_press", *presses])
+        for bits in bits_of(name, asked["kv_bits"])
+        for run in at_ratios(name, asked["compression_ratio"], dataset=task, question=mode, kv_bits=bits)
     ]
 
 
@@ -37,6 +41,7 @@ def measure_tasks(
     tasks: may_be.Tasks = IN_THE_BOX,
     press: may_be.Presses = ("random", "streaming_llm", "snapkv", "keydiff"),
     compression_ratio: may_be.Ratios = (0.5, 0.9),
+    kv_bits: may_be.Bits = None,
     question: may_be.Questions = "outside",
     num_fewshot: may_be.Index | None = None,
     limit: may_be.Limit | None = 24,
@@ -53,8 +58,10 @@ def measure_tasks(
     document by document.
 
     limit: documents of each task, a number or (below 1) a share; None: all. num_fewshot: None is what the task says.
+    kv_bits: in how many bits a number of what is left of a context is kept; None: as it is.
     """
     runs = Runs(measure_tasks, plan, locals())
+    runs.say_what_is_left_out()
     from kvneox_lib.measures.evaluation import asked_tasks, evaluate_each  # an extra, and slow
     from kvneox_lib.measures.tasks import KVNeoXLM
 
@@ -72,12 +79,12 @@ def measure_tasks(
         with runs.presses(group) as presses:
             lm = KVNeoXLM(runs.loaded, question=mode, cut=cut, batch_size=batch_size, seed=seed)
             lm.progress = progress
-            told = evaluate_each(lm, [None, *presses], asked[task])
+            told = evaluate_each(lm, [None, *presses], asked[task], [None, *bits_in(group)])
             baseline, *scored = [Scores.of(*found) for found in told]
         seconds = (time.perf_counter() - clock) / len(group)
         for run, scores in zip(group, scored):
             table = scores.table(baseline)
-            if run.press == "no_press":
+            if run.press == "no_press" and run.settings["kv_bits"] is None:
                 table = beside_published(table, runs.loaded, task, scores.num_fewshot)
             figures = scores.figures(table, with_press=run.press != "no_press")
             documents = scores.documents(baseline)
@@ -89,8 +96,13 @@ def measure_tasks(
 
 def _together(runs: Runs) -> list[list[Planned]]:
     """The open runs in groups that are answered in one go, as they share the reading of each context: of one task and
-    place of the question, under one attention. Each holds a cache for every run in it."""
-    groups: dict[tuple, list[Planned]] = {}
-    for run in runs.open():
-        groups.setdefault((*run.settings.values(), runs.attention_for(run)), []).append(run)
-    return [group[at : at + AT_ONCE] for group in groups.values() for at in range(0, len(group), AT_ONCE)]
+    place of the question, under one attention. Each holds a cache for every run in it; those of a press, at all ratios
+    and in all numbers of bits, are in one."""
+    groups: dict[tuple, list[list[Planned]]] = {}
+    for of_a_press in runs.open_together():
+        alike = (*but_for_bits(of_a_press[0]).values(), runs.attention_for(of_a_press[0]))
+        found = groups.setdefault(alike, [[]])
+        if found[-1] and len(found[-1]) + len(of_a_press) > AT_ONCE:
+            found.append([])
+        found[-1] += of_a_press
+    return [group for found in groups.values() for group in found]
