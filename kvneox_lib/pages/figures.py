@@ -5,6 +5,7 @@ The Chinese font is one that the machine has, else the one that the package mplf
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -255,6 +256,45 @@ def press_line_panels(
     _label_panels(figure, grid, len(panels), xlabel, ylabel)
     handles = [pyplot.Line2D([], [], label=name, markersize=5, **_line_style(name, names)) for name in names]
     figure.legend(handles=handles, loc="outside right center", fontsize=8, frameon=False)
+    return figure
+
+
+@dataclass(frozen=True)
+class Front:
+    """A panel of `front_panels`: lines, and what they are measured against, drawn dotted."""
+
+    lines: pd.DataFrame
+    ylabel: str
+    plain: float
+    plain_x: float | None = None
+
+
+def front_panels(panels: dict[str, Front], x: str, y: str, *, xlabel: str, halves: bool = False) -> Figure:
+    """`y` against `x`, two panels side by side, each with a scale of its own and legible on a narrow screen. halves: x
+    are shares, the whole at the left, with a mark at each halving."""
+    names = list(dict.fromkeys(name for panel in panels.values() for name in panel.lines["press"]))
+    across = min(2, len(panels))
+    down = -(-len(panels) // across)
+    figure, grid = pyplot.subplots(down, across, figsize=(2.6 * across, 2.0 * down + 0.9), sharex=halves, squeeze=False)
+    for axes, (title, panel) in zip(grid.flat, panels.items()):
+        axes.axhline(panel.plain, **FIXED["no_press"], linewidth=1)
+        if panel.plain_x is not None:
+            axes.axvline(panel.plain_x, **FIXED["no_press"], linewidth=1)
+        _press_lines_on(axes, panel.lines, x, y, names, log_x=halves)
+        axes.set_title(title, fontsize=9)
+        axes.set_ylabel(panel.ylabel, fontsize=8)
+        axes.tick_params(labelsize=8)
+        if halves:
+            ticks = [2.0**-power for power in range(7)]
+            axes.set_xticks(ticks, ["1", *(f"1/{1 / tick:.0f}" for tick in ticks[1:])])
+            axes.set_xlim(1.2, ticks[-1] / 1.2)
+    for empty in range(len(panels), down * across):
+        grid.flat[empty].set_axis_off()
+        grid.flat[empty - across].tick_params(labelbottom=True)
+    figure.supxlabel(xlabel, fontsize=9)
+    handles = [pyplot.Line2D([], [], label=name, markersize=5, **_line_style(name, names)) for name in names]
+    handles.append(pyplot.Line2D([], [], label="不压缩", **FIXED["no_press"]))
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8, frameon=False)
     return figure
 
 

@@ -1,0 +1,368 @@
+"""Fewer bits beside fewer entries: what a cache of so many bytes costs when entries are evicted, when each number gets
+fewer bits, and when both are done. From the records of the studies of quality and of speed, those with `kv_bits` too.
+
+A way is one of WAYS; a configuration is a press at a ratio, in so many bits a number.
+"""
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from kvneox_lib.measures.intervals import bootstrap_ci95
+from kvneox_lib.neox.bits import BITS, GROUP, Form
+from kvneox_lib.pages import figures
+from kvneox_lib.pages.report import Missing, Records, sources
+from kvneox_lib.pages.tasks import LOSSES, RECALL, named
+from kvneox_lib.pages.timings import at_largest, column, timed_runs
+from kvneox_lib.pages.words import listed, with_interval
+from kvneox_lib.presses.registry import ROWS
+
+WAYS = {"evict": "只淘汰", "bits": "只量化", "both": "淘汰并量化"}
+SIZES = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)  # shares of what the cache takes in float32
+SLACK = 0.05  # heads that keep their own entries are stored in tiles, which are not all full
+SMALLEST_SHOWN = 1 / 64
+CORE = [row.name for row in ROWS if row.core]
+WITH_BITS = "kv_bits 为 8、4、2 的运行"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Where a study has its quality."""
+
+    shown: str  # of a record, with its interval
+    table: str
+    value: str  # in that table, a row for each of the units that are drawn anew for an interval
+    unit: tuple[str, ...]
+    less_is_better: bool
+    label: str
+    measured_in: str = ""
+
+
+_NLL = Kind("delta_nll", "windows", "nll_mean", ("document", "position"), True, "nll 之差（nat）", " nat")
+KINDS = {
+    "wikitext_ppl": _NLL,
+    "pg19_ppl": _NLL,
+    "recall": Kind("accuracy", "keys", "correct", ("name", "depth"), False, "准确率"),
+    "tasks": Kind("score", "documents", "score", ("doc_id",), False, "得分"),
+}
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One thing that the model can do, under every configuration."""
+
+    name: str
+    kind: Kind
+    configurations: pd.DataFrame  # by run: press, compression_ratio, bits, way, share, loss, and what is shown
+    losses: pd.DataFrame  # a row for each window, key or document, a column a run: what is lost against all of it kept
+
+    @property
+    def plain(self) -> float:
+        """What is shown of the cache as it is."""
+        found = self.configurations
+        return float(found.loc[found["way"] == "", "shown"].iloc[0])
+
+    def compressed(self) -> pd.DataFrame:
+        return self.configurations[self.configurations["way"] != ""]
+
+
+# ---- which runs -----------------------------------------------------------------------------------------------------
+
+
+def as_it_is(records: Records) -> Records:
+    """Without the runs in few bits: pages about presses compare what is kept in full."""
+    return replace(records, frame=records.frame[column(records.frame, "kv_bits").isna()].reset_index(drop=True))
+
+
+def qualities(*several: Records) -> list[Quality]:
+    """Of those studies that were measured in few bits too."""
+    found = []
+    for records in several:
+        with contextlib.suppress(Missing):
+            found += qualities_of(records)
+    if not found:
+        raise Missing(several[0].study, WITH_BITS)
+    return found
+
+
+def lacking(*several: Records) -> str:
+    """What the study of each has not got, in the words for the reader."""
+    notes = []
+    for records in several:
+        try:
+            qualities_of(records)
+        except Missing as missing:
+            notes.append(str(missing))
+    return "".join(notes)
+
+
+def qualities_of(records: Records) -> list[Quality]:
+    """One for a study, or one for each of its tasks; questions come after compression."""
+    runs = records.runs()
+    if records.study == "recall":
+        runs = runs[~runs["query_aware"].astype(bool)]
+    if records.study != "tasks":
+        return [_quality(records, LOSSES.get(records.study, RECALL), runs)]
+    outside = runs[runs["question"] == "outside"]
+    with_bits = outside.loc[column(outside, "kv_bits").notna(), "dataset"].unique()
+    if not len(with_bits):
+        raise Missing("tasks", WITH_BITS)
+    return [_quality(records, named(task), outside[outside["dataset"] == task]) for task in with_bits]
+
+
+def _quality(records: Records, name: str, runs: pd.DataFrame) -> Quality:
+    kind, found = KINDS[records.study], configurations(records.study, runs)
+    values = _by_unit(records, kind, found.index)
+    plain = found.index[found["way"] == ""][0]
+    if plain not in values:
+        raise Missing(records.study, f"表 {kind.table}")
+    losses = values.sub(values[plain], axis=0) * (1 if kind.less_is_better else -1)
+    found = found.loc[values.columns].assign(loss=losses.mean())
+    for end in ("", "_ci95_low", "_ci95_high"):
+        found[f"shown{end}"] = pd.to_numeric(found[f"{kind.shown}{end}"])
+    return Quality(name, kind, found, losses)
+
+
+def configurations(study: str, runs: pd.DataFrame) -> pd.DataFrame:
+    """By run, the cache as it is and those under a core press at a ratio or in few bits: with `bits`, the `way` ("" of
+    the cache as it is) and `share`, its bytes over those that the cache takes in float32."""
+    runs = runs[runs["press"].isin(["no_press", *CORE]) & runs["compression_ratio"].notna()]
+    runs = _with_ways(runs.set_index("run_id"))
+    plain, in_bits = runs[runs["way"] == ""], runs[runs["bits"].notna()]
+    if plain.empty or in_bits.empty:
+        raise Missing(study, "no_press" if plain.empty else WITH_BITS)
+    in_float32 = plain["kv_bytes"].iloc[0] * torch.float32.itemsize / getattr(torch, plain["dtype"].iloc[0]).itemsize
+    return runs.assign(share=pd.to_numeric(runs["kv_bytes"]) / in_float32)
+
+
+def _with_ways(runs: pd.DataFrame) -> pd.DataFrame:
+    bits, is_bare = column(runs, "kv_bits"), runs["press"] == "no_press"
+    ways = np.select([is_bare & bits.isna(), is_bare, bits.isna()], ["", "bits", "evict"], "both")
+    return runs.assign(bits=bits, way=ways)
+
+
+def _by_unit(records: Records, kind: Kind, runs: Iterable[str]) -> pd.DataFrame:
+    """A row a unit, a column a run; without the runs that have no such table. The units of a study are the same for
+    every run."""
+    columns = {}
+    for run in runs:
+        with contextlib.suppress(Missing):
+            table = records.table(kind.table, run_id=run).set_index(list(kind.unit))
+            columns[run] = table[kind.value].astype(float)
+    return pd.DataFrame(columns).dropna()
+
+
+# ---- the best of each way -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far the best way is ahead of the next, unit by unit."""
+
+    first: str
+    second: str | None = None  # where there is one
+    ahead: float = np.nan
+    low: float = np.nan
+    high: float = np.nan
+
+    @property
+    def is_clear(self) -> bool:
+        return self.low > 0
+
+
+def best_within(quality: Quality, size: float) -> pd.DataFrame:
+    """Of each way the configuration that loses least in that share of float32's bytes, the smallest of equals; the best
+    way first."""
+    within = quality.compressed()[lambda found: found["share"] <= size * (1 + SLACK)]
+    return within.sort_values(["loss", "share"], kind="stable").drop_duplicates("way")
+
+
+def verdict(quality: Quality, size: float) -> Verdict | None:
+    """None where no way leads so far down."""
+    best = best_within(quality, size)
+    if len(best) < 2:
+        return Verdict(best["way"].iloc[0]) if len(best) else None
+    (first, second), ways = best.index[:2], best["way"]
+    ahead = quality.losses[second] - quality.losses[first]
+    return Verdict(*ways.iloc[:2], float(ahead.mean()), *bootstrap_ci95(ahead.to_numpy(), np.ones(len(ahead))))
+
+
+def front(points: pd.DataFrame, x: str) -> pd.DataFrame:
+    """Of each way, a line: the points that no other of the way surpasses with no more of `x`."""
+    points = points.sort_values([x, "loss"], kind="stable")
+    best_before = points.groupby("way")["loss"].transform(lambda losses: losses.cummin().shift(fill_value=np.inf))
+    shown = points[points["loss"] <= best_before]
+    parts = [shown[shown["way"] == way].assign(press=words) for way, words in WAYS.items()]
+    return pd.concat(parts)[["press", x, "shown", "shown_ci95_low", "shown_ci95_high"]]
+
+
+# ---- pictures and tables --------------------------------------------------------------------------------------------
+
+
+def by_size(*several: Records) -> Figure:
+    """Each quality against the cache's share of float32's bytes."""
+    panels = {}
+    for quality in qualities(*several):
+        points = quality.compressed()[lambda found: found["share"] >= SMALLEST_SHOWN / (1 + SLACK)]
+        panels[quality.name] = figures.Front(front(points, "share"), quality.kind.label, quality.plain)
+    return figures.front_panels(panels, "share", "shown", xlabel="KV 缓存占 float32 的几分之几", halves=True)
+
+
+def size_table(*several: Records) -> pd.DataFrame:
+    """For each quality and size the best of each way, and how far the first is ahead of the next."""
+    return pd.DataFrame([_row(quality, size) for quality in qualities(*several) for size in SIZES])
+
+
+def _row(quality: Quality, size: float) -> dict:
+    best = best_within(quality, size)
+    cells = {words: _cell(quality, best[best["way"] == way], way) for way, words in WAYS.items()}
+    return {"衡量": quality.name, "大小": fraction(size), **cells, "胜者": _won(quality, verdict(quality, size))}
+
+
+def _cell(quality: Quality, best: pd.DataFrame, way: str) -> str:
+    if len(best):
+        return f"{in_words(best.iloc[0])}：{_loss(quality, best.index[0])}"
+    shares = _shares(quality, way)
+    return f"装不下，最少要 {shares.min():.3f}" if len(shares) else "—"
+
+
+def _loss(quality: Quality, run: str) -> str:
+    losses = quality.losses[run].to_numpy()
+    low, high = bootstrap_ci95(losses, np.ones(len(losses)))
+    row = pd.Series({"loss": losses.mean() + 0.0, "loss_ci95_low": low, "loss_ci95_high": high})  # no minus zero
+    return with_interval(row, "loss")
+
+
+def _won(quality: Quality, found: Verdict | None) -> str:
+    if found is None:
+        return "—"
+    if found.second is None:
+        return f"只有{WAYS[found.first]}做得到"
+    return f"{WAYS[found.first]}，{_ahead(quality, found)}" if found.is_clear else f"分不出（{_ahead(quality, found)}）"
+
+
+def _ahead(quality: Quality, found: Verdict) -> str:
+    row = pd.Series({"ahead": found.ahead, "ahead_ci95_low": found.low, "ahead_ci95_high": found.high})
+    return with_interval(row, "ahead") + quality.kind.measured_in
+
+
+def in_words(row: pd.Series) -> str:
+    """A configuration: what its press evicts and in how many bits it keeps the rest."""
+    parts = [] if row["press"] == "no_press" else [f"{row['press']} {row['compression_ratio']:g}"]
+    return "、".join([*parts, *([] if pd.isna(row["bits"]) else [f"{row['bits']:.0f} 位"])]) or "不压缩"
+
+
+def fraction(size: float) -> str:
+    return f"1/{1 / size:.0f}"
+
+
+# ---- against time ---------------------------------------------------------------------------------------------------
+
+
+def settings_in_bits(settings: list[Records]) -> list[Records]:
+    """Those of study `speed` with runs in few bits: of one model on one machine, in any precision."""
+    found = [records for records in settings if len(records.frame)]
+    found = [records for records in found if column(timed_runs(records.frame), "kv_bits").notna().any()]
+    if not found:
+        raise Missing("speed", WITH_BITS)
+    first, *_ = where = [tuple(records.frame.iloc[0][["device_name", "model"]]) for records in found]
+    return [records for records, of in zip(found, where) if of == first]
+
+
+def timed_in_bits(settings: list[Records]) -> pd.DataFrame:
+    """This library's runs with the cache in few bits and as it is, at the longest context and the largest batch at
+    which there are any in few bits; with `bits`, `way` and `step_ms`."""
+    runs = pd.concat([timed_runs(records.frame) for records in settings_in_bits(settings)], ignore_index=True)
+    runs = runs[(runs["engine"] == "ours") & column(runs, "prefill_chunk").isna() & runs["step_s"].notna()]
+    in_bits = at_largest(at_largest(runs[column(runs, "kv_bits").notna()], "context_tokens"), "batch_size").iloc[0]
+    runs = runs[(runs[["context_tokens", "batch_size"]] == in_bits[["context_tokens", "batch_size"]]).all(axis=1)]
+    return _with_ways(runs).assign(step_ms=1e3 * pd.to_numeric(runs["step_s"]))
+
+
+def by_time(settings: list[Records], *texts: Records) -> Figure:
+    """The loss on each text against the milliseconds of a step, in each precision."""
+    timed, panels = timed_in_bits(settings), {}
+    for quality in qualities(*texts):
+        for dtype, runs in timed.groupby("dtype", sort=False):
+            points = with_losses(runs, quality)
+            plain = runs.loc[runs["way"] == "", "step_ms"]
+            panels[f"{quality.name}，{dtype}"] = figures.Front(
+                front(points, "step_ms"), quality.kind.label, quality.plain, *plain.iloc[:1]
+            )
+    return figures.front_panels(panels, "step_ms", "shown", xlabel="解码一步（毫秒）")
+
+
+def with_losses(timed: pd.DataFrame, quality: Quality) -> pd.DataFrame:
+    """The timed configurations whose loss is known too. Bytes read, and so time, do not depend on a model's weights."""
+    same = ["press", "compression_ratio", "bits"]
+    lost = quality.compressed()[[*same, "loss", "shown", "shown_ci95_low", "shown_ci95_high"]]
+    both = timed[[*same, "way", "step_ms"]].fillna({"bits": 0}).merge(lost.fillna({"bits": 0}), on=same)
+    if both.empty:
+        raise Missing("speed", "与困惑度同样的 press、压缩率与 kv_bits")
+    return both
+
+
+def steps_in_words(settings: list[Records]) -> str:
+    """In each precision a step with the cache as it is, in few bits alone, and the fastest of each other way."""
+    timed, parts = timed_in_bits(settings), []
+    for dtype, runs in timed.groupby("dtype", sort=False):
+        whole = runs[runs["way"].isin(["", "bits"])].sort_values("bits", ascending=False, na_position="first")
+        steps = [f"{in_words(row)} {row['step_ms']:.1f}" for _, row in whole.iterrows()]
+        for way in ("evict", "both"):
+            fastest = runs[runs["way"] == way].nsmallest(1, "step_ms")
+            steps += [f"{WAYS[way]}最快 {row['step_ms']:.1f}（{in_words(row)}）" for _, row in fastest.iterrows()]
+        parts.append(f"{dtype}：{'，'.join(steps)}")
+    first = timed.iloc[0]
+    return (
+        f"{first['model']} 的形状、上下文 {first['context_tokens']}、批 {first['batch_size']}"
+        f"（{first['device_name']}），每步毫秒数，{'；'.join(parts)}。"
+    )
+
+
+# ---- sentences ------------------------------------------------------------------------------------------------------
+
+
+def bits_told() -> str:
+    """What a number takes, steps and least numbers included, in heads of 64 dimensions."""
+    told = {bits: Form(bits, GROUP, False).n_words * 32 / (2 * GROUP * GROUP) for bits in BITS}
+    return (
+        f"连步长与最小值在内，{'、'.join(map(str, BITS))} 位每个数实占 {'、'.join(f'{of:g}' for of in told.values())} "
+        f"位，即 float32 的 {'、'.join(f'{of / 32:.3f}' for of in told.values())}（每头 {GROUP} 维时）。"
+    )
+
+
+def first_page_bits(*several: Records) -> str:
+    """Which way wins where a quarter, and where an eighth, of float32's bytes is allowed, and below what only eviction
+    goes."""
+    found = qualities(*several)
+    text = "".join(_winners(found, size) for size in (1 / 4, 1 / 8))
+    shares = pd.concat([_shares(quality, "bits") for quality in found])
+    return text + (f"单靠量化最少要 float32 的 {shares.min():.3f}，再小只有淘汰，或淘汰并量化。" if len(shares) else "")
+
+
+def _shares(quality: Quality, way: str) -> pd.Series:
+    return quality.configurations.loc[quality.configurations["way"] == way, "share"]
+
+
+def _winners(found: list[Quality], size: float) -> str:
+    verdicts = [(quality, one) for quality in found if (one := verdict(quality, size)) and one.second]
+    parts = []
+    for way, words in WAYS.items():
+        won = [f"{of.name}（{_ahead(of, one)}）" for of, one in verdicts if one.is_clear and one.first == way]
+        parts += [f"{words}胜在{'、'.join(won)}"] if won else []
+    level = listed([of.name for of, one in verdicts if not one.is_clear], "")
+    told = "（括号里是比次好的做法少损失多少）" if parts else ""
+    parts += [f"最好的两种做法分不出高下的有{level}"] if level else []
+    return f"缓存只许有 float32 的 {fraction(size)} 时{told}，{'；'.join(parts)}。" if parts else ""
+
+
+def source(*several: Records) -> str:
+    there = [records for records in several if len(records.frame)]
+    if not there:
+        raise Missing(several[0].study)
+    return sources(there)
