@@ -96,9 +96,9 @@ def _source(records: Records) -> str:
     first = records.runs().iloc[0]
     commits = sorted({str(commit)[:7] for commit in records.frame["git_commit"].dropna()})
     dirty = "，含未提交的改动" if records.frame["git_dirty"].fillna(False).any() else ""
-    texts = listed(dict.fromkeys(records.frame["dataset"]))
+    texts, names = (listed(dict.fromkeys(records.frame[name])) for name in ("dataset", "device_name"))
     return (
-        f"来源：{records.folder.as_posix()}，{len(records.frame)} 份记录；{setting(first, texts)}；提交 "
+        f"来源：{records.folder.as_posix()}，{len(records.frame)} 份记录；{setting(first, texts, names)}；提交 "
         f"{'、'.join(commits) or '不详'}{dirty}。"
     )
 
@@ -108,11 +108,11 @@ def sources(found: list[Records]) -> str:
     return "".join(dict.fromkeys(_source(records) for records in found))
 
 
-def setting(row: pd.Series, texts: str | None = None) -> str:
-    """Model, weights, text (or several) and machine in words."""
+def setting(row: pd.Series, texts: str | None = None, machines: str | None = None) -> str:
+    """Model, weights, text and machine (or several) in words."""
     text = "随机词元" if row["dataset"] == "random-tokens" else texts or row["dataset"]
     model = f"{row['model']}（{WEIGHTS.get(row['weights'], row['weights'])}）"
-    return f"模型 {model}；文本 {text}；设备 {row['device_name']}（{row['device']}，{row['dtype']}）"
+    return f"模型 {model}；文本 {text}；设备 {machines or row['device_name']}（{row['device']}，{row['dtype']}）"
 
 
 def repository() -> Path:
@@ -148,11 +148,13 @@ def settings_in(folder: Path, root: Path) -> list[Records]:
 
 
 def _keys(frame: pd.DataFrame, study: str) -> list[str]:
-    """The columns that hold records apart: SETTING, and the other parameters but for the axes of the study. The
-    attention implementation follows from the press, and is told apart only where time is measured."""
+    """The columns that hold records apart: SETTING, and the other parameters but for the axes of the study. Which
+    processor it was, and the attention implementation, which follows from the press, are told apart only where time is
+    measured."""
     row = STUDIES[study]
+    of_setting = SETTING if row.is_timed else [name for name in SETTING if name != "device_name"]
     known = {*SETTING, *row.axes} | (set() if row.is_timed else {"attn_implementation"})
-    names = dict.fromkeys((*SETTING, *row.parameters))
+    names = dict.fromkeys((*of_setting, *row.parameters))
     apart = [name for name in names if name in frame and (name in SETTING or name not in known)]
     return [name for name in apart if name != "dataset" or name not in row.axes]  # a task among others
 
