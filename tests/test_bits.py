@@ -10,6 +10,8 @@ from conftest import stock_and_ours, tiny_config
 from transformers import pipeline
 
 from kvneox_lib import CompactCache, continuation_nll, generate, make_press, recall_accuracy
+from kvneox_lib.measures.answers import compressed_each, likelihoods
+from kvneox_lib.measures.decoding import continue_rows
 from kvneox_lib.measures.perplexity import read_on
 from kvneox_lib.measures.prefill import prefill, store
 from kvneox_lib.neox import compiled, kernels
@@ -70,20 +72,30 @@ def test_what_is_stored_is_within_half_a_step(bits, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_compiled_code_packs_to_the_same_words(dtype, monkeypatch):
+def test_compiled_code_packs_to_the_same_words(dtype):
     draw = random.Random(0)
     for _ in range(40):
         keys, values, counts = drawn_blocks(draw, dtype)
+        if draw.random() < 0.3:
+            keys[0, 0, 0], values[-1, 0] = draw.choice([torch.nan, torch.inf, -torch.inf]), torch.inf
         form = form_of(draw.choice(BITS), keys)
         fast = pack_blocks(keys, values, counts, form)
         assert torch.equal(fast, pack(keys, values, counts, form))
 
 
-def test_what_cannot_be_stored_is_not_hidden():
-    keys = torch.randn(1, GROUP, 16)
-    keys[0, 5, 3] = torch.nan
-    back, *_ = unpack(pack(keys, keys, torch.tensor([64]), Form(4, 16, False)), Form(4, 16, False))
-    assert back[..., 3].isnan().all() and back[..., :3].isfinite().all()
+@torch.no_grad()
+@pytest.mark.parametrize("spoiled", [torch.nan, torch.inf])
+def test_what_cannot_be_stored_is_not_hidden(spoiled):
+    """It spoils its group, and what is read from that; no token is taken for absent."""
+    keys, values = torch.randn(1, GROUP, 16), torch.randn(1, GROUP, 16)
+    keys[0, 5, 3], values[0, 7] = spoiled, spoiled
+    for words in (made(keys, values, torch.tensor([64]), Form(4, 16, False)) for made in (pack, pack_blocks)):
+        keys_back, values_back, there = unpack(words, Form(4, 16, False))
+        assert there.all()
+        assert keys_back[..., 3].isnan().all() and keys_back[..., :3].isfinite().all()
+        assert values_back[0, 7].isnan().all() and values_back[0, :7].isfinite().all()
+    layer = RaggedLayer([keys[0]], [values[0]], 1, GROUP, 0, bits=4)
+    assert layer.attend(*torch.randn(3, 1, 1, 1, 16), 0.25).isnan().all()
 
 
 # -- attention --------------------------------------------------------------------------------------------------------
@@ -172,7 +184,8 @@ def test_nothing_is_compiled_while_a_clock_runs():
     compiled.kernel_for.cache_clear()
     make_ready.__wrapped__(torch.float32, 4)
     made = compiled.kernel_for.cache_info().misses
-    generate(ours, torch.randint(1, 97, (1, 70)), max_new_tokens=3, stop_at_eos=False, kv_bits=4)
+    for n_context in (5, 70):
+        generate(ours, torch.randint(1, 97, (1, n_context)), max_new_tokens=3, stop_at_eos=False, kv_bits=4)
     assert compiled.kernel_for.cache_info().misses == made > 0
 
 
@@ -263,6 +276,59 @@ def test_what_was_read_can_be_taken_back(demo, pages):
 
 
 @torch.no_grad()
+def test_who_once_asked_for_hidden_states_still_gets_bits(demo, pages):
+    """transformers leaves hooks on such a model; those of a press alone keep all as it is, which is said."""
+    ours = copy.deepcopy(demo)
+    ours(pages[:, :5], output_hidden_states=True, output_attentions=True)
+    handle = ours.model.layers[0].attention.register_forward_hook(lambda *_: None)
+    cache = CompactCache(bits=4)
+    ours(pages, past_key_values=cache)
+    ours(pages[:, :1], past_key_values=cache)
+    assert {layer.bits for layer in cache.layers} == {4}
+    handle.remove()
+    with make_press("knorm", 0.5)(ours), pytest.warns(UserWarning, match="while a press is attached"):
+        ours.generate(pages, past_key_values=CompactCache(bits=4), max_new_tokens=3, min_new_tokens=3, pad_token_id=0)
+
+
+@torch.no_grad()
+def test_a_context_may_be_empty_beside_others(demo, reading):
+    """In either order, and as without compression where nothing has been rounded yet."""
+    context, rest = reading[0, 2000:2200], reading[0, 3000:3010]
+    how = {"max_new_tokens": 5, "stop_when": None}
+    for bits in (None, 8):
+        alone = {}
+        for contexts in ([context], [[]], [context, []], [[], context]):
+            found = [compressed_each(demo, one, [make_press("adakv_snapkv", 0.5)], 0, [bits])[0] for one in contexts]
+            caches, positions = [one.cache for one in found], [one.position for one in found]
+            made = continue_rows(demo, caches, [rest] * len(found), None, positions, **how)
+            for one, tokens in zip(contexts, made):
+                assert torch.equal(alone.setdefault(len(one), tokens), tokens)
+
+
+@torch.no_grad()
+def test_likelihoods_do_not_hang_on_what_is_asked_beside_them(demo, reading):
+    context, rest = reading[0, 2000:2300].tolist(), reading[0, 3000:3130].tolist()
+    several = [reading[0, start : start + 5].tolist() for start in (4000, 5000)]
+    for bits, off in ((None, 1e-3), (2, 1e-3)):
+        (found,) = compressed_each(demo, context, [None], 0, [bits])
+        ((together, _), _) = next(likelihoods(demo, [found], {tuple(rest): several}))
+        (found,) = compressed_each(demo, context, [None], 0, [bits])
+        ((alone, _),) = next(likelihoods(demo, [found], {tuple(rest): several[:1]}))
+        assert abs(together - alone) < off
+
+
+def test_a_context_read_in_inference_mode(demo, pages):
+    cache = CompactCache(bits=4)
+    with torch.inference_mode():
+        demo.model(pages[:, :101], past_key_values=cache)
+        demo.model(pages[:, 101:102], past_key_values=cache)
+    with torch.no_grad():
+        for at in range(102, 180):
+            demo.model(pages[:, at : at + 1], past_key_values=cache)
+    assert cache.layers[0].held.n_blocks.unique().tolist() == [3]
+
+
+@torch.no_grad()
 def test_beams_and_repeated_samples(demo, pages):
     options = {"max_new_tokens": 80, "min_new_tokens": 80, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
     beams = demo.generate(pages[:1], past_key_values=CompactCache(bits=8), **options)
@@ -277,6 +343,8 @@ def test_beams_and_repeated_samples(demo, pages):
     assert torch.equal(cache.layers[0].keys, torch.stack([other, other, one, one]))
     cache.batch_select_indices(torch.tensor([0, 3]))
     assert torch.equal(cache.layers[0].keys, torch.stack([other, one]))
+    cache.crop(100)
+    assert torch.equal(cache.layers[0].keys, torch.stack([other, one])[:, :, :100])
 
 
 @torch.no_grad()

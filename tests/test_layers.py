@@ -9,7 +9,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from kvneox_lib import generate, make_press
-from kvneox_lib.neox import compiled, kernels, layers, modeling
+from kvneox_lib.neox import compiled, kernels, layers, modeling, packer
 from kvneox_lib.neox.cache import CompactCache
 from kvneox_lib.neox.modeling import KVNeoXModel
 
@@ -499,7 +499,7 @@ def test_kernels_kept_on_disk_know_their_sources():
     """Numba itself looks at one file only."""
     number = compiled.WORDS[torch.float32]
     of_a_cache = {compiled._attend, layers._read_layers}  # which may be held otherwise
-    for make in (compiled._attend, compiled._multiply, compiled._turn_into, layers._read_layers):
+    for make in (compiled._attend, compiled._multiply, compiled._turn_into, layers._read_layers, packer._pack):
         kernel = make(*([number, number] if make in of_a_cache else [number]), compiled.VERSION, keep=False)
         assert compiled.VERSION in [cell.cell_contents for cell in kernel.__wrapped__.__closure__]
 

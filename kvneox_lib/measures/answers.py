@@ -13,9 +13,10 @@ import torch
 
 from kvneox_lib.measures.decoding import continue_rows
 from kvneox_lib.measures.perplexity import read_on
-from kvneox_lib.measures.prefill import first_position, prefill_each, shares_the_pass, store
+from kvneox_lib.measures.prefill import check_kv_bits, first_position, prefill_each, shares_the_pass, store
 from kvneox_lib.measures.speed import entry_bytes
 from kvneox_lib.measures.survivors import kept_counts
+from kvneox_lib.neox.bits import GROUP
 from kvneox_lib.neox.cache import CompactCache
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
 from kvneox_lib.presses.applying import check_context
@@ -69,14 +70,16 @@ def compressed_each(
 ) -> list[Compressed]:
     """The context under each press, in the bits that are given for each. One that draws does so by the seed and the
     context alone, whatever is read beside it or was read before."""
-    n = len(context)
+    n, kv_bits = len(context), kv_bits or [None] * len(presses)
+    for press, bits in zip(presses, kv_bits, strict=True):
+        check_kv_bits(bits, press)
     if n == 0:
-        return [Compressed(CompactCache(), 0, None, 1.0, 0) for _ in presses]
+        return [Compressed(CompactCache(bits=bits), 0, None, 1.0, 0) for bits in kv_bits]
     presses = [press if is_long_enough(n, press) else None for press in presses]
     found = []
     together = [press for press in presses if shares_the_pass(press, 1)]
     shared = iter(_read(model, context, together, seed))
-    for press, bits in zip(presses, kv_bits or [None] * len(presses), strict=True):
+    for press, bits in zip(presses, kv_bits):
         cache = next(shared) if shares_the_pass(press, 1) else _read(model, context, [press], seed)[0]
         kept, position = kept_counts(cache), first_position(cache, n, press)
         kv_bytes = int(kept.sum()) * entry_bytes(model)
@@ -120,9 +123,11 @@ def likelihoods(
 
 def _read_each(model, found: Compressed, rest, continuations) -> Iterator[tuple[float, bool]]:
     """What all continuations of a rest have in common is read once. Everything is taken back, which costs nothing; but
-    a press that acts while decoding evicts for good: it gets copies, also of itself, for its counters."""
+    a press that acts while decoding evicts for good: it gets copies, also of itself, for its counters. In few bits
+    whole groups of what was read before are rounded, so that what is in common must be shorter than one."""
     cache, position, acts = found.cache, found.position, decoding_part(found.press) is not None
-    common = rest[:-1] if len(continuations) > 1 and not acts else ()
+    is_exact = not acts and (cache.bits is None or len(rest) <= GROUP)
+    common = rest[:-1] if len(continuations) > 1 and is_exact else ()
     if common:
         positions = torch.arange(position, position + len(common), device=model.device)[None]
         with torch.no_grad():

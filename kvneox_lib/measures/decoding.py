@@ -25,7 +25,7 @@ class Generation:
     prefill_s: float  # to the first token
     decode_s: float  # for all others
     kv_bytes: int  # allocated when decoding ends
-    kv_bytes_compressed: int  # of what is held when it begins
+    kv_bytes_compressed: int  # of what is held when it begins, with questions if they are of unequal length
     kv_lengths: torch.Tensor  # (layers, batch, heads) entries held after compression
     peak_bytes: int | None  # of the decoding phase: the allocator's on CUDA, resident memory on Linux, else None
     prefill_peak_bytes: int | None = None  # of what came before
@@ -58,7 +58,8 @@ def generate(
     pipeline. attention_mask (batch, T): prompts of unequal length are padded on the left, and each is read, compressed
     and continued as if it were alone. min_new_tokens: none of so many ends a sample. stop_when: told the new tokens
     (batch, n) after each step, it says which samples have ended, (batch,). kv_bits: 8, 4 or 2 for each number that the
-    press leaves, see `CompactCache`; what is read later joins it, 64 tokens at a time. prefill_chunk: the context is
+    press leaves, see `CompactCache`; what is read later joins it, 64 tokens at a time, of questions of unequal length
+    what is beyond the shortest at once. prefill_chunk: the context is
     read by so many tokens at a time, with the result of one pass; evict_while_reading: and after each chunk evicted
     from, which is another result; see `chunks`.
     """

@@ -69,7 +69,6 @@ def recall_accuracy(
     query_aware: let the press see the question, but for its last token. `depths`: see `recall_samples`. kv_bits: 8, 4
     or 2 for each number that is left of the context.
     """
-    check_kv_bits(kv_bits, press)
     samples = recall_samples(
         tokenizer,
         filler=filler,
@@ -89,6 +88,8 @@ def ask_each(
 ) -> Iterator[list[RecallRow]]:
     """For each key of the sample, a row for each press, in the bits that are given for each."""
     kv_bits = kv_bits or [None] * len(presses)
+    for press, bits in zip(presses, kv_bits, strict=True):
+        check_kv_bits(bits, press)
     model = adapt(model)
     device = model.model.embed_tokens.weight.device
     for context, keys, n_fed in _contexts(sample, query_aware):
@@ -97,7 +98,7 @@ def ask_each(
             read = torch.cat([key.question_ids[n_fed:], key.answer_ids])[None].to(device)
             yield [
                 _ask(model, copy.deepcopy(cache), len(context), read, key, press, bits, kept)
-                for press, bits, (cache, kept) in zip(presses, kv_bits, found, strict=True)
+                for press, bits, (cache, kept) in zip(presses, kv_bits, found)
             ]
 
 

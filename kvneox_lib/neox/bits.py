@@ -21,6 +21,7 @@ BITS = (8, 4, 2)
 GROUP = 64  # tokens of a block, and channels of a value that share a step at most
 LANES = 16  # words of a wide register; stretches of codes are whole multiples
 ABSENT = -(2**31)  # a step of -0.0
+NOT_FINITE = 0x7FC07FC0  # NaN and NaN: of a group of which any number is not finite, all are lost
 BLOCKS_AT_ONCE = 64  # are packed: what that takes stays in a processor's cache
 
 
@@ -82,7 +83,8 @@ def form_of(bits: int, like: torch.Tensor) -> Form:
 
 def pack(keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor, form: Form) -> torch.Tensor:
     """(blocks, words) of keys and values (blocks, 64, D), of which the first `counts` (blocks) are there."""
-    some = zip(*(x.split(BLOCKS_AT_ONCE) for x in (keys, values, counts.to(keys.device))))
+    at_once = BLOCKS_AT_ONCE if keys.device.type == "cpu" else max(1, len(keys))
+    some = zip(*(x.split(at_once) for x in (keys, values, counts.to(keys.device))))
     return torch.cat([_pack(*parts, form) for parts in some])
 
 
@@ -121,8 +123,9 @@ def _quantized(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     least, most = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     least = _bfloat16_below(least)
     step = _bfloat16_above((most - least) / (2**bits - 1))
-    codes = ((x - least) / step.where(step > 0, 1)).round_().clamp_(0, 2**bits - 1).int()
-    words = step.view(torch.int32) | (least.view(torch.int32) >> 16 & 0xFFFF)
+    finite = step.isfinite() & least.isfinite()
+    codes = ((x - least) / step.where(step > 0, 1)).round_().clamp_(0, 2**bits - 1).where(finite, 0).int()
+    words = (step.view(torch.int32) | (least.view(torch.int32) >> 16 & 0xFFFF)).where(finite, NOT_FINITE)
     return codes, words[..., 0]
 
 

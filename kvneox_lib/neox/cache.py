@@ -154,7 +154,8 @@ class CompactCache(EvictionsFollow, Cache):
     """A transformers Cache on CompactLayers.
 
     headroom: how many tokens follow, if that is known. bits: 8, 4 or 2 for each number of what was read and compressed
-    when the model reads on; presses see all of it as it is. residual: how many of the last tokens stay as they are.
+    when the model reads on; presses see all of it as it is. residual: how many of the last tokens stay as they are;
+    when they are rounded with what came later, taking that back does not bring them back.
     """
 
     def __init__(self, headroom: int = 128, bits: int | None = None, residual: int = 0):
@@ -213,6 +214,10 @@ class CompactCache(EvictionsFollow, Cache):
         order: the sample, counted through all caches, that comes to each row; as they are, if None.
         """
         first = caches[0]
+        if len({cache.bits for cache in caches}) > 1:
+            raise ValueError("caches in different numbers of bits cannot be one")
+        for cache in caches:
+            cache.settle()
         stacked = cls(first.layers[0].headroom, first.bits, first.residual)
         for index, layers in enumerate(zip(*(cache.layers for cache in caches))):
             evicted = [evictions(cache).get(index) for cache in caches]
@@ -417,6 +422,8 @@ class RaggedLayer(CacheLayerMixin):
         self._take_rows(torch.arange(self.batch)[torch.as_tensor(indices).cpu()])
 
     def reset(self) -> None:
+        if self.bits:
+            raise NotImplementedError("what was compressed cannot be reset; make another cache")
         raise NotImplementedError(
             "entries are stored for each head: samples cannot be reordered, repeated or reset; use the CompactCache "
             "before make_ragged() for that"

@@ -46,7 +46,8 @@ from kvneox_lib.neox.words import (
 TILE = 64  # keys whose scores are at hand together
 SHARES_PER_THREAD = 4
 # Numba looks only at a kernel's own file to see whether what it keeps on disk is outdated; this is in each kernel, too.
-SOURCES = [Path(__file__).with_name(f"{name}.py") for name in ("words", "codes", "compiled", "layers", "packer")]
+MODULES = ("words", "bits", "codes", "compiled", "layers", "packer")
+SOURCES = [Path(__file__).with_name(f"{name}.py") for name in MODULES]
 VERSION = int(hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:15], 16)
 
 

@@ -51,6 +51,13 @@ def attached(model: nn.Module) -> list:
     return list({id(owner): owner for owner in owners if is_press(owner) or hasattr(owner, "stands_in")}.values())
 
 
+def is_pressed(model: nn.Module) -> bool:
+    """Whether a press has hooks on attention layers, be they its methods or, as some have, functions of kvpress'."""
+    hooks = [hook for layer in model.base_model.layers for hook in layer.attention._forward_hooks.values()]
+    told = [getattr(hook, "__module__", None) or "" for hook in hooks]
+    return any(is_press(getattr(hook, "__self__", None)) for hook in hooks) or any("kvpress" in one for one in told)
+
+
 def is_press(owner) -> bool:
     return hasattr(owner, "compress") and hasattr(owner, "forward_hook")
 

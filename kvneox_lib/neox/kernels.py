@@ -288,11 +288,13 @@ def make_ready(dtype: torch.dtype, kv_bits: int = 0) -> None:
     seconds, once."""
     states = torch.zeros(1, 1, 1, 16, dtype=dtype)
     if is_for_few_queries(states):
-        compiled().kernel_for(compiled()._attend, dtype, kv_bits)
+        for bits_held in {0, kv_bits}:
+            compiled().kernel_for(compiled()._attend, dtype, bits_held)
         if kv_bits:
             block = states[0].expand(1, bits.GROUP, -1)
             pack_blocks(block, block, torch.ones(1, dtype=torch.long), bits.form_of(kv_bits, block))
         compiled().multiply(states[0, 0], states[0, 0], None)
         _packing_works(dtype)
         if may_be_turned(states[0], states[0]):
-            _layers().compile_for(dtype, kv_bits)
+            for bits_held in {0, kv_bits}:
+                _layers().compile_for(dtype, bits_held)

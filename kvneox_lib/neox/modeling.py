@@ -7,6 +7,7 @@ the frequencies are padded with zeros, and from then on everything that kvpress 
 """
 
 import copy
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
 
-from kvneox_lib.neox.hooks import in_turn, refuse_attached, refuse_padding, turn
+from kvneox_lib.neox.hooks import in_turn, is_pressed, refuse_attached, refuse_padding, turn
 from kvneox_lib.neox.kernels import (
     attend_turned,
     attend_with_few_queries,
@@ -240,7 +241,10 @@ class KVNeoXAttention(GPTNeoXAttention):
                 getattr(attention_mask, "padding", None) is not None
                 or getattr(attention_mask, "given", None) is not None
             ):
-                raise ValueError("attention_mask marks padding or what is seen, but not of the entries held here")
+                raise ValueError(
+                    "attention_mask marks padding or what is seen, but not of the entries held here. For prompts of "
+                    "unequal length use kvneox_lib.generate(attention_mask=...)"
+                )
             output, weights = held[0].attend(query, key, value, self.scaling).transpose(1, 2), None
         else:
             if past_key_values is not None:
@@ -384,8 +388,8 @@ class KVNeoXModel(KVNeoXPreTrainedModel, GPTNeoXModel):
             inputs_embeds = self.embed_in(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if getattr(past_key_values, "bits", None) and not any(layer.attention._forward_hooks for layer in self.layers):
-            past_key_values.settle()
+        if getattr(past_key_values, "bits", None):
+            self._settle(past_key_values, inputs_embeds.shape[1])
         if cache_position is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             cache_position = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)
@@ -424,6 +428,17 @@ class KVNeoXModel(KVNeoXPreTrainedModel, GPTNeoXModel):
         return BaseModelOutputWithPast(
             last_hidden_state=self.final_layer_norm(hidden_states), past_key_values=past_key_values
         )
+
+    def _settle(self, cache: Cache, n_tokens: int) -> None:
+        """Have a cache in few bits keep so what it holds, unless a press has still to see it: some read it again."""
+        if not is_pressed(self):
+            cache.settle()
+        elif n_tokens == 1:
+            warnings.warn(
+                f"CompactCache(bits={cache.bits}) keeps all as it is while a press is attached. Decode outside its "
+                "`with` statement, as the kvpress pipeline does; a press that acts while decoding cannot be served",
+                stacklevel=3,
+            )
 
     def _is_a_step(self, x: torch.Tensor, cos: torch.Tensor, masks, cache: Cache | None) -> bool:
         """Whether all layers can be gone through in one call: a few tokens go on from what a cache of ours holds, see

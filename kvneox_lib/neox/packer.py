@@ -5,12 +5,14 @@ import torch
 from numba import carray, cfunc, njit, types
 
 from kvneox_lib.neox.bits import ABSENT, GROUP, Form
+from kvneox_lib.neox.bits import NOT_FINITE as WORD_NOT_FINITE
 from kvneox_lib.neox.compiled import kernel_for, run
 from kvneox_lib.neox.words import ENDLESS, at, count_up, first_of, per_word, pointer, second_of
 
 # Codes are to be those of torch: no division becomes a product. All of the way down, since who is called inherits that.
 exactly = njit(error_model="numpy")
 ALL, ZERO, UPPER = np.int32(0xFFFF), np.int32(0), np.int32(-0x10000)
+NOT_FINITE = np.int32(WORD_NOT_FINITE)
 
 
 @exactly
@@ -28,11 +30,15 @@ def bfloat16_above(x):
 def quantize(row, bits, codes):
     """A row of numbers into words of codes; the word of its step and its least number."""
     n, most_code = codes.shape[0], np.float32(2**bits - 1)
-    least = most = row[0]
+    least, most, spoiled = row[0], row[0], False
     for i in range(row.shape[0]):
         least, most = min(least, row[i]), max(most, row[i])
+        spoiled |= row[i] != row[i]
     least = bfloat16_below(least)
     step = bfloat16_above((most - least) / most_code)
+    if spoiled or not np.isfinite(least) or not np.isfinite(step):
+        codes[:] = 0
+        return NOT_FINITE
     by = step if step > 0 else np.float32(1)
     for i in range(n):
         codes[i] = 0

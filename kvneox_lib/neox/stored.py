@@ -104,7 +104,12 @@ class Blocks:
     def stack(cls, stored: Sequence["Blocks"], order: Sequence[int], room: int) -> "Blocks":
         """The rows of all, in that order."""
         words, lengths = [row for blocks in stored for row in blocks.rows()], torch.cat([one.lengths for one in stored])
-        return cls(stored[0].form, stored[0].dtype, [words[row] for row in order], lengths[list(order)], room)
+        stacked = cls(stored[0].form, stored[0].dtype, [words[row] for row in order], lengths[list(order)], room)
+        for counts in zip(*(reversed(one.same) for one in stored)):
+            if len(set(counts)) > 1:
+                break
+            stacked.same.insert(0, counts[0])
+        return stacked
 
     def rows(self) -> list[torch.Tensor]:
         """(n_i, words of a block) of each row."""
@@ -113,7 +118,8 @@ class Blocks:
     def _lay_out(self, rows: list[torch.Tensor], free: int) -> None:
         held = self.n_blocks + free
         self.first, self.free = held.cumsum(0) - held, free
-        self.words = rows[0].new_zeros(int(held.sum()), self.form.n_words)
+        with torch.inference_mode(False):  # it is written to again, perhaps outside of that
+            self.words = torch.zeros(int(held.sum()), self.form.n_words, dtype=torch.int32, device=self.device)
         for row, at, n in zip(rows, self.first.tolist(), self.n_blocks.tolist()):
             self.words[at : at + n] = row
 
@@ -149,7 +155,7 @@ class Blocks:
         """The last `n` tokens of all rows go. Those that were in a block with them, (rows, n left, D) keys and values,
         come out of it."""
         if n > sum(self.same):
-            raise ValueError("what was compressed head by head cannot be cropped")
+            raise ValueError("what was compressed, of which heads or samples hold different numbers, cannot be cropped")
         left = 0
         while n > 0:
             count = self.same.pop()
