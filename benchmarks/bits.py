@@ -18,7 +18,7 @@ from kvneox_lib import load_model
 from kvneox_lib.measures.speed import peak_flop_per_s, read_bandwidth, roofline_s, step_products, time_once
 from kvneox_lib.neox import compiled
 from kvneox_lib.neox.bits import BITS
-from kvneox_lib.neox.cache import RaggedLayer
+from kvneox_lib.neox.ragged import RaggedLayer
 
 warnings.filterwarnings("ignore", message=".*the model was trained on")
 SHORTER = 8 if "--quick" in sys.argv else 1

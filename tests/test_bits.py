@@ -16,9 +16,9 @@ from kvneox_lib.measures.perplexity import read_on
 from kvneox_lib.measures.prefill import prefill, store
 from kvneox_lib.neox import compiled, kernels
 from kvneox_lib.neox.bits import BITS, GROUP, Form, form_of, pack, unpack
-from kvneox_lib.neox.cache import RaggedLayer
 from kvneox_lib.neox.kernels import make_ready, pack_blocks
 from kvneox_lib.neox.modeling import evictions
+from kvneox_lib.neox.ragged import RaggedLayer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = (8, 16, 20, 32, 48, 64, 80, 96, 128, 256)

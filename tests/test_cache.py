@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from kvneox_lib.measures.prefill import prefill
 from kvneox_lib.measures.survivors import kept_counts
-from kvneox_lib.neox.cache import CompactCache, RaggedLayer
+from kvneox_lib.neox.cache import CompactCache
 from kvneox_lib.neox.modeling import evictions
+from kvneox_lib.neox.ragged import RaggedLayer
 from kvneox_lib.presses.applying import applied, attention
 from kvneox_lib.presses.by_name import make_press, press_names, ratio_for
 from kvneox_lib.presses.facts import attention_needed

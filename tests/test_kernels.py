@@ -17,7 +17,6 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from kvneox_lib import continuation_nll, generate, make_press, press_names
 from kvneox_lib.neox import compiled, kernels
-from kvneox_lib.neox.cache import RaggedLayer
 from kvneox_lib.neox.kernels import (
     attend_with_few_queries,
     attend_with_one_query,
@@ -26,6 +25,7 @@ from kvneox_lib.neox.kernels import (
     packed_weights,
 )
 from kvneox_lib.neox.modeling import stock_twin
+from kvneox_lib.neox.ragged import RaggedLayer
 from kvneox_lib.presses.applying import attention
 from kvneox_lib.presses.by_name import layer_ramp
 from kvneox_lib.presses.facts import attention_needed

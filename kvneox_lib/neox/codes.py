@@ -15,7 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from kvneox_lib.neox.bits import GROUP, LANES
-from kvneox_lib.neox.words import NOTHING, ZERO, ask_for, compiled, exp_of_negative, first_of, second_of
+from kvneox_lib.neox.words import NOTHING, ZERO, ask_for, compiled, first_of, second_of, weigh
 
 # Blocks are known by their address; the type that code takes them for tells their bits.
 MARKS = {8: np.uint8, 4: np.uint16, 2: np.uint64}
@@ -143,7 +143,7 @@ def add_block(codes, words, first, value_steps, bits, scores, weights, output):
 @compiled
 def read_blocks(queries, codes, words, first, begin, end, n_words, states):
     """Add entries `begin` to `end` of a row, whose blocks begin at word `first`, to what the queries have seen; states
-    as for `compiled.take_in`."""
+    as for `words.weigh`."""
     n_queries, dim = queries.shape
     bits, filled = bits_of(codes), dim // GROUP * GROUP
     if dim > filled:
@@ -158,7 +158,6 @@ def read_blocks(queries, codes, words, first, begin, end, n_words, states):
         for i in range(0, n_words, 16):
             ask_for(words, start + n_words + i)
         for j in range(n_queries):
-            state = states[j]
             for i in range(dim, weights.shape[0]):
                 weights[i] = ZERO
             score_block(queries[j], codes, words, start, key_steps, value_steps, scores, weights)
@@ -166,22 +165,10 @@ def read_blocks(queries, codes, words, first, begin, end, n_words, states):
                 scores[t] = NOTHING
             for t in range(high, GROUP):
                 scores[t] = NOTHING
-            most = state[dim]
-            for t in range(GROUP):
-                most = max(most, scores[t])
-            if most > state[dim]:
-                shrunk = np.exp(state[dim] - most)
+            shrunk = weigh(scores, GROUP, states[j])
+            if shrunk < 1:
                 for i in range(filled):
                     output[j, i] *= shrunk
-                for i in range(dim):
-                    state[i] *= shrunk
-                state[dim], state[dim + 1] = most, state[dim + 1] * shrunk
-            total, top = ZERO, most if most > NOTHING else ZERO
-            for t in range(GROUP):
-                scores[t] = exp_of_negative(scores[t] - top)
-            for t in range(GROUP):
-                total += scores[t]
-            state[dim + 1] += total
             add_block(codes, words, start + value_codes, start + value_steps, bits, scores, weights, output[j])
     for j in range(n_queries):
         for i in range(dim):

@@ -32,7 +32,6 @@ from kvneox_lib.neox.words import (
     compiled,
     count_up,
     dot,
-    exp_of_negative,
     first_of,
     four_dots,
     number,
@@ -40,6 +39,7 @@ from kvneox_lib.neox.words import (
     place,
     pointer,
     second_of,
+    weigh,
     word_of,
 )
 
@@ -111,28 +111,15 @@ def _pool(n_threads: int) -> ThreadPoolExecutor:
 
 @compiled
 def take_in(query, keys, values, first, stride, n, scores, state):
-    """Add the tile of `n` keys and values from `first` on to what the query has seen: state (D + 2) is the weighted sum
-    of values, the largest score and the sum of weights relative to it."""
+    """Add the tile of `n` keys and values from `first` on to what the query has seen, see `weigh`."""
     dim = query.shape[0]
-    output, most, fours, n_words = state[:dim], state[dim], n - n % 4, dim // per_word(keys[0])
+    output, fours, n_words = state[:dim], n - n % 4, dim // per_word(keys[0])
     for t in range(0, fours, 4):
         ask_for_four(keys, first + t * stride, stride, n_words)
         scores[t], scores[t + 1], scores[t + 2], scores[t + 3] = four_dots(query, keys, first + t * stride, stride)
     for t in range(fours, n):
         scores[t] = dot(query, keys, first + t * stride)
-    for t in range(n):
-        most = max(most, scores[t])
-    if most > state[dim]:
-        shrunk = np.exp(state[dim] - most)
-        for i in range(dim):
-            output[i] *= shrunk
-        state[dim], state[dim + 1] = most, state[dim + 1] * shrunk
-    total, top = ZERO, most if most > NOTHING else ZERO  # -inf - -inf is NaN
-    for t in range(n):
-        scores[t] = exp_of_negative(scores[t] - top)
-    for t in range(n):
-        total += scores[t]
-    state[dim + 1] += total
+    weigh(scores, n, state)
     for t in range(0, fours, 4):
         ask_for_four(values, first + t * stride, stride, n_words)
         add_four(output, values, first + t * stride, stride, scores, t)

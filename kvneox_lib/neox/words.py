@@ -237,3 +237,25 @@ def ask_for_four(words, first, stride, n):
     for t in range(4):
         for i in range(0, n, LINE_BYTES // 4):
             ask_for(words, first + (AHEAD + t) * stride + i)
+
+
+@compiled
+def weigh(scores, n, state):
+    """The first `n` scores become weights. state (D + 2) is the weighted sum of values so far, the largest score, and
+    the sum of weights relative to it. A larger score shrinks what came before; by how much is returned."""
+    dim = state.shape[0] - 2
+    most, shrunk = state[dim], np.float32(1)
+    for t in range(n):
+        most = max(most, scores[t])
+    if most > state[dim]:
+        shrunk = np.exp(state[dim] - most)
+        for i in range(dim):
+            state[i] *= shrunk
+        state[dim], state[dim + 1] = most, state[dim + 1] * shrunk
+    total, top = ZERO, most if most > NOTHING else ZERO  # -inf - -inf is NaN
+    for t in range(n):
+        scores[t] = exp_of_negative(scores[t] - top)
+    for t in range(n):
+        total += scores[t]
+    state[dim + 1] += total
+    return shrunk
