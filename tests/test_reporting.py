@@ -42,16 +42,25 @@ def test_results_come_before_the_reference_study_by_study(tmp_path):
     assert (wiki.folder.as_posix(), list(wiki.frame["press"])) == ("results/reference/wikitext_ppl", ["snapkv"])
 
 
-def test_machines_models_and_texts_stay_apart(tmp_path):
+def test_models_and_texts_stay_apart(tmp_path):
     for press in ("snapkv", "random"):
         put(tmp_path, "results", "pg19_ppl", press, "0.50")
-    for changes in ({"device_name": "H200"}, {"model": "pythia-70m"}, {"dataset": "a letter"}, {"max_windows": 3}):
+    for changes in ({"device": "cuda"}, {"model": "pythia-70m"}, {"dataset": "a letter"}, {"max_windows": 3}):
         put(tmp_path, "results", "pg19_ppl", "snapkv", "0.75", **changes)
     first, *others = reporting.settings("pg19_ppl", tmp_path)
     assert sorted(first.frame["press"]) == ["random", "snapkv"] and [len(one.frame) for one in others] == [1] * 4
     assert "来源：results/pg19_ppl，2 份记录；模型 demo（随包附带的权重）" in first.source
-    assert "device_name H200" in first.source and "未用于此处" in first.source
-    assert "H200（cpu" in next(one for one in others if one.frame["device_name"].iloc[0] == "H200").source
+    assert "device cuda" in first.source and "未用于此处" in first.source
+    assert "（cuda，" in next(one for one in others if one.frame["device"].iloc[0] == "cuda").source
+
+
+def test_processors_stay_apart_where_time_is_measured(tmp_path):
+    for study in ("pg19_ppl", "speed"):
+        put(tmp_path, "results", study, "snapkv", "0.50", device_name="one")
+        put(tmp_path, "results", study, "random", "0.50", device_name="other")
+    (quality,) = reporting.settings("pg19_ppl", tmp_path)
+    assert len(quality.frame) == 2 and "设备 one、other（cpu" in quality.source
+    assert [len(one.frame) for one in reporting.settings("speed", tmp_path)] == [1, 1]
 
 
 def test_the_contexts_of_a_speed_study_are_one_setting(tmp_path):

@@ -152,10 +152,9 @@ def _keys(frame: pd.DataFrame, study: str) -> list[str]:
     processor it was, and the attention implementation, which follows from the press, are told apart only where time is
     measured."""
     row = STUDIES[study]
-    of_setting = SETTING if row.is_timed else [name for name in SETTING if name != "device_name"]
-    known = {*SETTING, *row.axes} | (set() if row.is_timed else {"attn_implementation"})
-    names = dict.fromkeys((*of_setting, *row.parameters))
-    apart = [name for name in names if name in frame and (name in SETTING or name not in known)]
+    together = set() if row.is_timed else {"attn_implementation", "device_name"}
+    names = [name for name in dict.fromkeys((*SETTING, *row.parameters)) if name in frame and name not in together]
+    apart = [name for name in names if name in SETTING or name not in row.axes]
     return [name for name in apart if name != "dataset" or name not in row.axes]  # a task among others
 
 
