@@ -304,6 +304,10 @@ def test_a_table_that_broke_off_is_named_and_left_out(tmp_path, record):
     path = write_table(tmp_path, "id", "keys", pd.DataFrame({"right": [True, False, True]}))
     write_record(tmp_path, "id", {**record, "table_rows": "heads=2 keys=3"})
     assert len(tables_of(load_records(tmp_path), "keys")) == 3
+    write_record(tmp_path, "old", record)  # from before it was said
+    write_table(tmp_path, "old", "keys", pd.DataFrame({"right": [True]}))
+    assert len(tables_of(load_records(tmp_path), "keys")) == 4
+    (tmp_path / "old.json").unlink()
     path.write_text("\n".join(path.read_text().splitlines()[:3]))
     with pytest.warns(UserWarning, match="its table keys has 2 rows, not 3: left out"):
         assert tables_of(load_records(tmp_path), "keys").empty

@@ -59,7 +59,7 @@ def test_processors_stay_apart_where_time_is_measured(tmp_path):
         put(tmp_path, "results", study, "snapkv", "0.50", device_name="one")
         put(tmp_path, "results", study, "random", "0.50", device_name="other")
     (quality,) = reporting.settings("pg19_ppl", tmp_path)
-    assert len(quality.frame) == 2 and "设备 one、other（cpu" in quality.source
+    assert len(quality.frame) == 2 and "设备 other、one（cpu" in quality.source
     assert [len(one.frame) for one in reporting.settings("speed", tmp_path)] == [1, 1]
 
 

@@ -178,7 +178,7 @@ def tables_of(frame: pd.DataFrame, name: str) -> pd.DataFrame:
 
 def _is_whole(row: dict, name: str, table: pd.DataFrame) -> bool:
     """Whether the table has as many rows as the record says: a copy may have broken off, or be of an earlier run."""
-    if not row.get("table_rows"):
+    if not isinstance(row.get("table_rows"), str):  # of a record from before it was said: None, in a frame NaN
         return True
     wanted = re.search(rf"\b{name}=(\d+)", row["table_rows"])
     if wanted and int(wanted[1]) == len(table):
