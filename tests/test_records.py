@@ -209,8 +209,14 @@ def test_records_come_back_as_one_frame_without_the_damaged(tmp_path, record):
         assert find_record(tmp_path, "id1", {"seed": 0}) is None
 
 
-def test_a_parameter_that_came_later_was_none_before(tmp_path, record):
+def test_a_parameter_that_came_later_has_a_value_for_before(tmp_path, record):
     write_record(tmp_path, "id", record)
+    for before in ({}, {"evict_while_reading": None}):  # a packed cell is empty beside later records
+        write_record(tmp_path, "id", record | before)
+        assert find_record(tmp_path, "id", {**PARAMETERS, "evict_while_reading": False}) is not None
+        assert find_record(tmp_path, "id", {**PARAMETERS, "evict_while_reading": True}) is None
+        write_record(tmp_path, "later", record | {"evict_while_reading": False})
+        assert load_records(tmp_path)["evict_while_reading"].tolist() == [False, False]
     assert find_record(tmp_path, "id", {**PARAMETERS, "kv_bits": None})["ppl"] == record["ppl"]
     assert find_record(tmp_path, "id", {**PARAMETERS, "kv_bits": 8}) is None
     assert find_record(tmp_path, "other", {"kv_bits": None}) is None

@@ -95,6 +95,9 @@ def test_what_was_kept_in_full_is_told_from_the_rest(tmp_path):
     assert shares["snapkv", 0.75, 4] == pytest.approx(0.25 * 4.5 / 32)
     plain = storage.as_it_is(records).frame
     assert len(plain) == 1 + 2 * len(RATIOS) and plain["kv_bits"].isna().all()
+    others = [plain[plain["compression_ratio"] == RATIOS[0]].assign(press=name) for name in ("knorm", "tova", "random")]
+    among_others = Records("wikitext_ppl", None, None, pd.concat([plain, *others]))
+    assert set(storage.as_it_is(among_others).frame["compression_ratio"]) == {0.0, RATIOS[0]}
     half = Records("wikitext_ppl", None, None, records.frame.assign(dtype="bfloat16"))
     in_half = storage.configurations("wikitext_ppl", half.frame)["share"]
     assert in_half.max() == 0.5  # of what the same numbers take in float32

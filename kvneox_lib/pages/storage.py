@@ -17,6 +17,7 @@ from kvneox_lib.measures.intervals import bootstrap_ci95
 from kvneox_lib.neox.bits import BITS, GROUP, Form
 from kvneox_lib.pages import figures
 from kvneox_lib.pages.report import Missing, Records, sources
+from kvneox_lib.pages.selecting import pressed
 from kvneox_lib.pages.tasks import LOSSES, RECALL, named
 from kvneox_lib.pages.timings import at_largest, column, timed_runs
 from kvneox_lib.pages.words import listed, with_interval
@@ -75,8 +76,13 @@ class Quality:
 
 
 def as_it_is(records: Records) -> Records:
-    """Without the runs in few bits: pages about presses compare what is kept in full."""
-    return replace(records, frame=records.frame[column(records.frame, "kv_bits").isna()].reset_index(drop=True))
+    """Without the runs in few bits, and at ratios that only presses beside them were measured at: pages about presses
+    compare what is kept in full."""
+    frame = records.frame[column(records.frame, "kv_bits").isna()]
+    if "compression_ratio" in frame:
+        presses = pressed(frame).groupby("compression_ratio")["press"].nunique()
+        frame = frame[~frame["compression_ratio"].isin(presses.index[presses < presses.max() / 2])]
+    return replace(records, frame=frame.reset_index(drop=True))
 
 
 def qualities(*several: Records) -> list[Quality]:

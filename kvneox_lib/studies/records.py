@@ -31,7 +31,7 @@ WEIGHTS = ("pretrained", "bundled", "random")
 # What tells the rows of a table apart that has those of several runs.
 KNOWN_IN_TABLES = ("press", "compression_ratio", "query_aware", "n_sink", "window", "dataset", "question", "kv_bits")
 # Parameters that came later, and what records from before them were measured at.
-CAME_LATER = {"kv_bits": None}
+CAME_LATER = {"kv_bits": None, "prefill_chunk": None, "evict_while_reading": False}
 # Cells of a packed file that stay text, whatever they look like.
 TEXTS = (
     *("run_id", "model", "weights", "dataset", "press", "source", "device", "dtype", "engine", "failure"),
@@ -147,9 +147,11 @@ def find_record(folder: str | Path, run_id: str, parameters: Mapping) -> dict | 
     """The record of this run if there is one that has these parameters, with equal values."""
     path = path_of(folder, run_id, ".json")
     record = next(read_loose([path]), None) if path.exists() else packed(Path(folder)).get(run_id)
+    if record is None:
+        return None
+    known = {**record, **{name: before for name, before in CAME_LATER.items() if record.get(name) is None}}
     wanted = {name: _plain(name, value) for name, value in parameters.items()}
-    known = CAME_LATER | record if record else {}
-    stored = {name: known[name] for name in wanted if name in known} if record else None
+    stored = {name: known[name] for name in wanted if name in known}
     same = json.dumps(stored, sort_keys=True) == json.dumps(wanted, sort_keys=True)  # True is not 1
     return record if same else None
 
@@ -157,7 +159,11 @@ def find_record(folder: str | Path, run_id: str, parameters: Mapping) -> dict | 
 def load_records(folder: str | Path) -> pd.DataFrame:
     """The records in `folder` itself and in its packed form, one a row, with `study` (the folder's name) and `path`;
     without rows if there are none. A file that is damaged or no record is named in a warning and left out."""
-    return pd.DataFrame([record for _, record in sorted(all_records(Path(folder)).items())])
+    frame = pd.DataFrame([record for _, record in sorted(all_records(Path(folder)).items())])
+    for name, before in CAME_LATER.items():
+        if name in frame and before is not None:
+            frame[name] = [before if pd.isna(value) else value for value in frame[name]]
+    return frame
 
 
 def tables_of(frame: pd.DataFrame, name: str) -> pd.DataFrame:
