@@ -17,7 +17,12 @@ TEXTS = {"wikitext_ppl": "wikitext-2-v1", "pg19_ppl": "Gutenberg (pre-1919)"}
 
 
 def runs(study: str) -> pd.DataFrame:
-    return load_records(REFERENCE / study)
+    """Those that keep what is left as it is, at the ratios of all presses."""
+    frame = load_records(REFERENCE / study)
+    if "kv_bits" not in frame:
+        return frame
+    ratios = frame["compression_ratio"]
+    return frame[frame["kv_bits"].isna() & (ratios.isna() | ratios.isin([0.0, *RATIOS]))]
 
 
 @pytest.mark.parametrize("study", TEXTS)
@@ -64,6 +69,24 @@ def test_recall_ranks_presses_otherwise():
     outside = frame[~frame["query_aware"] & (frame["press"] != "no_press")]
     ranks = [rank_correlation(outside["accuracy"], outside[name]) for name in ("digits_kept_where_read", "digits_kept")]
     assert ranks[0] > 0.9 > ranks[1]
+
+
+def test_few_bits_cost_little_beside_few_entries():
+    """On 200 windows of each text, and 200 passkeys."""
+    most = {8: (0.001, 0.28), 4: (0.005, 0.16), 2: (0.04, 0.10)}  # nat, share of the bytes
+    for study in TEXTS:
+        frame = load_records(REFERENCE / study)
+        frame = frame[frame["n_windows"] >= 200].fillna({"kv_bits": 32})
+        frame = frame.set_index(["press", "compression_ratio", "kv_bits"]).sort_index()
+        plain, full = (frame.loc[(name, ratio)] for name, ratio in (("no_press", 0.0), ("adakv_snapkv", 0.5)))
+        for bits, (nat, share) in most.items():
+            assert plain.loc[bits, "delta_nll"] <= nat and plain.loc[bits, "kv_group"] == 64
+            assert plain.loc[bits, "kv_bytes"] <= share * plain.loc[32, "kv_bytes"]
+        assert full.loc[32, "delta_nll_ci95_low"] > plain.loc[4, "delta_nll_ci95_high"]  # half, beside an eighth
+        assert full.loc[4, "delta_nll"] < plain.loc[2, "delta_nll"]  # in an eighth of the bytes, more or less
+    recall = load_records(REFERENCE / "recall").query("press == 'no_press' and not query_aware").fillna({"kv_bits": 32})
+    accuracy = recall.set_index("kv_bits")["accuracy"]
+    assert accuracy[4] >= accuracy[32]
 
 
 def test_a_hundred_thousand_tokens_in_constant_memory():

@@ -243,7 +243,8 @@ def test_the_command_line(monkeypatch, capsys):
     from kvneox_lib.__main__ import main
 
     page = (REPOSITORY / "README_zh.md").read_text(encoding="utf-8")
-    (line,) = re.findall(r"^python -m kvneox_lib (tasks .*pretrained=demo.*)$", page, re.M)
+    line, in_bits = re.findall(r"^python -m kvneox_lib (tasks .*pretrained=demo.*)$", page, re.M)
+    assert "kv_bits=4" in in_bits
     monkeypatch.setattr(sys, "argv", ["kvneox_lib", *line.split()])
     assert main() == 0
     (row,) = (line for line in capsys.readouterr().out.splitlines() if "exact_match" in line)
@@ -265,7 +266,7 @@ def test_the_command_line_in_bits(monkeypatch, tmp_path, capsys):
     told = [json.loads(next(tmp_path.glob(f"{bits}/*/results_*.json")).read_text())["config"] for bits in (8, 2)]
     assert [one["kv_bits"] for one in told] == [8, 2] and told[1]["kv_bytes"] < 0.5 * told[0]["kv_bytes"]
     monkeypatch.setattr(sys, "argv", asked(3))
-    assert main() == 2 and "kv_bits=3: allowed is one of None, 8, 4, 2" in capsys.readouterr().err
+    assert main() == 2 and "kv_bits=3: allowed is 8, 4, 2, or None" in capsys.readouterr().err
 
 
 OWN_TASK = """

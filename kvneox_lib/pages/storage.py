@@ -259,7 +259,8 @@ def _ahead(quality: Quality, found: Verdict) -> str:
 
 def in_words(row: pd.Series) -> str:
     """A configuration: what its press evicts and in how many bits it keeps the rest."""
-    parts = [] if row["press"] == "no_press" else [f"{row['press']} {row['compression_ratio']:g}"]
+    ratio = "" if pd.isna(row["compression_ratio"]) else f" {row['compression_ratio']:g}"
+    parts = [] if row["press"] == "no_press" else [row["press"] + ratio]
     return "、".join([*parts, *([] if pd.isna(row["bits"]) else [f"{row['bits']:.0f} 位"])]) or "不压缩"
 
 

@@ -147,7 +147,7 @@ def _score_windows(
 def _score_batch(model, ids: torch.Tensor, n_context: int, stored: list[tuple], reading: dict) -> list[Scored]:
     presses, kv_bits = map(list, zip(*stored))
     how = {"n_context": n_context}
-    if reading["prefill_chunk"] is None or set(presses) == {None}:
+    if reading["prefill_chunk"] is None or all(press is None for press in presses):
         return score_each(model, ids, presses=[None, *presses], kv_bits=[None, *kv_bits], **how)  # of one pass
     baseline = score_each(model, ids, presses=[None], **how)
     return baseline + score_each(model, ids, presses=presses, kv_bits=kv_bits, **how, **reading)
