@@ -13,7 +13,7 @@ import torch
 
 from kvneox_lib.measures.decoding import continue_rows
 from kvneox_lib.measures.perplexity import read_on
-from kvneox_lib.measures.prefill import check_kv_bits, first_position, prefill_each, shares_the_pass, store
+from kvneox_lib.measures.prefill import bits_of_each, first_position, prefill_each, shares_the_pass, store
 from kvneox_lib.measures.speed import entry_bytes
 from kvneox_lib.measures.survivors import kept_counts
 from kvneox_lib.neox.bits import GROUP
@@ -70,9 +70,7 @@ def compressed_each(
 ) -> list[Compressed]:
     """The context under each press, in the bits that are given for each. One that draws does so by the seed and the
     context alone, whatever is read beside it or was read before."""
-    n, kv_bits = len(context), kv_bits or [None] * len(presses)
-    for press, bits in zip(presses, kv_bits, strict=True):
-        check_kv_bits(bits, press)
+    n, kv_bits = len(context), bits_of_each(kv_bits, presses)
     if n == 0:
         return [Compressed(CompactCache(bits=bits), 0, None, 1.0, 0) for bits in kv_bits]
     presses = [press if is_long_enough(n, press) else None for press in presses]

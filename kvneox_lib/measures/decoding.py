@@ -59,9 +59,8 @@ def generate(
     and continued as if it were alone. min_new_tokens: none of so many ends a sample. stop_when: told the new tokens
     (batch, n) after each step, it says which samples have ended, (batch,). kv_bits: 8, 4 or 2 for each number that the
     press leaves, see `CompactCache`; what is read later joins it, 64 tokens at a time, of questions of unequal length
-    what is beyond the shortest at once. prefill_chunk: the context is
-    read by so many tokens at a time, with the result of one pass; evict_while_reading: and after each chunk evicted
-    from, which is another result; see `chunks`.
+    what is beyond the shortest at once. prefill_chunk: the context is read by so many tokens at a time, with the result
+    of one pass; evict_while_reading: and after each chunk evicted from, which is another result; see `chunks`.
     """
     input_ids = check_ids("input_ids", input_ids, model)
     prompts = without_padding(input_ids, attention_mask)

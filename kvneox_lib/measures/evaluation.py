@@ -16,6 +16,7 @@ from lm_eval.evaluator_utils import get_sample_size
 
 from kvneox_lib.inputs.harness import is_bundled, load_tasks, task_manager
 from kvneox_lib.inputs.weights import LoadedModel
+from kvneox_lib.measures.prefill import bits_of_each
 from kvneox_lib.measures.questions import Form
 from kvneox_lib.measures.scores import Reading
 from kvneox_lib.measures.tasks import KVNeoXLM
@@ -72,7 +73,7 @@ def evaluate_each(
     presses answer a request in one go, as far as they can share the reading of its context."""
     lm.forms = {asked.name: Form.of(asked.task.config)}
     lm.presses, lm._answers, lm._readings = presses, {}, [[] for _ in presses]
-    lm.kv_bits = kv_bits or [None] * len(presses)
+    lm.kv_bits = bits_of_each(kv_bits, presses)
     for lm.turn in range(len(presses)):
         asked.task.set_fewshot_seed(asked.seed)
         with _quiet():

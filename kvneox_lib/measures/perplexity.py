@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Cache, DynamicCache
 
 from kvneox_lib.measures.intervals import bootstrap_ci95
-from kvneox_lib.measures.prefill import check_kv_bits, first_position, prefill_each, store, with_delimiter
+from kvneox_lib.measures.prefill import bits_of_each, first_position, prefill_each, store, with_delimiter
 from kvneox_lib.measures.survivors import kept_counts
 from kvneox_lib.neox.checks import check_ids
 from kvneox_lib.neox.hooks import in_turn
@@ -79,9 +79,7 @@ def score_each(
             f"n_context={n_context!r}: must be from 1 to {input_ids.shape[1] - 2}, so that of these tokens"
             " one is read after compression and one is scored"
         )
-    stored = list(zip(presses, kv_bits or [None] * len(presses), strict=True))
-    for press, bits in stored:
-        check_kv_bits(bits, press)
+    stored = list(zip(presses, bits_of_each(kv_bits, presses)))
     reading = {"prefill_chunk": prefill_chunk, "evict_while_reading": evict_while_reading}
     rows_at_once = readable_at_once(input_ids, *presses)
     parts = [_score_at_once(model, rows, n_context, stored, reading) for rows in rows_at_once]

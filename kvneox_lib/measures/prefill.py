@@ -67,6 +67,14 @@ def store(cache: CompactCache, press, kv_bits: int | None = None) -> None:
         cache.make_ragged()
 
 
+def bits_of_each(kv_bits: list[int | None] | None, presses: list) -> list[int | None]:
+    """In how many bits what each press leaves is kept: as they are given, or None for all."""
+    kv_bits = kv_bits or [None] * len(presses)
+    for bits, press in zip(kv_bits, presses, strict=True):
+        check_kv_bits(bits, press)
+    return kv_bits
+
+
 def check_kv_bits(kv_bits: int | None, press) -> None:
     check_bits("kv_bits", kv_bits)
     if kv_bits is not None and decoding_part(press) is not None:

@@ -14,7 +14,7 @@ from transformers import Cache
 
 from kvneox_lib.inputs.passkeys import RecallKey, RecallSample, recall_samples
 from kvneox_lib.measures.perplexity import read_on
-from kvneox_lib.measures.prefill import check_kv_bits, first_position, prefill, store
+from kvneox_lib.measures.prefill import bits_of_each, first_position, prefill, store
 from kvneox_lib.measures.survivors import kept_counts, prefill_and_find
 from kvneox_lib.neox.hooks import in_turn
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM, adapt, with_model
@@ -87,9 +87,7 @@ def ask_each(
     model, sample: RecallSample, presses: list, query_aware: bool = False, kv_bits: list[int | None] | None = None
 ) -> Iterator[list[RecallRow]]:
     """For each key of the sample, a row for each press, in the bits that are given for each."""
-    kv_bits = kv_bits or [None] * len(presses)
-    for press, bits in zip(presses, kv_bits, strict=True):
-        check_kv_bits(bits, press)
+    kv_bits = bits_of_each(kv_bits, presses)
     model = adapt(model)
     device = model.model.embed_tokens.weight.device
     for context, keys, n_fed in _contexts(sample, query_aware):

@@ -17,7 +17,7 @@ from kvneox_lib.measures.intervals import bootstrap_ci95
 from kvneox_lib.neox.bits import BITS, GROUP, Form
 from kvneox_lib.pages import figures
 from kvneox_lib.pages.report import Missing, Records, sources
-from kvneox_lib.pages.selecting import pressed
+from kvneox_lib.pages.selecting import bits_of, pressed
 from kvneox_lib.pages.tasks import LOSSES, RECALL, named
 from kvneox_lib.pages.timings import at_largest, column, timed_runs
 from kvneox_lib.pages.words import listed, with_interval
@@ -78,7 +78,7 @@ class Quality:
 def as_it_is(records: Records) -> Records:
     """Without the runs in few bits, and at ratios that only presses beside them were measured at: pages about presses
     compare what is kept in full."""
-    frame = records.frame[column(records.frame, "kv_bits").isna()]
+    frame = records.frame[bits_of(records.frame).isna()]
     if "compression_ratio" in frame:
         presses = pressed(frame).groupby("compression_ratio")["press"].nunique()
         frame = frame[~frame["compression_ratio"].isin(presses.index[presses < presses.max() / 2])]
@@ -115,7 +115,7 @@ def qualities_of(records: Records) -> list[Quality]:
     if records.study != "tasks":
         return [_quality(records, LOSSES.get(records.study, RECALL), runs)]
     outside = runs[runs["question"] == "outside"]
-    with_bits = outside.loc[column(outside, "kv_bits").notna(), "dataset"].unique()
+    with_bits = outside.loc[bits_of(outside).notna(), "dataset"].unique()
     if not len(with_bits):
         raise Missing("tasks", WITH_BITS)
     return [_quality(records, named(task), outside[outside["dataset"] == task]) for task in with_bits]
@@ -147,7 +147,7 @@ def configurations(study: str, runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _with_ways(runs: pd.DataFrame) -> pd.DataFrame:
-    bits, is_bare = column(runs, "kv_bits"), runs["press"] == "no_press"
+    bits, is_bare = bits_of(runs), runs["press"] == "no_press"
     ways = np.select([is_bare & bits.isna(), is_bare, bits.isna()], ["", "bits", "evict"], "both")
     return runs.assign(bits=bits, way=ways)
 
@@ -274,7 +274,7 @@ def fraction(size: float) -> str:
 def settings_in_bits(settings: list[Records]) -> list[Records]:
     """Those of study `speed` with runs in few bits: of one model on one machine, in any precision."""
     found = [records for records in settings if len(records.frame)]
-    found = [records for records in found if column(timed_runs(records.frame), "kv_bits").notna().any()]
+    found = [records for records in found if bits_of(timed_runs(records.frame)).notna().any()]
     if not found:
         raise Missing("speed", WITH_BITS)
     first, *_ = where = [tuple(records.frame.iloc[0][["device_name", "model"]]) for records in found]
@@ -286,7 +286,7 @@ def timed_in_bits(settings: list[Records]) -> pd.DataFrame:
     which there are any in few bits; with `bits`, `way` and `step_ms`."""
     runs = pd.concat([timed_runs(records.frame) for records in settings_in_bits(settings)], ignore_index=True)
     runs = runs[(runs["engine"] == "ours") & column(runs, "prefill_chunk").isna() & runs["step_s"].notna()]
-    in_bits = at_largest(at_largest(runs[column(runs, "kv_bits").notna()], "context_tokens"), "batch_size").iloc[0]
+    in_bits = at_largest(at_largest(runs[bits_of(runs).notna()], "context_tokens"), "batch_size").iloc[0]
     runs = runs[(runs[["context_tokens", "batch_size"]] == in_bits[["context_tokens", "batch_size"]]).all(axis=1)]
     return _with_ways(runs).assign(step_ms=1e3 * pd.to_numeric(runs["step_s"]))
 
