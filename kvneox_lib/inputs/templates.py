@@ -1,5 +1,5 @@
-"""Sentences in which a number is told, and the question for it: what recall is asked with, and what the bundled model was
-trained on. Some wordings were kept from it, so that what it recalls can be told from what it has by heart.
+"""Sentences in which a number is told, and the question for it: what recall is asked with, and what the bundled model
+was trained on. Some wordings were kept from it, so that what it recalls can be told from what it has by heart.
 """
 
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Template:
-    """`statement` has {name} and, after a space, {digits}; `question` ends where the digits come, without that space."""
+    """`statement` has {name} and, after a space, {digits}; `question` ends where the digits and that space come."""
 
     statement: str
     question: str
