@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -12,13 +13,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPTNeoXForCausalLM
 
+from kvneox_lib.inputs.templates import TEMPLATES
 from kvneox_lib.inputs.weights import demo_folder, load_model
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import train_demo  # noqa: E402
 
-TOY = "--windows 128 256 --tokens 5120 5120 --batch-tokens 256 --vocabulary 512 --layers 2 --hidden 64 --heads 2 "
-TOY = (TOY + "--muon-lr 0.04 --adamw-lr 0.01 --checkpoint-every 6 --device cpu").split()
+TOY = "--windows 128 256 256 --tokens 5120 2560 2560 --batch-tokens 256 --vocabulary 512 "
+TOY = (
+    TOY + "--layers 2 --hidden 64 --heads 2 --muon-lr 0.04 --adamw-lr 0.01 --checkpoint-every 6 --device cpu"
+).split()
 STEPS = 40
 
 
@@ -98,12 +102,9 @@ def test_windows_of_the_second_stage(toy):
     tokenizer = load_model(str(toy)).tokenizer
     rng = random.Random(0)
     tokens = train_demo.encode(tokenizer, list(topics.values())[:20], at_least=2048)
-    statement = train_demo.STATEMENT.format(name="X", digits="Y")
-    question = train_demo.QUESTION.format(name="X")
     readme = (demo_folder() / "README.md").read_text()
-    wording = readme.replace("{Name}", "X").replace("{five digits}", "Y").replace("{digits}", "Y")
-    assert f"`{statement}`" in wording and question.replace("\n", "\\n") + " Y.`" in wording
-
+    for wording in TEMPLATES.values():
+        assert (f"`{wording.statement}`" in readme) == wording.trained
     for _ in range(20):
         window = train_demo.plain_window(tokens, 1024, rng)
         copied = train_demo.with_returning_passage(window, rng)
@@ -113,13 +114,30 @@ def test_windows_of_the_second_stage(toy):
         earlier = [copied[start : start + len(passage)] for start in range(changed[0] - len(passage) + 1)]
         assert passage in earlier
 
-        asked, n = train_demo.with_passkeys(window, tokenizer, rng)
-        text, answer = tokenizer.decode(asked), tokenizer.decode(asked[-n:])
-        name = text.rsplit("The passkey of ", 1)[1].split(" is")[0]
-        assert len(asked) == 1024 and 2 <= text.count("Remember it.") <= 8
-        assert f" The passkey of {name} is{answer} Remember it." in text and text.endswith(f"{name} is{answer}")
+        mixed, answers = train_demo.with_numbers(window, tokenizer, train_demo.WORDINGS[-1], rng)
+        assert len(mixed) == 1024 and 1 <= len(answers) <= 4 and answers[-1].stop == 1024
+        text = tokenizer.decode(mixed)
+        for answer in answers:
+            digits = tokenizer.decode(mixed[answer]).strip(" .")
+            assert digits.isdigit() and len(digits) == 5 and text.count(digits) == 2  # told and answered
+            before = tokenizer.decode(mixed[: answer.start])
+            told = [wording for wording in train_demo.WORDINGS[-1] if _tells(wording, digits, before)]
+            assert len(told) == 1
     with pytest.raises(ValueError, match="too short"):
-        train_demo.with_passkeys(tokens[:50].tolist(), tokenizer, rng)
+        train_demo.with_numbers(tokens[:30].tolist(), tokenizer, train_demo.WORDINGS[-1], rng)
+
+
+def _tells(wording, digits: str, text: str) -> bool:
+    """Whether the text states the number in these words of the name that it asks for last."""
+    asked = re.search(re.escape(wording.asked("NAME")).replace("NAME", r"(\w+)", 1).replace("NAME", r"\1") + "$", text)
+    return asked is not None and "".join(wording.told(asked[1], digits)) in text
+
+
+def test_no_wording_that_is_kept_back_is_trained_on():
+    kept_back = [wording for wording in TEMPLATES.values() if not wording.trained]
+    assert kept_back and len(train_demo.WORDINGS[-1]) > len(TEMPLATES)
+    for wording in [wording for stage in train_demo.WORDINGS for wording in stage]:
+        assert wording.trained and all(wording.statement != other.statement for other in kept_back)
 
 
 def test_text_that_cannot_be_read_is_named(tmp_path):

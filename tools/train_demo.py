@@ -2,23 +2,28 @@
 
     python tools/train_demo.py novels/ manuals/ --held-out unseen.txt --output my-demo
 
-The recipe, which is what the defaults say (about 49 M tokens):
+The recipe, which is what the defaults say (170 M tokens: minutes on a GPU, a day on two cores):
 
-1. A byte-level BPE of 8,192 tokens is trained on the text; documents are joined with <|endoftext|>.
+1. A byte-level BPE of 8,192 tokens is trained on the text, or taken from a folder; documents are joined with
+   <|endoftext|>.
 2. GPT-NeoX of 6 layers, hidden size 256, 4 heads, a quarter of each head rotary, embeddings tied, in bfloat16 autocast.
-   Muon (learning rate 0.02, momentum 0.95) for the matrices of the layers, AdamW (0.002) for all else, both decaying
-   linearly to zero over the run; 8,192 tokens in a batch.
-3. First stage: 16 M tokens in plain windows of 1,024. Short windows are cheap, and teach the language.
-4. Second stage: 33 M tokens in windows of 2,048, which teach to read the cache: 60 % plain; 20 % in which a passage
-   of 48 to 256 tokens comes back at a later place; 20 % with 2 to 8 passkey statements and, at the end, the question
-   for one of them with its answer.
+   Muon (learning rate 0.02, momentum 0.95) for the matrices of the layers, AdamW (0.002) for all else; 32,768 tokens
+   in a batch. Both decay linearly to zero over the first two stages, and from 0.4 of that again over the third.
+3. First stage: 26 M tokens in plain windows of 1,024. Short windows are cheap, and teach the language.
+4. Second stage: 79 M tokens in windows of 2,048, which teach to read the cache: 60 % plain; 20 % in which a passage of
+   48 to 256 tokens comes back at a later place; 20 % in which 2 to 24 numbers are told, in the wordings of
+   `kvneox_lib.inputs.templates` that are not kept back, and up to four of them are asked for at the end.
+5. Third stage: 66 M tokens in windows of 2,048: 40 % plain, 10 % with a returning passage, 50 % with numbers, told of
+   other nouns, too.
 
 The windows of a step follow from the seed and the step alone. So a run that is interrupted goes on from its last
-checkpoint, with the same command, as if nothing had happened. Weights are saved in float16; train.json says what was
-done, the loss of every step, and how the model does on the held-out texts.
+checkpoint, with the same command, as if nothing had happened. Weights are saved in float16, those of the steps that
+`--keep` names in folders of their own; train.json says what was done, the loss of every step, and how the model does on
+the held-out texts.
 """
 
 import argparse
+import copy
 import json
 import os
 import random
@@ -30,11 +35,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
+from kvneox_lib.inputs.templates import TEMPLATES, trained_wordings
+
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
-STATEMENT = " The passkey of {name} is {digits}. Remember it."
-QUESTION = "\n\nWhat is the passkey of {name}? The passkey of {name} is"
 PASSAGE = (48, 256)  # tokens that come back
-PASSKEYS = (2, 8)
+TOLD, ASKED = (2, 24), (1, 4)  # numbers in a window
+WORDINGS = ([], [wording for wording in TEMPLATES.values() if wording.trained], trained_wordings())  # of each stage
+SHARES = ((0.0, 0.0), (0.2, 0.2), (0.1, 0.5))  # of the windows of a stage: a passage comes back, numbers are told
+LAST_STAGE = 0.4  # of the learning rates, which begin anew there
 
 
 def options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -42,16 +50,18 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("texts", nargs="+", type=Path, help="UTF-8 files, or folders of .txt and .md files")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--held-out", nargs="*", type=Path, default=[], help="text to evaluate on, not trained on")
-    parser.add_argument("--windows", nargs=2, type=int, default=[1024, 2048], help="of the first and second stage")
-    parser.add_argument("--tokens", nargs=2, type=int, default=[16_000_000, 33_000_000], help="of both stages")
-    parser.add_argument("--batch-tokens", type=int, default=8192)
+    parser.add_argument("--windows", nargs=3, type=int, default=[1024, 2048, 2048], help="of the stages")
+    parser.add_argument("--tokens", nargs=3, type=int, default=[26_214_400, 78_643_200, 65_536_000], help="of them")
+    parser.add_argument("--batch-tokens", type=int, default=32_768)
     parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--tokenizer", type=Path, help="a folder with one to use; default: train one on the texts")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adamw-lr", type=float, default=0.002)
     parser.add_argument("--checkpoint-every", type=int, default=200, help="steps")
+    parser.add_argument("--keep", nargs="*", type=int, default=[], help="steps whose weights are kept, in step<n>/")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     chosen = parser.parse_args(arguments)
@@ -97,8 +107,8 @@ def train_tokenizer(texts: list[str], vocabulary: int, context: int) -> PreTrain
 
 def encode(tokenizer, texts: list[str], at_least: int) -> np.ndarray:
     """All texts as one row of token ids (n,), each text ended by <|endoftext|>."""
-    pieces = [tokenizer(text, verbose=False).input_ids + [tokenizer.eos_token_id] for text in texts]
-    tokens = np.concatenate([np.array(piece, dtype=np.uint16) for piece in pieces])
+    pieces = tokenizer(texts, verbose=False).input_ids  # all at once: in parallel
+    tokens = np.concatenate([np.array(piece + [tokenizer.eos_token_id], dtype=np.uint16) for piece in pieces])
     if len(tokens) <= at_least:
         raise ValueError(f"the texts have {len(tokens):,} tokens; a window needs more than {at_least:,}")
     return tokens
@@ -126,23 +136,28 @@ def made_up_name(rng: random.Random) -> str:
     return ("".join(syllables) + rng.choice(["", "", "l", "n", "r", "t"])).capitalize()
 
 
-def with_passkeys(window: list[int], tokenizer, rng: random.Random) -> tuple[list[int], int]:
-    """Passkey statements at random places, the question for one of them at the end; also the length of its answer."""
+def with_numbers(window: list[int], tokenizer, wordings: list, rng: random.Random) -> tuple[list[int], list[slice]]:
+    """Numbers are told at random places, each in one of the wordings, and some are asked for at the end; also where the
+    answers are."""
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, verbose=False).input_ids
 
-    names = list(dict.fromkeys(made_up_name(rng) for _ in range(rng.randint(*PASSKEYS))))
-    digits = {name: f"{rng.randrange(100_000):05}" for name in names}
-    asked, *others = names
-    answer = ids(f" {digits[asked]}.")
-    ending = ids(QUESTION.format(name=asked)) + answer
-    statements, room = [], len(window) // 2  # a short window gets fewer, never more than half of it
-    for name in [asked, *others]:
-        statement = ids(STATEMENT.format(name=name, digits=digits[name]))
-        if not statements or len(statement) <= room:
-            statements.append(statement)
-            room -= len(statement)
+    names = list(dict.fromkeys(made_up_name(rng) for _ in range(rng.randint(*TOLD))))
+    told = [(name, f"{rng.randrange(100_000):05}", rng.choice(wordings)) for name in names]
+    statements, ending, answers, room = [], [], [], len(window) // 2  # a short window gets fewer, at most half of it
+    n_asked = min(rng.randint(*ASKED), len(told))
+    for i, (name, digits, wording) in enumerate(told):
+        statement = ids("".join(wording.told(name, digits)))
+        question, answer = (ids(wording.asked(name)), ids(f" {digits}.")) if i < n_asked else ([], [])
+        needed = len(statement) + len(question) + len(answer)
+        if statements and needed > room:
+            continue
+        statements.append(statement)
+        room -= needed
+        if answer:
+            ending += question + answer
+            answers.append((len(ending) - len(answer), len(ending)))
     filler = window[: max(len(window) - len(ending) - sum(map(len, statements)), 0)]
 
     rng.shuffle(statements)
@@ -151,10 +166,12 @@ def with_passkeys(window: list[int], tokenizer, rng: random.Random) -> tuple[lis
     for place, statement in zip(places, statements):
         mixed += filler[done:place] + statement
         done = place
-    mixed += filler[done:] + ending
+    mixed += filler[done:]
+    before = len(mixed)
+    mixed += ending
     if len(mixed) != len(window):
-        raise ValueError(f"a window of {len(window)} tokens is too short for a passkey and its question ({len(mixed)})")
-    return mixed, len(answer)
+        raise ValueError(f"a window of {len(window)} tokens is too short for a number and its question ({len(mixed)})")
+    return mixed, [slice(before + start, before + end) for start, end in answers]
 
 
 def batch(tokens: np.ndarray, tokenizer, stage: int, step: int, chosen: argparse.Namespace) -> torch.Tensor:
@@ -163,10 +180,11 @@ def batch(tokens: np.ndarray, tokenizer, stage: int, step: int, chosen: argparse
     length, rows = chosen.windows[stage], []
     for _ in range(chosen.batch_tokens // length):
         window, kind = plain_window(tokens, length, rng), rng.random()
-        if stage == 1 and kind < 0.2:
+        returning, numbers = SHARES[stage]
+        if kind < returning:
             window = with_returning_passage(window, rng)
-        elif stage == 1 and kind < 0.4:
-            window, _ = with_passkeys(window, tokenizer, rng)
+        elif kind < returning + numbers:
+            window, _ = with_numbers(window, tokenizer, WORDINGS[stage], rng)
         rows.append(window)
     return torch.tensor(rows, device=chosen.device)
 
@@ -207,12 +225,15 @@ def train(model, tokenizer, tokens: np.ndarray, chosen: argparse.Namespace, chec
     """All steps that the checkpoint does not hold yet; returns [step, loss] of every step."""
     optimizers = new_optimizers(model, chosen)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    stages = [stage for stage in (0, 1) for _ in range(chosen.tokens[stage] // chosen.batch_tokens)]
+    lengths = [tokens // chosen.batch_tokens for tokens in chosen.tokens]
+    stages = [stage for stage, length in enumerate(lengths) for _ in range(length)]
     log = load_checkpoint(checkpoint, model, optimizers, chosen)
     start = time.perf_counter()
     for step in range(len(log), len(stages)):
+        if step == len(stages) - lengths[-1]:
+            optimizers = new_optimizers(model, chosen)
         for optimizer, peak in zip(optimizers, peaks):
-            optimizer.param_groups[0]["lr"] = peak * (1 - step / len(stages))
+            optimizer.param_groups[0]["lr"] = peak * still_to_go(step, lengths)
         ids = batch(tokens, tokenizer, stages[step], step, chosen)
         with torch.autocast(torch.device(chosen.device).type, torch.bfloat16):
             loss = model(ids, labels=ids, use_cache=False).loss
@@ -224,12 +245,26 @@ def train(model, tokenizer, tokens: np.ndarray, chosen: argparse.Namespace, chec
         if (step + 1) % chosen.checkpoint_every == 0 or step + 1 == len(stages):
             save_checkpoint(checkpoint, model, optimizers, log, chosen)
             print(f"step {step + 1}/{len(stages)}  loss {loss:.3f}  {time.perf_counter() - start:.0f} s", flush=True)
+        if step + 1 in chosen.keep:
+            save_weights(model, tokenizer, chosen.output / f"step{step + 1}")
     return log
+
+
+def still_to_go(step: int, lengths: list[int]) -> float:
+    """The share of the learning rates: linearly to zero over all stages but the last, and again over the last."""
+    first = sum(lengths[:-1])
+    return 1 - step / first if step < first else LAST_STAGE * (1 - (step - first) / lengths[-1])
+
+
+def save_weights(model, tokenizer, folder: Path) -> None:
+    """In float16, while the model goes on in float32."""
+    copy.deepcopy(model).half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def settings(chosen: argparse.Namespace) -> dict:
     """What a run must have in common with a checkpoint to go on from it."""
-    free = ("output", "checkpoint_every", "device", "held_out")
+    free = ("output", "checkpoint_every", "keep", "device", "held_out", "tokenizer")
     kept = {name: value for name, value in vars(chosen).items() if name not in free}
     return {**kept, "texts": [path.name for path in chosen.texts]}
 
@@ -260,18 +295,18 @@ def load_checkpoint(path: Path, model, optimizers, chosen: argparse.Namespace) -
 
 @torch.no_grad()
 def evaluate(model, tokenizer, tokens: np.ndarray, chosen: argparse.Namespace, most: int = 32) -> dict:
-    """Perplexity of plain windows, and the share of passkey answers' tokens that are predicted right."""
+    """Perplexity of plain windows, and the share of the answers' tokens that are predicted right."""
     length = chosen.windows[1]
     nll, right, rng = [], [], random.Random(chosen.seed)
     for start in range(0, min(len(tokens) - length, most * length), length):
         window = tokens[start : start + length].tolist()
         ids = torch.tensor([window], device=chosen.device)
         nll.append(model(ids, labels=ids).loss.item())
-        window, n = with_passkeys(window, tokenizer, rng)
+        window, answers = with_numbers(window, tokenizer, WORDINGS[-1], rng)
         ids = torch.tensor([window], device=chosen.device)
-        predicted = model(ids).logits[0, -n - 1 : -1].argmax(-1)
-        right += (predicted == ids[0, -n:]).tolist()
-    scores = {"perplexity": np.exp(np.mean(nll)).item(), "passkey_tokens_right": np.mean(right).item()}
+        hit = model(ids).logits[0, :-1].argmax(-1) == ids[0, 1:]
+        right += [token for answer in answers for token in hit[answer.start - 1 : answer.stop - 1].tolist()]
+    scores = {"perplexity": np.exp(np.mean(nll)).item(), "answer_tokens_right": np.mean(right).item()}
     return {"windows": len(nll), **scores}
 
 
@@ -283,7 +318,8 @@ def main(arguments: list[str] | None = None):
     if checkpoint.exists():
         tokenizer = AutoTokenizer.from_pretrained(chosen.output, local_files_only=True)
     else:
-        tokenizer = train_tokenizer(texts, chosen.vocabulary, max(chosen.windows))
+        given = chosen.tokenizer and AutoTokenizer.from_pretrained(chosen.tokenizer, local_files_only=True)
+        tokenizer = given or train_tokenizer(texts, chosen.vocabulary, max(chosen.windows))
         tokenizer.save_pretrained(chosen.output)
     tokens = encode(tokenizer, texts, at_least=max(chosen.windows))
     model = new_model(chosen, len(tokenizer))
@@ -296,7 +332,7 @@ def main(arguments: list[str] | None = None):
         path.name: evaluate(model, tokenizer, encode(tokenizer, read_texts([path]), chosen.windows[1]), chosen)
         for path in chosen.held_out
     }
-    model.half().save_pretrained(chosen.output)
+    save_weights(model, tokenizer, chosen.output)
     (chosen.output / "train.json").write_text(json.dumps({**record, "log": log}))
     checkpoint.unlink(missing_ok=True)
 

@@ -53,7 +53,7 @@ TEMPLATES = {
         "\n\nWhich entry does {name} have in the register? The entry of {name} is",
         trained=True,
     ),
-    "telephone": Template(  # the trained frame with a noun that was not
+    "telephone": Template(  # a frame that was trained with many nouns, and not with this one
         " The telephone of {name} is {digits}. Remember it.",
         "\n\nWhat is the telephone of {name}? The telephone of {name} is",
         trained=False,
@@ -69,3 +69,19 @@ TEMPLATES = {
         trained=False,
     ),
 }
+
+# What else the bundled model was trained on in the words of the first two
+NOUNS = (
+    *("locker", "badge", "seat", "bank card", "library card", "membership", "licence", "policy", "invoice", "bicycle"),
+    *("wagon", "stall", "cabin", "letter box", "contract", "prize", "grave", "painting", "receipt", "voucher"),
+)
+
+
+def trained_wordings() -> list[Template]:
+    frames = {"passkey": TEMPLATES["passkey"], "account number": TEMPLATES["account"]}
+    others = [
+        Template(frame.statement.replace(named, noun), frame.question.replace(named, noun), trained=True)
+        for named, frame in frames.items()
+        for noun in NOUNS
+    ]
+    return [template for template in TEMPLATES.values() if template.trained] + others
