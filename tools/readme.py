@@ -22,9 +22,11 @@ from kvneox_lib import expand_presses
 from kvneox_lib.pages import report as reporting
 from kvneox_lib.pages import streams, timings
 from kvneox_lib.pages import tasks as task_pages
+from kvneox_lib.pages.degenerate import healthy, said
 from kvneox_lib.pages.figures import press_lines, use_style
-from kvneox_lib.pages.selecting import of_one_storage
+from kvneox_lib.pages.selecting import of_one_storage, of_ratios
 from kvneox_lib.pages.tables import press_table
+from kvneox_lib.pages.words import number
 from kvneox_lib.studies.records import load_records
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,7 +90,7 @@ def _meaning(name: str, by_notebook: dict[str, dict]) -> str:
 
 def core_runs(study: str) -> pd.DataFrame:
     """The core presses and no_press on the largest number of windows or keys, the cache as it is."""
-    frame = of_one_storage(load_records(REFERENCE / study))
+    frame = of_ratios(of_one_storage(load_records(REFERENCE / study)))
     frame = frame[frame["press"].isin(expand_presses("all"))]
     return frame[frame["n_keys"] == frame["n_keys"].max()] if study == "recall" else _most_windows(frame)
 
@@ -99,9 +101,10 @@ def _most_windows(frame: pd.DataFrame) -> pd.DataFrame:
 
 def quality_table() -> str:
     """What the core presses cost on the bundled model: perplexity as a multiple of no compression's, and recall."""
-    columns, notes = {}, []
+    columns, notes, shown = {}, [], []
     for study, text in TEXTS.items():
         runs = core_runs(study)
+        shown.append(runs)
         plain = runs[runs["press"] == "no_press"].iloc[0]
         notes.append(
             f"{text}（{plain['dataset']}）取 {plain['n_windows']:.0f} 个窗口，每个窗口上下文 {plain['context_tokens']} "
@@ -111,6 +114,7 @@ def quality_table() -> str:
             columns[f"{text} {ratio:.2f}"] = _by_press(runs, ratio, "ppl_ratio")
     recall = core_runs("recall")
     recall = recall[~recall["query_aware"].astype(bool)]
+    shown.append(recall)
     plain = recall[recall["press"] == "no_press"].iloc[0]
     notes.append(
         f"口令 {plain['n_keys']:.0f} 个，上下文 {plain['context_tokens']} 个词元，先压缩再提问，不压缩时准确率 "
@@ -119,14 +123,22 @@ def quality_table() -> str:
     for ratio in SHOWN_RATIOS:
         columns[f"口令 {ratio:.2f}"] = _by_press(recall, ratio, "accuracy")
     table = pd.DataFrame(columns).sort_values(f"{TEXTS['wikitext_ppl']} {SHOWN_RATIOS[-1]:.2f}")
-    rows = [[f"`{name}`", *(f"{value:.3f}" for value in row)] for name, row in zip(table.index, table.to_numpy())]
+    rows = [[f"`{name}`", *(number(value, ".3f") for value in row)] for name, row in zip(table.index, table.to_numpy())]
     weights = "、".join(sorted({f"{row.model}（权重：{row.weights}）" for row in recall.itertuples()}))
-    note = f"模型 {weights}，{plain['device_name']}，{plain['dtype']}。" + "；".join(notes) + "。"
+    note = f"模型 {weights}，{plain['device_name']}，{plain['dtype']}。" + "；".join(notes) + "。" + _named(shown)
     return markdown(rows, head=["press", *table.columns]) + f"\n\n{note}"
 
 
 def _by_press(runs: pd.DataFrame, ratio: float, column: str) -> pd.Series:
+    """Without degenerate runs: they are in no order with the others."""
+    runs = healthy(runs)
     return runs[runs["compression_ratio"] == ratio].set_index("press")[column]
+
+
+def _named(tables: list[pd.DataFrame]) -> str:
+    """The degenerate runs among those shown, whose cells are empty."""
+    runs = pd.concat(tables)
+    return "".join(said(runs[runs["compression_ratio"].isin(SHOWN_RATIOS)]))
 
 
 def task_table() -> str:
@@ -142,13 +154,14 @@ def task_table() -> str:
     }
     table = pd.DataFrame(columns)
     table = table.loc[table.mean(axis=1).sort_values(ascending=False).index]
-    rows = [[f"`{name}`", *(f"{value:.2f}" for value in row)] for name, row in zip(table.index, table.to_numpy())]
+    rows = [[f"`{name}`", *(number(value, ".2f") for value in row)] for name, row in zip(table.index, table.to_numpy())]
     plain = outside[outside["press"] == "no_press"]
     bare = "，".join(f"{task_pages.named(row.dataset)} {row.score:.2f}" for row in plain.itertuples())
     first = plain.iloc[0]
     note = (
         f"模型 {first['model']}（权重：{first['weights']}），{first['device_name']}，{first['dtype']}；每项 "
         f"{first['n_documents']:.0f} 篇，列名里的数是压缩率。不压缩时：{bare}。"
+        f"{_named([outside])}"
     )
     return markdown(rows, head=["press", *table.columns]) + f"\n\n{note}"
 

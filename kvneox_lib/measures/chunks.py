@@ -31,6 +31,7 @@ from kvneox_lib.presses.facts import (
     FINCH_WINDOW,
     acts,
     evicts_only_at_the_end,
+    keep_tokens_of,
     last_states_read,
     needs_whole_pass,
     not_scored,
@@ -60,7 +61,7 @@ def check_reading(model: KVNeoXForCausalLM, n_tokens: int, press, prefill_chunk,
             f"evict_while_reading=True cannot serve {name}: {why}. Allowed are presses that score by keys, values or "
             "the last queries and keep the best of each head, as keydiff or snapkv do"
         )
-    budget, (what, n_not_scored) = budget_of(press, n_tokens), not_scored(press)
+    budget, (what, n_not_scored) = budget_of(press, n_tokens), not_scored(press, n_tokens)
     if budget <= n_not_scored:
         raise ValueError(
             f"evict_while_reading=True: {name} keeps {budget} of {n_tokens} tokens, allowed is to keep more than {what}"
@@ -69,7 +70,8 @@ def check_reading(model: KVNeoXForCausalLM, n_tokens: int, press, prefill_chunk,
 
 def budget_of(press: kvpress.ScorerPress, n_tokens: int) -> int:
     """Entries of each head that the press keeps of a context."""
-    return compute_n_kept(n_tokens, press.compression_ratio)
+    keep_tokens = keep_tokens_of(press)
+    return compute_n_kept(n_tokens, press.compression_ratio) if keep_tokens is None else min(keep_tokens, n_tokens)
 
 
 def read_in_chunks(

@@ -18,8 +18,9 @@ from kvneox_lib.measures.tasks import KVNeoXLM
 ABOUT = """\
 lm-evaluation-harness with a GPT-NeoX model whose KV cache is compressed. Its own arguments follow; --model is ours.
 --model_args pretrained=<alias, hub id, folder or demo>,press=<name>,compression_ratio=0.5,question=outside|inside,
-             cut=left|middle, kv_bits=8|4|2 for each number that is left of the cache (as it is without it), and
-             fields of the press, such as window_size=32
+             cut=left|middle, keep_tokens=256 in place of the ratio (entries of each head, however long the context is),
+             kv_bits=8|4|2 for each number that is left of the cache (as it is without it), and fields of the press,
+             such as window_size=32
 --tasks      the harness' own, and in the box kvneox_passkey, _multikey, _cloze, _cloze_free and _copy
 """
 

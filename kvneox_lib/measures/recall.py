@@ -109,6 +109,11 @@ def _contexts(sample: RecallSample, query_aware: bool) -> Iterator[tuple[torch.T
         yield torch.cat([sample.context_ids, key.question_ids[:-1]]), [key], len(key.question_ids) - 1
 
 
+def first_context(sample: RecallSample, query_aware: bool) -> torch.Tensor:
+    """(1, T): the first that a press is given of this sample."""
+    return next(_contexts(sample, query_aware))[0][None]
+
+
 @in_turn
 def _ask(model: KVNeoXForCausalLM, cache: Cache, n_context: int, read: torch.Tensor, key: RecallKey, press, bits, kept):
     kept_fraction = float(kept_counts(cache).float().mean()) / n_context

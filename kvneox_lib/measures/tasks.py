@@ -34,8 +34,8 @@ from kvneox_lib.measures.scores import Reading, summary
 from kvneox_lib.neox.checks import check_choice, check_int
 from kvneox_lib.neox.modeling import adapt
 from kvneox_lib.presses.applying import attention, check_press
-from kvneox_lib.presses.by_name import make_press, press_row, ratio_for
-from kvneox_lib.presses.facts import attention_needed, decoding_part
+from kvneox_lib.presses.by_name import HALF, make_press, press_row, ratio_for
+from kvneox_lib.presses.facts import attention_needed, decoding_part, keep_tokens_of
 
 MAX_GEN_TOKS = 256  # where a task does not say; the harness' own default
 DECODING_OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature")
@@ -56,7 +56,8 @@ class KVNeoXLM(TemplateLM):
         pretrained,
         *,
         press=None,
-        compression_ratio: float = 0.5,
+        compression_ratio: float = HALF,
+        keep_tokens: int | None = None,
         question: str = "outside",
         batch_size: int | str = 1,
         max_length: int | None = None,
@@ -88,8 +89,10 @@ class KVNeoXLM(TemplateLM):
         check_int("max_length", self.max_length, 2)
         if self.max_length > trained:
             raise ValueError(f"max_length={max_length!r}: allowed is at most {trained}, the trained length")
+        press_options |= {} if keep_tokens is None else {"keep_tokens": keep_tokens}
         self.press_name, press = _named_press(press, compression_ratio, self.model, press_options)
-        self.compression_ratio = _ratio_of(press)
+        self.keep_tokens = keep_tokens_of(press)
+        self.compression_ratio = _ratio_of(press) if self.keep_tokens is None else None
         check_kv_bits(kv_bits, press)
         self.question, self.cut, self.seed = question, cut, seed
         # in how many bits what each press leaves is kept; and which of them is asked for, see `evaluation`
@@ -99,6 +102,7 @@ class KVNeoXLM(TemplateLM):
             check_press(press, self.model)
         self.forms: dict[str, Form] = {}  # of tasks that the harness' own index may not have
         self.progress: tqdm | None = None  # a bar of someone who asks many times
+        self.typical_context: torch.Tensor | None = None  # (1, T), of middle length, of the last requests
         self._answers: dict[str, list] = {}
         self._readings: list[list[Reading]] = [[]]
 
@@ -132,6 +136,7 @@ class KVNeoXLM(TemplateLM):
             "weights": self.loaded.weights,
             "press": self.press_name,
             "compression_ratio": self.compression_ratio,
+            "keep_tokens": self.keep_tokens,
             "kv_bits": self.kv_bits[self.turn],
             "question": self.question,
             "cut": self.cut,
@@ -313,7 +318,9 @@ class KVNeoXLM(TemplateLM):
         self._readings[which].append(Reading(*place, *sizes, prompt.rule, found.press is not None, *kept))
 
     def _refuse_if_none_is_compressed(self, prompts: list[Prompt]) -> None:
-        longest = max((prompt.n_context for prompt in prompts), default=None)
+        contexts = sorted((prompt.context for prompt in prompts), key=len)
+        self.typical_context = torch.tensor([contexts[len(contexts) // 2] if contexts else ()], dtype=torch.long)
+        longest = max(map(len, contexts), default=None)
         for press in self.presses:
             if press is not None and longest is not None and not is_long_enough(longest, press):
                 raise ValueError(

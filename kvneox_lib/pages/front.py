@@ -3,7 +3,7 @@
 import pandas as pd
 
 from kvneox_lib.pages.report import Missing
-from kvneox_lib.pages.selecting import of_one_storage
+from kvneox_lib.pages.selecting import of_one_storage, of_ratios
 from kvneox_lib.pages.timings import corner
 from kvneox_lib.pages.words import listed
 
@@ -14,7 +14,7 @@ def of_model(losses: pd.DataFrame, model: str) -> pd.DataFrame:
     """Of records of perplexity those of this model; if there are several sets, the one with most scored tokens."""
     if losses.empty:
         raise Missing("wikitext_ppl", model)
-    losses = of_one_storage(losses)
+    losses = of_ratios(of_one_storage(losses))
     found = losses[(losses["model"] == model) & (losses["weights"] != "random")]
     if found.empty:
         raise Missing("wikitext_ppl", model)

@@ -9,11 +9,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from kvneox_lib.measures.intervals import bootstrap_ci95
-from kvneox_lib.pages import figures
+from kvneox_lib.pages import degenerate, figures
+from kvneox_lib.pages.degenerate import healthy
 from kvneox_lib.pages.report import Missing
 from kvneox_lib.pages.selecting import (
     and_storage,
     bits_of,
+    budget_column,
     left_out_of_figures,
     numeric,
     of_one_storage,
@@ -47,6 +49,7 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
         {
             "press": runs["press"],
             "压缩率": numbers(runs["compression_ratio"], ".2f"),
+            **budget_column(runs),
             **storage_column(runs),
             "实际保留": numbers(runs["kept_fraction"], ".3f"),
             "困惑度": _with_intervals(runs, "ppl", 2),
@@ -109,7 +112,7 @@ def still(runs: pd.DataFrame) -> str:
 
 def findings(runs: pd.DataFrame, windows: pd.DataFrame) -> list[str]:
     """What the runs of a study show, a sentence each; `windows` is its table of that name."""
-    lines = [*left_out_of_figures(runs), still(runs)]
+    lines = [*left_out_of_figures(runs), *degenerate.said(runs), still(runs)]
     rises = rising(runs)
     if len(rises):
         flat = "、".join(rises.index[~rises])
@@ -159,9 +162,9 @@ def against(table: pd.DataFrame, other: str) -> pd.DataFrame:
     """Each press against `other` at the same ratio, window by window: `nll_difference` with its 95 % interval, and
     `verdict`: better or worse where the interval leaves out zero, else "" (no order can be claimed).
 
-    `table` is the study's table `windows`; its windows are the same for every run.
+    `table` is the study's table `windows`; its windows are the same for every run. Degenerate runs are left out.
     """
-    rows, table = [], of_one_storage(table)
+    rows, table = [], healthy(of_one_storage(table))
     for ratio, part in table.groupby("compression_ratio"):
         by_press = {name: runs["nll_mean"].to_numpy() for name, runs in part.groupby("press")}
         for name in by_press.keys() - {other} if other in by_press else ():

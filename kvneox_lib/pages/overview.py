@@ -5,6 +5,7 @@ import json
 import pandas as pd
 
 from kvneox_lib.inputs.weights import demo_folder
+from kvneox_lib.pages.degenerate import healthy
 from kvneox_lib.pages.report import NOTEBOOKS, Missing, Records, middle_ratio, models, setting, settings
 from kvneox_lib.pages.selecting import of_one_storage, with_strength
 from kvneox_lib.pages.timings import corner, fastest_transformers
@@ -15,7 +16,8 @@ from kvneox_lib.pages.words import ENGINES, STUDY_NAMES, listed
 
 def best_recall(recall: Records) -> str:
     ratio = middle_ratio(recall)
-    outside = of_one_storage(recall.runs(query_aware=False, compression_ratio=ratio)).set_index("press")["accuracy"]
+    outside = healthy(of_one_storage(recall.runs(query_aware=False, compression_ratio=ratio)))
+    outside = outside.set_index("press")["accuracy"]
     return (
         f"检索：困惑度看不见的损失，口令检索看得见。压缩率 {ratio:.2f}、压缩时还不知道问题，{len(outside)} 种方法中"
         f"准确率最高的是 {outside.idxmax()}（{outside.max():.2f}），有 {(outside < 0.05).sum()} 种答对不到二十分之一。"
@@ -113,7 +115,7 @@ def can_say(*studies: Records) -> str:
 def not_general(recall: Records) -> str:
     heads = of_one_storage(recall.table("heads", query_aware=False, press="no_press"))["copy_attention"]
     runs = of_one_storage(recall.runs(query_aware=False, compression_ratio=middle_ratio(recall)))
-    runs = runs.nlargest(2, "accuracy")
+    runs = healthy(runs).nlargest(2, "accuracy")
     return (
         f"检索所用的模型（{models(recall).strip()}）共有 {len(heads)} 个头，"
         f"其中抄写的注意力至少有最大者一半的是 {(heads >= heads.max() / 2).sum()} 个（@fig-heads）；"

@@ -5,6 +5,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from kvneox_lib.pages import losses
+from kvneox_lib.pages.degenerate import healthy, said
 from kvneox_lib.pages.report import Missing, Records, middle_ratio, named, settings, sources
 from kvneox_lib.pages.report import pressed as pressed_in_all_bits
 from kvneox_lib.pages.selecting import of_one_storage
@@ -105,13 +106,18 @@ def extremes(*texts: Records) -> str:
     parts = []
     for records in texts:
         ratio = middle_ratio(records)
-        runs = of_one_storage(records.runs(compression_ratio=ratio)).sort_values("delta_nll")
+        runs = healthy(of_one_storage(records.runs(compression_ratio=ratio))).sort_values("delta_nll")
         best, worst = runs.iloc[0], runs.iloc[-1]
         parts.append(
             f"{named(records)}压缩率 {ratio:.2f} 时，损失最小的是 {best.press}（{with_interval(best, 'delta_nll')}），"
             f"最大的是 {worst.press}（{with_interval(worst, 'delta_nll')}）"
         )
     return f"{'；'.join(parts)}。"
+
+
+def not_ranked(*texts: Records) -> str:
+    """Which runs are ranked nowhere, and which keep mostly a window."""
+    return "".join(dict.fromkeys(line for records in texts for line in said(pressed(records))))
 
 
 def rising(*texts: Records) -> str:
@@ -123,7 +129,7 @@ def rising(*texts: Records) -> str:
 
 def same_cost(*texts: Records) -> str:
     """The mean loss of the presses that all texts have, at the middle of the ratios that all have."""
-    tables = [pressed(records).set_index(["compression_ratio", "press"])["delta_nll"] for records in texts]
+    tables = [healthy(pressed(records)).set_index(["compression_ratio", "press"])["delta_nll"] for records in texts]
     both = pd.concat(tables, axis=1, keys=map(named, texts)).dropna()
     if both.empty:
         raise Missing(texts[-1].study, "两个实验共有的压缩率与 press")

@@ -4,9 +4,10 @@ from functools import partial
 
 import pandas as pd
 
+from kvneox_lib.pages.degenerate import healthy, said
 from kvneox_lib.pages.ranks import rank_correlation
 from kvneox_lib.pages.report import Missing, found_in
-from kvneox_lib.pages.selecting import middle_ratio, of_one_storage, pressed, storage_column
+from kvneox_lib.pages.selecting import budget_column, middle_ratio, of_one_storage, pressed, storage_column
 from kvneox_lib.pages.words import listed, with_interval
 
 MODES = {"问题在外": False, "问题在内": True}
@@ -27,8 +28,8 @@ def by_mode(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def at_middle_ratio(runs: pd.DataFrame, mode: str) -> pd.DataFrame:
-    """By press."""
-    ratio, runs = middle_ratio(runs), of_one_storage(runs)
+    """By press, without degenerate runs."""
+    ratio, runs = middle_ratio(runs), healthy(of_one_storage(runs))
     return there(in_mode(runs[runs["compression_ratio"] == ratio], mode), mode).set_index("press", drop=False)
 
 
@@ -52,7 +53,7 @@ def accuracy_table(runs: pd.DataFrame) -> pd.DataFrame:
         words: pd.to_numeric(runs[name]).map(lambda value: "—" if pd.isna(value) else f"{value:.2f}")
         for name, words in columns.items()
     }
-    return table.assign(**storage_column(runs), **shown)
+    return table.assign(**budget_column(runs), **storage_column(runs), **shown)
 
 
 def by_depth(keys: pd.DataFrame, mode: str, presses=()) -> pd.DataFrame:
@@ -98,6 +99,10 @@ def plain(runs: pd.DataFrame) -> str:
     if not parts:
         raise Missing("recall", "no_press")
     return f"不压缩时的准确率：{'，'.join(parts)}；模型本来答不出的，压缩无从破坏。"
+
+
+def not_ranked(runs: pd.DataFrame) -> str:
+    return "".join(said(pressed(of_one_storage(runs))))
 
 
 def survivors(runs: pd.DataFrame) -> str:

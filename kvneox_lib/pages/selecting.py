@@ -28,9 +28,40 @@ def at_ratio(runs: pd.DataFrame, ratio: float | None) -> pd.DataFrame:
 
 
 def with_strength(run) -> str:
-    """Press and ratio, and in how many bits what is left was kept; a press with a strength of its own has no ratio."""
+    """Press and ratio or budget, and in how many bits what is left was kept; a press with a strength of its own has
+    neither."""
     ratio = "" if pd.isna(run.compression_ratio) else f"，压缩率 {run.compression_ratio:g}"
-    return run.press + ratio + and_storage(getattr(run, "kv_bits", None))
+    budget = getattr(run, "keep_tokens", None)
+    return run.press + (ratio if pd.isna(budget) else and_budget(budget)) + and_storage(getattr(run, "kv_bits", None))
+
+
+# ---- a budget in tokens, in the place of a ratio --------------------------------------------------------------------
+
+
+def budget_of(runs: pd.DataFrame) -> pd.Series:
+    """Of each run; NaN where a share was kept, as in all records from before there was a choice."""
+    return pd.to_numeric(runs["keep_tokens"]) if "keep_tokens" in runs else pd.Series(float("nan"), runs.index)
+
+
+def of_ratios(runs: pd.DataFrame) -> pd.DataFrame:
+    """Without the runs under a budget: the share that it comes to is of one length, and must meet no ratio."""
+    return runs[budget_of(runs).isna()]
+
+
+def and_budget(budget) -> str:
+    """After a name."""
+    return "" if pd.isna(budget) else f"，每头 {budget:.0f} 条"
+
+
+def budget_column(runs: pd.DataFrame) -> dict[str, list[str]]:
+    """Of a table; none where there was no budget."""
+    budgets = budget_of(runs)
+    return {"每头条目": ["—" if pd.isna(one) else f"{one:.0f}" for one in budgets]} if budgets.notna().any() else {}
+
+
+def strength_axis(runs: pd.DataFrame) -> tuple[str, str]:
+    """The column that says how much was asked for, and its name."""
+    return ("keep_tokens", "每头条目") if budget_of(runs).notna().any() else ("compression_ratio", "压缩率")
 
 
 # ---- in how many bits what is left was kept -------------------------------------------------------------------------

@@ -5,9 +5,17 @@ from functools import partial
 
 import pandas as pd
 
+from kvneox_lib.pages.degenerate import healthy, said
 from kvneox_lib.pages.ranks import kendall
 from kvneox_lib.pages.report import Missing, found_in
-from kvneox_lib.pages.selecting import middle_ratio, of_one_storage, pressed, storage_column
+from kvneox_lib.pages.selecting import (
+    budget_column,
+    middle_ratio,
+    of_one_storage,
+    pressed,
+    storage_column,
+    strength_axis,
+)
 from kvneox_lib.pages.words import listed, number, with_interval
 
 MODES = {"outside": "问题在外", "inside": "问题在内"}
@@ -53,25 +61,24 @@ def modes_of(runs: pd.DataFrame) -> list[str]:
 
 
 def by_task(runs: pd.DataFrame, mode: str) -> dict[str, pd.DataFrame]:
-    """The runs with a ratio, by the task's name; the scores without a press go along, at ratio 0."""
-    shown = in_mode(runs, mode)
-    shown = shown[(shown["press"] == "no_press") | shown["compression_ratio"].notna()]
-    panels = {named(task): _with_baseline_line(part) for task, part in shown.groupby("dataset", sort=False)}
+    """The runs with a ratio, or budget, by the task's name; the scores without a press go along, at all of these."""
+    shown, (strength, _) = in_mode(runs, mode), strength_axis(runs)
+    shown = shown[(shown["press"] == "no_press") | shown[strength].notna()]
+    panels = {named(task): _with_baseline_line(part, strength) for task, part in shown.groupby("dataset", sort=False)}
     return there(panels, "有压缩率的 press")
 
 
-def _with_baseline_line(part: pd.DataFrame) -> pd.DataFrame:
-    """The score without a press as a line over all ratios."""
-    bare, compressed = part[part["press"] == "no_press"], pressed(part)
-    ratios = sorted(compressed["compression_ratio"].unique())
-    line = pd.concat([bare.assign(compression_ratio=ratio) for ratio in ratios]) if ratios else bare
+def _with_baseline_line(part: pd.DataFrame, strength: str) -> pd.DataFrame:
+    """The score without a press as a line over all ratios or budgets."""
+    bare, compressed = (part[(part["press"] == "no_press") == is_bare] for is_bare in (True, False))
+    values = sorted(compressed[strength].unique())
+    line = pd.concat([bare.assign(**{strength: value}) for value in values]) if values else bare
     return pd.concat([line, compressed])
 
 
 def at_middle_ratio(runs: pd.DataFrame, mode: str) -> pd.DataFrame:
     """Scores, a row for each press and a column for each task, as they are without a press first."""
-    chosen = in_mode(runs, mode)
-    ratio = middle_ratio(runs)
+    chosen, ratio = healthy(in_mode(runs, mode)), middle_ratio(runs)
     chosen = chosen[(chosen["press"] == "no_press") | (chosen["compression_ratio"] == ratio)]
     table = chosen.pivot_table(index="press", columns="dataset", values="score", sort=False).rename(columns=named)
     best_first = table.mean(axis=1).sort_values(ascending=False).index
@@ -92,7 +99,7 @@ def inside_against_outside(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def beside_others(runs: pd.DataFrame, others: dict[str, pd.Series], ratio: float) -> pd.DataFrame:
     """At a ratio a row for each press: the scores of the tasks, question outside, and what other studies say of it."""
-    chosen = in_mode(runs, "outside")
+    chosen = healthy(in_mode(runs, "outside"))
     chosen = there(chosen[chosen["compression_ratio"] == ratio], f"压缩率 {ratio:g}")
     scores = chosen.pivot_table(index="press", columns="dataset", values="score", sort=False).rename(columns=named)
     return pd.concat([scores, *(other.rename(name) for name, other in others.items())], axis=1).reindex(scores.index)
@@ -118,15 +125,16 @@ def score_table(runs: pd.DataFrame) -> pd.DataFrame:
             }
         )
     table = pd.DataFrame(rows)
-    for name, column in storage_column(runs).items():
+    for name, column in {**budget_column(runs), **storage_column(runs)}.items():
         table.insert(list(table).index("指标"), name, column)
     return table
 
 
 def prompt_table(runs: pd.DataFrame) -> pd.DataFrame:
     """How the prompts of each task were split, from the runs that compress."""
-    rows = []
-    for (task, mode), part in pressed(ordered(runs)).groupby(["dataset", "question"], sort=False):
+    rows, strength = [], strength_axis(runs)[0]
+    compressed = ordered(runs[(runs["press"] != "no_press") & runs[strength].notna()])
+    for (task, mode), part in compressed.groupby(["dataset", "question"], sort=False):
         first = part.iloc[0]
         rules = [word.partition("=")[0] for word in first["context_rule"].split()]
         rows.append(
@@ -167,6 +175,10 @@ def plain(runs: pd.DataFrame) -> str:
     return f"不压缩时的得分：{'，'.join(parts)}。"
 
 
+def not_ranked(runs: pd.DataFrame) -> str:
+    return "".join(said(pressed(of_one_storage(runs))))
+
+
 def unharmed(runs: pd.DataFrame, mode: str) -> str:
     """Which presses lose nothing that these documents show, of each task at the middle ratio."""
     ratio, parts = middle_ratio(runs), []
@@ -194,7 +206,8 @@ RECALL, LOSSES = "口令检索", {"pg19_ppl": "长书的损失", "wikitext_ppl":
 
 def others_at(recall: pd.DataFrame, losses: dict[str, pd.DataFrame], ratio: float) -> dict[str, pd.Series]:
     """By press: recall with the question outside, and what compression costs in perplexity."""
-    recall, losses = of_one_storage(recall), {study: of_one_storage(runs) for study, runs in losses.items()}
+    recall = healthy(of_one_storage(recall))
+    losses = {study: healthy(of_one_storage(runs)) for study, runs in losses.items()}
     outside = recall[~recall["query_aware"].astype(bool) & (recall["compression_ratio"] == ratio)]
     found = {RECALL: outside.set_index("press")["accuracy"]}
     for study, runs in losses.items():
@@ -237,7 +250,7 @@ def agreeing(runs: pd.DataFrame, recall: pd.DataFrame, losses: dict[str, pd.Data
 def spread(runs: pd.DataFrame, ratio: float) -> str:
     """How far the presses are apart in each task: where they are not, no order can be told."""
     parts = []
-    chosen = in_mode(runs[runs["compression_ratio"] == ratio], "outside")
+    chosen = healthy(in_mode(runs[runs["compression_ratio"] == ratio], "outside"))
     for task, part in chosen.groupby("dataset", sort=False):
         at = part.set_index("press")["score"].sort_values()
         hurt = (pd.to_numeric(part["delta_score_ci95_high"]) < 0).sum()
@@ -251,7 +264,7 @@ def spread(runs: pd.DataFrame, ratio: float) -> str:
 def places(runs: pd.DataFrame, press: str, ratio: float, mode: str) -> str:
     """Where one press stands in each task, beside evicting at random."""
     parts = []
-    for task, part in in_mode(runs[runs["compression_ratio"] == ratio], mode).groupby("dataset", sort=False):
+    for task, part in healthy(in_mode(runs[runs["compression_ratio"] == ratio], mode)).groupby("dataset", sort=False):
         scores = part.set_index("press")["score"]
         if press not in scores or "random" not in scores:
             raise Missing("tasks", f"{press} 与 random")

@@ -4,7 +4,16 @@ import numpy as np
 import pandas as pd
 
 from kvneox_lib.pages.report import Missing
-from kvneox_lib.pages.selecting import and_storage, bits_of, middle_ratio, pressed, with_strength
+from kvneox_lib.pages.selecting import (
+    and_budget,
+    and_storage,
+    bits_of,
+    budget_of,
+    middle_ratio,
+    of_ratios,
+    pressed,
+    with_strength,
+)
 from kvneox_lib.pages.words import ENGINES, listed, numbers
 
 FAILURES = {"out of memory": "内存不够", "mixes the rows of a batch": "不能整批运行"}
@@ -40,8 +49,8 @@ def at_largest(runs: pd.DataFrame, column: str) -> pd.DataFrame:
 
 def at_middle_ratio(runs: pd.DataFrame) -> pd.DataFrame:
     """Without the runs at other ratios; the baseline and presses with a strength of their own stay."""
-    others = pressed(runs)
-    return runs.drop(others[others["compression_ratio"] != middle_ratio(runs)].index)
+    others = pressed(of_ratios(runs))
+    return runs.drop(others[others["compression_ratio"] != middle_ratio(others)].index)
 
 
 def at_corner(runs: pd.DataFrame) -> pd.DataFrame:
@@ -107,6 +116,8 @@ def column(runs: pd.DataFrame, name: str) -> pd.Series:
 
 def _presses(runs: pd.DataFrame) -> pd.Series:
     strength = runs["compression_ratio"].map(lambda ratio: f" {_ratio(ratio)}" if ratio and ratio == ratio else "")
+    budgets = budget_of(runs)
+    strength = strength.where(budgets.isna(), budgets.map(and_budget))
     return runs["press"].replace("no_press", "不压缩") + strength + bits_of(runs).map(and_storage)
 
 

@@ -9,7 +9,7 @@ from kvpress import BasePress
 
 from kvneox_lib.neox.hooks import refuse_attached, turn
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
-from kvneox_lib.presses.facts import attention_needed, not_scored, parts_of, rows_independent
+from kvneox_lib.presses.facts import attention_needed, kind_of, not_scored, parts_of, rows_independent
 
 
 def check_press(press: BasePress | None, model: KVNeoXForCausalLM) -> None:
@@ -24,7 +24,7 @@ def check_press(press: BasePress | None, model: KVNeoXForCausalLM) -> None:
             f"attn_implementation={has!r} cannot serve {type(press).__name__}: {reason[needed]}. "
             f"Load the model with attn_implementation={needed!r}."
         )
-    if model.dtype == torch.float16 and any(type(part) is kvpress.KVgradPress for part in parts_of(press)):
+    if model.dtype == torch.float16 and any(kind_of(part) is kvpress.KVgradPress for part in parts_of(press)):
         raise ValueError(
             "dtype='float16': the gradients of kvpress' own KVgradPress overflow, and what it keeps is left to chance. "
             "make_press('kvgrad') scales them; or load the model with dtype='bfloat16'"
@@ -38,7 +38,7 @@ def check_press(press: BasePress | None, model: KVNeoXForCausalLM) -> None:
 
 def check_context(press: BasePress | None, n_tokens: int) -> None:
     """Refuse a context that is all window or sinks."""
-    what, n_not_scored = not_scored(press)
+    what, n_not_scored = not_scored(press, n_tokens)
     if n_tokens <= n_not_scored:
         raise ValueError(
             f"input_ids: a context of {n_tokens} tokens should be greater than {what}; allowed is one of at least "

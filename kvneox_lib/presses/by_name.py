@@ -4,8 +4,9 @@ import numbers
 
 from kvpress import BasePress
 
-from kvneox_lib.neox.checks import did_you_mean
+from kvneox_lib.neox.checks import check_int, did_you_mean
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
+from kvneox_lib.presses.budget import with_budget
 from kvneox_lib.presses.registry import RATIO_PER_LAYER, REGISTRY, ROWS, UNAVAILABLE, PressRow
 
 
@@ -33,15 +34,28 @@ def press_row(name: str) -> PressRow:
     return REGISTRY[name]
 
 
-def make_press(name: str, compression_ratio: float | list[float] = 0.5, **options) -> BasePress | None:
+class _Unsaid(float):
+    """A default that can be told from the same number given."""
+
+
+HALF = _Unsaid(0.5)
+
+
+def make_press(
+    name: str, compression_ratio: float | list[float] = HALF, *, keep_tokens: int | None = None, **options
+) -> BasePress | None:
     """The press of that name; None for "no_press".
 
     `compression_ratio` is the share of the cache to evict. Rows whose `takes_ratio` is false have a strength of their
-    own (an option named in `strength`) and ignore it; per_layer_* take a list with one ratio a layer. `options` are
-    kvpress' own field names, of the wrapper or of the press inside.
+    own (an option named in `strength`) and ignore it; per_layer_* take a list with one ratio a layer. `keep_tokens`, in
+    its place, is how many entries of a context each head keeps, however long the context is: all where it is shorter,
+    and as many in total where a press gives its heads unequal shares. `options` are kvpress' own field names, of the
+    wrapper or of the press inside.
     """
     row = press_row(name)
-    if row.strength == RATIO_PER_LAYER:
+    if keep_tokens is not None:
+        _check_budget(row, keep_tokens, compression_ratio)
+    elif row.strength == RATIO_PER_LAYER:
         if not isinstance(compression_ratio, (list, tuple)) or not compression_ratio:
             raise ValueError(
                 f"compression_ratio={compression_ratio!r}: {name} takes a list with one ratio for each layer"
@@ -51,9 +65,21 @@ def make_press(name: str, compression_ratio: float | list[float] = 0.5, **option
         return row.build(**{RATIO_PER_LAYER: list(compression_ratio)}, **options)
     _check_ratio(compression_ratio)
     try:
-        return row.build(float(compression_ratio), **options)
+        press = row.build(float(compression_ratio), **options)
     except AssertionError as error:  # kvpress' own check of a value
         raise ValueError(f"{name} refuses {options}: {error}") from error
+    return press if keep_tokens is None or press is None else with_budget(press, keep_tokens)
+
+
+def _check_budget(row: PressRow, keep_tokens: int, compression_ratio) -> None:
+    check_int("keep_tokens", keep_tokens, 1)
+    if not isinstance(compression_ratio, _Unsaid):
+        raise ValueError(
+            f"keep_tokens={keep_tokens!r} and compression_ratio={compression_ratio!r}: both say how much is kept; "
+            "allowed is one of them"
+        )
+    if not row.takes_ratio:
+        raise ValueError(f"keep_tokens={keep_tokens!r}: {row.name} takes {row.strength} instead; allowed is None")
 
 
 def _check_ratio(ratio) -> None:

@@ -71,6 +71,23 @@ def parts_of(press: BasePress) -> Iterator[BasePress]:
             yield from parts_of(part)
 
 
+def ratio_owner(press: BasePress) -> BasePress:
+    """The part whose `compression_ratio` says how much of a context goes; the press itself where it hands it on."""
+    if isinstance(press, kvpress.ComposedPress):
+        return press.presses[0]
+    return press.prefilling_press if isinstance(press, kvpress.PrefillDecodingPress) else press
+
+
+def keep_tokens_of(press: BasePress | None) -> int | None:
+    """How many entries each head keeps, however long the context is; None where a share of it is kept."""
+    return getattr(press, "keep_tokens", None)
+
+
+def kind_of(press: BasePress) -> type[BasePress]:
+    """kvpress' class, where one with a budget in tokens stands in for it."""
+    return getattr(type(press), "kind", type(press))
+
+
 def _is(press: BasePress, classes: tuple[type, ...]) -> bool:
     return any(isinstance(part, classes) for part in parts_of(press))
 
@@ -121,9 +138,12 @@ NOT_SCORED = {
 FINCH_WINDOW = 64  # tokens at the end of a context, which FINCH takes for the question
 
 
-def not_scored(press: BasePress | None) -> tuple[str, int]:
-    """What a context must be longer than: "window_size=64 of SnapKVPress", 64; ("", 0) where any length will do."""
+def not_scored(press: BasePress | None, n_tokens: int | None = None) -> tuple[str, int]:
+    """What a context must be longer than: "window_size=64 of SnapKVPress", 64; ("", 0) where any length will do. One of
+    `n_tokens` is not scored at all where a budget holds it."""
     if press is None or isinstance(press, kvpress.DecodingPress):  # the latter sees the tokens decoded
+        return "", 0
+    if n_tokens is not None and n_tokens <= (keep_tokens_of(press) or 0):
         return "", 0
     if isinstance(press, kvpress.PrefillDecodingPress):
         return not_scored(press.prefilling_press)
@@ -197,7 +217,7 @@ def evicts_only_at_the_end(press: BasePress) -> str | None:
         keeps_the_best = (
             isinstance(part, ScorerPress)
             and type(part).compress is ScorerPress.compress
-            and type(part).forward_hook is BasePress.forward_hook
+            and kind_of(part).forward_hook is BasePress.forward_hook
         )
         if not keeps_the_best:
             return f"{type(part).__name__} does more than keep the best-scored entries of each head"

@@ -168,6 +168,12 @@ def _nest(parts: tuple[type[BasePress], ...], options: list[dict]) -> BasePress:
 
 _DECODING = {"compression_interval": 32, "target_size": 512}
 _PYRAMID = {"window_size": 8, "beta": 10}  # with 64 and 20 short contexts fall back to snapkv
+# LagKV ranks entries within each lag, so that entries of the same rank tie; and it keeps the sinks and the last lag (up
+# to two) whatever the scores. With kvpress' 128 the latter are all that is kept of 1,024 tokens at 0.75, and more than
+# that from 0.9 on. A cut is by rank if it keeps more than n_sink + 2 * lag_size, and by little but rank if it keeps
+# several of each lag, so of 1,024 tokens: up to 0.9 with 32. None does at 0.99, which keeps 10: they would have to be
+# more than one of each lag, of lags shorter than 6. See `measures.degenerate`, which finds that cell.
+_LAG = {"lag_size": 32}
 RATIO_PER_LAYER = "compression_ratios"
 
 ROWS = [
@@ -176,15 +182,15 @@ ROWS = [
     PressRow("knorm", (K.KnormPress,), "arXiv:2406.11430", "保留键向量范数小的位置", core=True),
     PressRow("streaming_llm", (K.StreamingLLMPress,), "arXiv:2309.17453", "保留开头的注意力汇聚点和最近的窗口", core=True),
     PressRow("tova", (K.TOVAPress,), "arXiv:2401.06104", "按最后一个查询的注意力（各头平均）打分", core=True),
-    PressRow("snapkv", (K.SnapKVPress,), "arXiv:2404.14469", "按末尾观察窗口的注意力打分并池化", core=True),
-    PressRow("pyramidkv", (K.PyramidKVPress,), "arXiv:2406.02069", "SnapKV 打分，低层多留、高层少留", _PYRAMID, core=True),
+    PressRow("snapkv", (K.SnapKVPress,), "arXiv:2404.14469", "按末尾 64 个词元（观察窗口，自身优先留下）的注意力打分并池化", core=True),
+    PressRow("pyramidkv", (K.PyramidKVPress,), "arXiv:2406.02069", "SnapKV 打分，观察窗口 8 个词元，低层多留、高层少留", _PYRAMID, core=True),
     PressRow("expected_attention", (K.ExpectedAttentionPress,), "arXiv:2510.00636", "按未来查询的期望注意力打分", core=True),
-    PressRow("keydiff", (K.KeyDiffPress,), "arXiv:2504.15364", "保留与平均键方向差异大的位置", core=True),
-    PressRow("lagkv", (K.LagKVPress,), "arXiv:2504.04704", "以后一段为参照，按键值的相对离散度打分", core=True),
-    PressRow("chunkkv_snapkv", (K.ChunkKVPress, K.SnapKVPress), "arXiv:2502.00299", "以连续小块为单位取舍（SnapKV 打分）", core=True),
+    PressRow("keydiff", (K.KeyDiffPress,), "arXiv:2504.15364", "保留与平均键方向差异大的位置（一次选定；论文逐块淘汰，见 block_keydiff）", core=True),
+    PressRow("lagkv", (K.LagKVPress,), "arXiv:2504.04704", "以后一段（32 个词元）为参照，按键值的相对离散度在段内排名", _LAG, core=True),
+    PressRow("chunkkv_snapkv", (K.ChunkKVPress, K.SnapKVPress), "arXiv:2502.00299", "以 20 个词元的小块为单位取舍，块数向下取整（SnapKV 打分）", core=True),
     PressRow("adakv_snapkv", (K.AdaKVPress, K.SnapKVPress), "arXiv:2407.11550", "预算在各头之间自适应分配（SnapKV 打分）", core=True),
     PressRow("criticalkv_snapkv", (K.CriticalKVPress, K.SnapKVPress), "arXiv:2502.03805", "打分再乘以值经输出投影后的范数", core=True),
-    PressRow("observed_attention", (K.ObservedAttentionPress,), "arXiv:2306.14048", "按全部查询的平均注意力打分（H2O），需 eager"),
+    PressRow("observed_attention", (K.ObservedAttentionPress,), "arXiv:2306.14048", "按全部查询的平均注意力打分，需 eager（与 H2O 相近，但一次选定，也不另留近窗）"),
     PressRow("non_causal_attention", (K.NonCausalAttnPress,), "arXiv:2507.08143", "分块的非因果注意力打分"),
     PressRow("leverage", (K.LeverageScorePress,), "arXiv:2507.08143", "按键矩阵的近似杠杆分数打分（随机投影）"),
     PressRow("compactor", (K.CompactorPress,), "arXiv:2507.08143", "杠杆分数与非因果注意力之和"),
@@ -223,7 +229,7 @@ ROWS = [
     PressRow("ratio_decoding_knorm", (K.CompressionRatioDecodingPress, K.KnormPress), "", "解码中按已读长度的比例压缩（键范数）", {"compression_interval": 32}, strength="target_compression_ratio"),
     PressRow("prefill_decoding_knorm", (K.PrefillDecodingPress, K.KnormPress, K.DecodingPress, K.KnormPress), "", "预填充按比例、解码按定长压缩（键范数）", {**_DECODING, "target_size": 256}),
     PressRow("prefill_decoding_snapkv_knorm", (K.PrefillDecodingPress, K.SnapKVPress, K.DecodingPress, K.KnormPress), "arXiv:2404.14469", "预填充用 SnapKV，解码用键范数", {**_DECODING, "target_size": 256}),
-    PressRow("dms_leverage", (K.DMSPress, K.LeverageScorePress), "arXiv:2506.05345", "滑窗之外低于阈值者逐头淘汰（标准化杠杆分数）", {"threshold": 0.0}, strength="threshold"),
+    PressRow("dms_leverage", (K.DMSPress, K.LeverageScorePress), "arXiv:2506.05345", "滑窗之外低于阈值者逐头淘汰（标准化杠杆分数代替 DMS 训练的淘汰器）", {"threshold": 0.0}, strength="threshold"),
     PressRow("cam_streaming_llm", (K.CAMPress, K.StreamingLLMPress), "openreview:LCTmppB165", "解码中淘汰前把值并入其后的邻居", _DECODING, strength="target_size"),
 ]  # fmt: skip
 REGISTRY = {row.name: row for row in ROWS}

@@ -13,10 +13,19 @@ from tqdm.auto import tqdm
 
 from kvneox_lib.inputs.windows import Windows, windows
 from kvneox_lib.measures.chunks import check_reading
+from kvneox_lib.measures.degenerate import figures_of_each
 from kvneox_lib.measures.perplexity import Scored, by_distance, score_each, summarize, teacher_forced_nll
 from kvneox_lib.presses.by_name import expand_presses
 from kvneox_lib.studies import arguments as may_be
-from kvneox_lib.studies.plan import Planned, at_ratios, bits_of, fitting_context, left_out, one_after_the_other
+from kvneox_lib.studies.plan import (
+    Planned,
+    at_ratios,
+    bits_of,
+    fitting_context,
+    left_out,
+    one_after_the_other,
+    strengths,
+)
 from kvneox_lib.studies.provenance import provenance
 from kvneox_lib.studies.runs import Runs, Study, bits_in, head_table
 
@@ -32,7 +41,7 @@ def plan(asked: dict, trained: int | None) -> list[Planned]:
         run
         for name in dict.fromkeys(["no_press", *presses])
         for bits in bits_of(name, asked["kv_bits"])
-        for run in at_ratios(name, asked["compression_ratio"], context_length=length, kv_bits=bits)
+        for run in at_ratios(name, *strengths(asked), context_length=length, kv_bits=bits)
     ]
 
 
@@ -47,6 +56,7 @@ def measure_perplexity(
     data_dir: may_be.Folder | None = None,
     press: may_be.Presses = "snapkv",
     compression_ratio: may_be.Ratios = (0.25, 0.5, 0.75, 0.9),
+    keep_tokens: may_be.Budgets | None = None,
     kv_bits: may_be.Bits = None,
     context_length: may_be.Count = 1024,
     continuation_length: may_be.Count = 256,
@@ -67,6 +77,7 @@ def measure_perplexity(
     on the first `control_windows` windows. `no_press` is always measured too: differences are to it, window by window.
 
     context_limit: no window, context and continuation together, is longer; its context is cut for that.
+    keep_tokens: entries of each head to keep, one budget or several, in the place of compression_ratio.
     kv_bits: in how many bits a number of what is left of a context is kept; None: as it is.
     prefill_chunk, evict_while_reading: how a context is read under a press; without one it is read in one pass.
     """
@@ -92,11 +103,12 @@ def measure_perplexity(
                 runs.loaded.model, cut, list(zip(presses, bits_in(group))), batch_size, reading, progress
             )
             still, *control = _control(runs.loaded.model, cut, [None, *presses], control_windows, batch_size)
+            behaved = figures_of_each(runs.loaded.model, cut.input_ids[:1, :context_length], presses)
         seconds = (time.perf_counter() - clock) / len(group)
-        for run, result, control_nll in zip(group, scored, control):
+        for run, result, control_nll, behaviour in zip(group, scored, control, behaved):
             figures = summarize(result.nll, cut.n_bytes.numpy(), cut.n_words.numpy(), baseline.nll)
             kept = result.kept / context_length  # (layers, heads)
-            figures |= {
+            figures |= behaviour | {
                 "kept_fraction": float(kept.mean()),
                 "kv_bytes": result.kv_bytes,
                 "control_nll_mean": control_nll,

@@ -16,6 +16,7 @@ from kvneox_lib.inputs.weights import (
     find_target,
     read_config,
 )
+from kvneox_lib.presses.budget import ratio_at
 from kvneox_lib.presses.by_name import make_press, press_row
 from kvneox_lib.presses.facts import decoding_part
 from kvneox_lib.presses.registry import RATIO_PER_LAYER
@@ -25,7 +26,7 @@ from kvneox_lib.studies.arguments import defaults_of
 PYTHIA_LENGTH = 2048  # the trained length of all of them
 # The first four are at the head of every run's name; what the weights turned out to be is said for random ones,
 # whatever was asked for.
-IN_THE_HEAD = ("model", "dataset", "press", "compression_ratio", "weights")
+IN_THE_HEAD = ("model", "dataset", "press", "compression_ratio", "keep_tokens", "weights")
 # Of a whole grid: each run of it has its own.
 OF_A_GRID = ("presses", "tasks", "context_lengths", "batch_sizes", "engines", "methods")
 OF_A_GRID += ("ablation_sinks", "ablation_sizes")
@@ -37,7 +38,8 @@ FOUND_BY = ("subset", "split", "context_limit")
 
 @dataclass(frozen=True)
 class Planned:
-    """One run: a press, or what stands in its place, at a ratio (None: its strength is its own)."""
+    """One run: a press, or what stands in its place, at a ratio (None: its strength is its own). With `keep_tokens`
+    among its settings, the ratio is the share that goes of a context of its length; None where lengths differ."""
 
     press: str
     ratio: float | None
@@ -53,8 +55,12 @@ class Planned:
         named = {name: asked[name] for name in may_be_named if differs(asked[name], defaults.get(name, differs))}
         named |= {"weights": weights} if weights == "random" else {}
         named |= {name: asked[name] for name in self.always_named} | ids_of_what_is_local(asked)
-        text, ratio = self.settings.get("dataset", dataset), "own" if self.ratio is None else self.ratio
-        return records.run_id(text, model, self.press, ratio, **named)
+        return records.run_id(self.settings.get("dataset", dataset), model, self.press, self._strength(), **named)
+
+    def _strength(self) -> float | str:
+        if self.settings.get("keep_tokens") is not None:
+            return f"keep{self.settings['keep_tokens']}"
+        return "own" if self.ratio is None else self.ratio
 
 
 def differs(value, default) -> bool:
@@ -105,20 +111,34 @@ def trained_length(model: str) -> int | None:
 # ---- parts of plans -------------------------------------------------------------------------------------------------
 
 
-def at_ratios(press: str, ratios, **settings) -> list[Planned]:
-    return [Planned(press, ratio, settings) for ratio in own_ratios(press, ratios)]
+def strengths(asked: dict) -> tuple:
+    """What was asked for of ratios and, in their place, of budgets."""
+    return asked["compression_ratio"], asked["keep_tokens"]
+
+
+def at_ratios(press: str, ratios, keep_tokens=None, **settings) -> list[Planned]:
+    """keep_tokens: budgets in the place of ratios, for what takes one. What takes one for each layer is left out."""
+    if keep_tokens is None or press == "no_press" or _strength_is_its_own(press):
+        return [Planned(press, ratio, {**settings, "keep_tokens": None}) for ratio in own_ratios(press, ratios)]
+    if press_row(press).strength == RATIO_PER_LAYER:
+        return []
+    length = settings.get("context_length")
+    return [
+        Planned(press, None if length is None else ratio_at(budget, length), {**settings, "keep_tokens": budget})
+        for budget in dict.fromkeys(as_list(keep_tokens))
+    ]
+
+
+def _strength_is_its_own(press: str) -> bool:
+    row = press_row(press)
+    return not row.takes_ratio and row.strength != RATIO_PER_LAYER
 
 
 def own_ratios(press: str, ratios) -> list:
     """Those of `ratios` at which a press is measured: no_press at 0, one with a strength of its own once (None)."""
     if press == "no_press":
         return [0.0]
-    row = press_row(press)
-    return (
-        list(dict.fromkeys(map(float, as_list(ratios))))
-        if row.takes_ratio or row.strength == RATIO_PER_LAYER
-        else [None]
-    )
+    return [None] if _strength_is_its_own(press) else list(dict.fromkeys(map(float, as_list(ratios))))
 
 
 def bits_of(press: str, kv_bits) -> list[int | None]:
@@ -169,13 +189,13 @@ def fitting_context(asked: dict, others: int, trained: int | None) -> int:
 
 
 def one_after_the_other(planned: Sequence[Planned]) -> list[list[Planned]]:
-    """Runs that differ in the ratio and the bits alone, together: they are measured in one go."""
+    """Runs that differ in what is kept and in how many bits alone, together: they are measured in one go."""
     groups: dict[tuple, list[Planned]] = {}
     for run in planned:
-        groups.setdefault((run.press, *but_for_bits(run).items()), []).append(run)
+        groups.setdefault((run.press, *but_for_what_is_kept(run).items()), []).append(run)
     return list(groups.values())
 
 
-def but_for_bits(run: Planned) -> dict:
+def but_for_what_is_kept(run: Planned) -> dict:
     """What must be equal in runs that share the reading of a context."""
-    return {name: value for name, value in run.settings.items() if name != "kv_bits"}
+    return {name: value for name, value in run.settings.items() if name not in ("kv_bits", "keep_tokens")}

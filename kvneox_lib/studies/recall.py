@@ -10,11 +10,20 @@ import torch
 from tqdm.auto import tqdm
 
 from kvneox_lib.inputs.passkeys import recall_samples
+from kvneox_lib.measures.degenerate import figures_of_each
 from kvneox_lib.measures.intervals import wilson_ci95
-from kvneox_lib.measures.recall import RecallResult, ask_each, copy_attention
+from kvneox_lib.measures.recall import RecallResult, ask_each, copy_attention, first_context
 from kvneox_lib.presses.by_name import expand_presses
 from kvneox_lib.studies import arguments as may_be
-from kvneox_lib.studies.plan import Planned, as_list, at_ratios, bits_of, evicts_while_decoding, fitting_context
+from kvneox_lib.studies.plan import (
+    Planned,
+    as_list,
+    at_ratios,
+    bits_of,
+    evicts_while_decoding,
+    fitting_context,
+    strengths,
+)
 from kvneox_lib.studies.provenance import provenance
 from kvneox_lib.studies.runs import Runs, Study, bits_in, head_table
 
@@ -33,7 +42,13 @@ def plan(asked: dict, trained: int | None) -> list[Planned]:
         for name in dict.fromkeys(["no_press", *presses])
         if name not in asleep
         for bits in bits_of(name, asked["kv_bits"])
-        for run in at_ratios(name, asked["compression_ratio"], query_aware=mode, context_length=length, kv_bits=bits)
+        for run in at_ratios(
+            name,
+            *strengths(asked),
+            query_aware=mode,
+            context_length=length,
+            kv_bits=bits,
+        )
     ]
 
 
@@ -53,6 +68,7 @@ def measure_recall(
     data_dir: may_be.Folder | None = None,
     press: may_be.Presses = ("random", "streaming_llm", "snapkv", "keydiff"),
     compression_ratio: may_be.Ratios = (0.25, 0.5, 0.75, 0.9),
+    keep_tokens: may_be.Budgets | None = None,
     kv_bits: may_be.Bits = None,
     query_aware: may_be.YesesAndNoes = False,
     n_keys: may_be.Count = 20,
@@ -69,10 +85,12 @@ def measure_recall(
 ) -> Study:
     """Recall of passkeys hidden in the text, by press, ratio, depth, and whether the press saw the question.
 
-    context_limit: no context with a question and its answer is longer; the context is cut for that. kv_bits: in how
-    many bits a number of what is left of a context is kept; None: as it is.
+    context_limit: no context with a question and its answer is longer; the context is cut for that.
+    keep_tokens: entries of each head to keep, one budget or several, in the place of compression_ratio.
+    kv_bits: in how many bits a number of what is left of a context is kept; None: as it is.
     """
     runs = Runs(measure_recall, plan, locals())
+    runs.say_what_takes_no_budget()
     asleep = asleep_while_asked(expand_presses(press))
     if asleep:
         warnings.warn(f"{WHY_NOT_ASKED}: {', '.join(asleep)}", stacklevel=2)
@@ -94,17 +112,19 @@ def measure_recall(
         started, clock, rows = provenance(runs.device), time.perf_counter(), []
         inside = group[0].settings["query_aware"]
         with runs.presses(group) as presses:
+            behaved = figures_of_each(runs.loaded.model, first_context(samples[0], inside), presses)
             for sample in samples:
                 for row in ask_each(runs.loaded.model, sample, presses, inside, bits_in(group)):
                     rows.append(row)
                     progress.update(len(row))
         seconds = (time.perf_counter() - clock) / len(group)
-        for run, result in zip(group, map(RecallResult, zip(*rows))):
+        for run, result, behaviour in zip(group, map(RecallResult, zip(*rows)), behaved):
             table = pd.DataFrame([asdict(row) for row in result.rows])
             by_head = table.pop("digits_kept_by_head")
             kept = np.full_like(reading, np.nan) if by_head[0] is None else torch.stack([*by_head]).mean(0).numpy()
             low, high = wilson_ci95(int(table["correct"].sum()), len(table))
             figures = {
+                **behaviour,
                 "accuracy": result.accuracy,
                 "accuracy_ci95_low": low,
                 "accuracy_ci95_high": high,

@@ -17,8 +17,9 @@ from kvneox_lib.inputs.weights import LoadedModel, find_device, find_dtype, load
 from kvneox_lib.neox.bits import GROUP
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
 from kvneox_lib.presses.applying import attention, check_press
-from kvneox_lib.presses.by_name import expand_presses, make_press, ratio_for
+from kvneox_lib.presses.by_name import expand_presses, make_press, press_row, ratio_for
 from kvneox_lib.presses.facts import attention_needed
+from kvneox_lib.presses.registry import RATIO_PER_LAYER
 from kvneox_lib.studies import records
 from kvneox_lib.studies.arguments import check_arguments, values_matter
 from kvneox_lib.studies.plan import Planned, identity, left_out, one_after_the_other, text_name
@@ -95,11 +96,19 @@ class Runs:
         self.turned_out |= {"n_threads": torch.get_num_threads(), "device_name": name}
 
     def say_what_is_left_out(self) -> None:
+        self.say_what_takes_no_budget()
         asked = self.asked["kv_bits"]
         found = left_out(expand_presses(self.asked["press"]), asked)
         if found:
             why = "what evicts while decoding needs keys and values as they are"
             warnings.warn(f"kv_bits={asked!r} leaves out {', '.join(found)}: {why}", stacklevel=3)
+
+    def say_what_takes_no_budget(self) -> None:
+        asked, names = self.asked["keep_tokens"], expand_presses(self.asked["press"])
+        found = [name for name in names if press_row(name).strength == RATIO_PER_LAYER]
+        if asked is not None and found:
+            what = f"keep_tokens={asked!r} leaves out {', '.join(found)}"
+            warnings.warn(f"{what}: they take a ratio for each layer", stacklevel=3)
 
     # ---- open and done ----
 
@@ -182,6 +191,8 @@ def made_presses(model: KVNeoXForCausalLM, runs: list[Planned], attn_implementat
 
 
 def _made(model: KVNeoXForCausalLM, run: Planned):
+    if run.settings.get("keep_tokens") is not None:
+        return make_press(run.press, keep_tokens=run.settings["keep_tokens"])
     return make_press(run.press, *([] if run.ratio is None else [ratio_for(run.press, run.ratio, model)]))
 
 

@@ -29,7 +29,7 @@ from kvneox_lib.measures.speed import (
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
 from kvneox_lib.presses.by_name import expand_presses
 from kvneox_lib.studies import arguments as may_be
-from kvneox_lib.studies.plan import Planned, as_list, at_ratios, bits_of, left_out
+from kvneox_lib.studies.plan import Planned, as_list, at_ratios, bits_of, left_out, strengths
 from kvneox_lib.studies.provenance import provenance
 from kvneox_lib.studies.runs import Runs, Study, made_presses
 
@@ -56,7 +56,7 @@ def plan(asked: dict, trained: int | None) -> list[Planned]:
         for bits in bits_of(name, kv_bits.get(engine))
         for run in at_ratios(
             name,
-            asked["compression_ratio"],
+            *strengths(asked),
             dataset=RANDOM_TOKENS,
             context_length=length,
             batch_size=batch,
@@ -92,6 +92,7 @@ def measure_speed(
     weights: may_be.Weights = "auto",
     press: may_be.Presses = "snapkv",
     compression_ratio: may_be.Ratios = 0.75,
+    keep_tokens: may_be.Budgets | None = None,
     kv_bits: may_be.Bits = None,
     context_lengths: may_be.Counts = (2048,),
     batch_sizes: may_be.Counts = (1, 4),
@@ -114,6 +115,7 @@ def measure_speed(
 
     The variants of one context length and batch size take turns, `repeats` times; in a turn each reads the context and
     decodes its share of `max_new_tokens`, and nothing ends early. min_new_tokens: so many in each turn at least.
+    keep_tokens: entries of each head to keep, one budget or several, in the place of compression_ratio.
     prefill_chunk, evict_while_reading, kv_bits: how ours reads the context and keeps what is left; see `generate`.
     """
     runs = Runs(measure_speed, plan, locals())

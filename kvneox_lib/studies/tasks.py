@@ -8,10 +8,11 @@ import time
 
 from tqdm.auto import tqdm
 
+from kvneox_lib.measures.degenerate import figures_of_each
 from kvneox_lib.measures.scores import Scores, beside_published
 from kvneox_lib.presses.by_name import expand_presses
 from kvneox_lib.studies import arguments as may_be
-from kvneox_lib.studies.plan import Planned, as_list, at_ratios, bits_of, but_for_bits, left_out
+from kvneox_lib.studies.plan import Planned, as_list, at_ratios, bits_of, but_for_what_is_kept, left_out, strengths
 from kvneox_lib.studies.provenance import provenance
 from kvneox_lib.studies.runs import Runs, Study, bits_in
 
@@ -30,7 +31,7 @@ def plan(asked: dict, trained: int | None) -> list[Planned]:
         for mode in dict.fromkeys(as_list(asked["question"]))
         for name in dict.fromkeys(["no_press", *presses])
         for bits in bits_of(name, asked["kv_bits"])
-        for run in at_ratios(name, asked["compression_ratio"], dataset=task, question=mode, kv_bits=bits)
+        for run in at_ratios(name, *strengths(asked), dataset=task, question=mode, kv_bits=bits)
     ]
 
 
@@ -41,6 +42,7 @@ def measure_tasks(
     tasks: may_be.Tasks = IN_THE_BOX,
     press: may_be.Presses = ("random", "streaming_llm", "snapkv", "keydiff"),
     compression_ratio: may_be.Ratios = (0.5, 0.9),
+    keep_tokens: may_be.Budgets | None = None,
     kv_bits: may_be.Bits = None,
     question: may_be.Questions = "outside",
     num_fewshot: may_be.Index | None = None,
@@ -58,6 +60,7 @@ def measure_tasks(
     document by document.
 
     limit: documents of each task, a number or (below 1) a share; None: all. num_fewshot: None is what the task says.
+    keep_tokens: entries of each head to keep, one budget or several, in the place of compression_ratio.
     kv_bits: in how many bits a number of what is left of a context is kept; None: as it is.
     """
     runs = Runs(measure_tasks, plan, locals())
@@ -81,15 +84,17 @@ def measure_tasks(
             lm.progress = progress
             told = evaluate_each(lm, [None, *presses], asked[task], [None, *bits_in(group)])
             baseline, *scored = [Scores.of(*found) for found in told]
+            behaved = figures_of_each(runs.loaded.model, lm.typical_context, presses)
         seconds = (time.perf_counter() - clock) / len(group)
-        for run, scores in zip(group, scored):
+        for run, scores, behaviour in zip(group, scored, behaved):
             table = scores.table(baseline)
             if run.press == "no_press" and run.settings["kv_bits"] is None:
                 table = beside_published(table, runs.loaded, task, scores.num_fewshot)
             figures = scores.figures(table, with_press=run.press != "no_press")
             documents = scores.documents(baseline)
             tables = {"scores": table, "documents": documents}
-            runs.write(run, round(figures.pop("context_tokens")), started, figures | {"run_s": seconds}, tables)
+            figures |= {**behaviour, "run_s": seconds}
+            runs.write(run, round(figures.pop("context_tokens")), started, figures, tables)
     progress.close()
     return runs.study()
 
@@ -100,7 +105,7 @@ def _together(runs: Runs) -> list[list[Planned]]:
     and in all numbers of bits, are in one."""
     groups: dict[tuple, list[list[Planned]]] = {}
     for of_a_press in runs.open_together():
-        alike = (*but_for_bits(of_a_press[0]).values(), runs.attention_for(of_a_press[0]))
+        alike = (*but_for_what_is_kept(of_a_press[0]).values(), runs.attention_for(of_a_press[0]))
         found = groups.setdefault(alike, [[]])
         if found[-1] and len(found[-1]) + len(of_a_press) > AT_ONCE:
             found.append([])
