@@ -1,5 +1,6 @@
 """Training-free KV-cache compression on GPT-NeoX models, with the presses of kvpress."""
 
+from kvneox_lib.inputs.templates import Template
 from kvneox_lib.inputs.text import load_text
 from kvneox_lib.inputs.weights import LoadedModel, load_model
 from kvneox_lib.inputs.windows import windows
@@ -20,6 +21,7 @@ __all__ = [
     "LoadedModel",
     "RecallResult",
     "StreamingDecoder",
+    "Template",
     "adapt",
     "check_press",
     "continuation_nll",

@@ -1,13 +1,18 @@
 """Passkeys: where they are said to be, and known to the bundled model in this form."""
 
+import hashlib
+import json
 import re
 
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
+from transformers import PreTrainedTokenizerFast
 
 from kvneox_lib.inputs import windows
 from kvneox_lib.inputs.passkeys import recall_samples
+from kvneox_lib.inputs.templates import DEMO, TEMPLATES, WORDINGS, Template, expand_templates
 from kvneox_lib.inputs.text import load_text
 
 
@@ -105,6 +110,10 @@ def test_depths_are_where_they_were_asked_for(tokenizer, asked):
         ({"depths": [0.5, 1.5]}, "depths="),
         ({"depths": []}, "depths="),
         ({"filler": "Too short. Indeed."}, "leave 532 for the filler, which has 6"),
+        ({"n_keys": 60, "keys_per_context": 60}, r"between 1 and that .*keys_per_context=60, n_distractors=0"),
+        ({"n_distractors": 60}, r"context_length=600: 64 statements have .*n_distractors=60"),
+        ({"n_distractors": -1}, "n_distractors=-1"),
+        ({"template": "acount"}, "template='acount': did you mean account"),
     ],
 )
 def test_what_recall_cannot_do_is_refused(tokenizer, asked, wrong, message):
@@ -120,3 +129,128 @@ def test_the_bundled_model_knows_this_form(demo, tokenizer, asked):
         with torch.no_grad():
             logits = demo(ids, logits_to_keep=len(key.answer_ids) + 1).logits[0, :-1]
         assert torch.equal(logits.argmax(-1), key.answer_ids), key
+
+
+# ---- wordings, other numbers, many keys -----------------------------------------------------------------------------
+
+
+def told(tokenizer, sample, key):
+    return tokenizer.decode(sample.context_ids[slice(*key.span)])
+
+
+@pytest.mark.parametrize(("depths", "digest"), [(None, "e60530876661a713"), ([0.05, 0.5, 0.95], "2ce80764e4fe4941")])
+def test_the_first_wording_is_what_it_was_before_there_were_others(tokenizer, depths, digest):
+    """Made by the code from before: every id, span and depth."""
+    nouns = [f"{a} {b}" for a in ("old", "grey", "young") for b in ("miller", "horse", "ferry")]
+    filler = " ".join(f"On day {n} the {noun} was seen near the river." for n in range(60) for noun in nouns)
+    asked = {"n_keys": 10, "keys_per_context": 4, "context_length": 600, "seed": 3}
+    found = [
+        (sample.context_ids.tolist(), [_plain(key) for key in sample.keys])
+        for sample in recall_samples(tokenizer, filler=filler, depths=depths, **asked)
+    ]
+    assert hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16] == digest
+
+
+def _plain(key):
+    ids = key.question_ids.tolist(), key.answer_ids.tolist()
+    return key.name, key.digits, *ids, key.depth, key.span, key.digits_span
+
+
+@pytest.fixture(params=["demo", "pythia"])
+def any_tokenizer(request, tokenizer):
+    if request.param == "demo":
+        return tokenizer
+    path = REPOSITORY.parent / "shared" / "data" / "pythia-published" / "20B_tokenizer.json"
+    if not path.exists():
+        pytest.skip(f"Pythia's tokenizer is not at {path}")
+    return PreTrainedTokenizerFast(tokenizer_file=str(path))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_digits_are_the_same_tokens_where_they_are_told_and_answered(any_tokenizer, asked, name):
+    first, template = recall_samples(any_tokenizer, **asked), TEMPLATES[name]
+    samples = recall_samples(any_tokenizer, **asked, template=name)
+    for sample, other in zip(samples, first, strict=True):
+        assert sample.context_ids.shape == (600,) and sample.distractors == []
+        assert [(k.name, k.digits, k.depth) for k in sample.keys] == [(k.name, k.digits, k.depth) for k in other.keys]
+        for key in sample.keys:
+            statement = template.statement.replace("{name}", key.name).replace("{digits}", key.digits)
+            assert told(any_tokenizer, sample, key) == statement
+            assert sample.context_ids[slice(*key.span)].tolist() == any_tokenizer(statement).input_ids
+            assert torch.equal(sample.context_ids[slice(*key.digits_span)], key.answer_ids)
+            whole = template.question.replace("{name}", key.name) + f" {key.digits}"
+            assert any_tokenizer(whole).input_ids == key.question_ids.tolist() + key.answer_ids.tolist()
+
+
+def test_distractors_are_other_numbers_in_other_words_and_move_no_key(tokenizer, asked):
+    asked = {**asked, "n_keys": 40, "keys_per_context": 2}
+    plain, crowded = (recall_samples(tokenizer, **asked, n_distractors=n) for n in (0, 6))
+    depths, wordings = [], set()
+    for sample, other in zip(crowded, plain, strict=True):
+        assert len(sample.context_ids) == 600 and len(sample.distractors) == 6
+        assert [(k.name, k.digits, k.depth) for k in sample.keys] == [(k.name, k.digits, k.depth) for k in other.keys]
+        assert all(
+            told(tokenizer, sample, key) == told(tokenizer, other, old) for key, old in zip(sample.keys, other.keys)
+        )
+        everything = sorted([*sample.keys, *sample.distractors], key=lambda key: key.span)
+        assert all(one.span[1] <= two.span[0] for one, two in zip(everything, everything[1:]))
+        assert len({key.name for key in everything}) == len({key.digits for key in everything}) == 8
+        for key in sample.distractors:
+            fits = [
+                name
+                for name, t in TEMPLATES.items()
+                if "".join(t.told(key.name, key.digits)) == told(tokenizer, sample, key)
+            ]
+            wordings.update(fits)
+            assert len(fits) == 1
+        depths += [key.depth for key in sample.distractors]
+    assert wordings == set(TEMPLATES) - {"passkey"}
+    assert 0.4 < np.mean(depths) < 0.6 and min(depths) < 0.1 and max(depths) > 0.9
+    again = recall_samples(tokenizer, **asked, n_distractors=6)
+    assert all(torch.equal(one.context_ids, two.context_ids) for one, two in zip(crowded, again))
+
+
+def test_many_keys_stand_in_one_context(tokenizer, asked):
+    [sample] = recall_samples(tokenizer, **{**asked, "n_keys": 30, "keys_per_context": 30, "context_length": 1200})
+    assert len(sample.context_ids) == 1200 and len({key.name for key in sample.keys}) == 30
+    for key in sample.keys:
+        assert told(tokenizer, sample, key) == f" The passkey of {key.name} is {key.digits}. Remember it."
+
+
+def test_a_wording_of_your_own(tokenizer, asked):
+    own = Template(" Room {digits} belongs to {name}.", "\n\nWhich room belongs to {name}? Room")
+    for sample in recall_samples(tokenizer, **asked, template=own, n_distractors=2):
+        for key in sample.keys:
+            assert told(tokenizer, sample, key) == f" Room {key.digits} belongs to {key.name}."
+            assert tokenizer.decode(key.question_ids) == f"\n\nWhich room belongs to {key.name}? Room"
+    assert not own.trained
+
+
+@pytest.mark.parametrize(
+    ("statement", "question", "named"),
+    [
+        ("Room {digits} belongs to {name}.", "Whose? {name} has", "statement"),  # no space before it
+        (" Room number{digits} belongs to {name}.", "Whose? {name} has", "statement"),
+        (" Room {digits}7 belongs to {name}.", "Whose? {name} has", "statement"),
+        (" Rooms {digits} and {digits} belong to {name}.", "Whose? {name} has", "statement"),
+        (" Room {digits} is free.", "Whose? {name} has", "statement"),
+        (" {name} has no room.", "Whose? {name} has", "statement"),
+        (" Room {digits} belongs to {name} in {town}.", "Whose? {name} has", "statement"),
+        (" Room {digits} belongs to {name}.", "Whose? {name} has ", "question"),
+        (" Room {digits} belongs to {name}.", "Whose?", "question"),
+        (" Room {digits} belongs to {name}.", "{name}: {digits}", "question"),
+    ],
+)
+def test_a_wording_in_which_the_digits_would_be_other_tokens_is_refused(statement, question, named):
+    with pytest.raises(ValueError, match=f"{named}='"):
+        Template(statement, question)
+
+
+def test_wordings_by_name():
+    assert expand_templates("all") == [*TEMPLATES] == expand_templates(["all", "house"])
+    assert expand_templates(["order", "house", "order"]) == ["order", "house"]
+    assert [name for name, one in TEMPLATES.items() if DEMO in one.trained] == ["passkey"]
+    assert {WORDINGS in one.trained for one in TEMPLATES.values()} == {True, False}
+    for wrong in ("phone", 3, ["house", None]):
+        with pytest.raises(ValueError, match="template="):
+            expand_templates(wrong)

@@ -39,6 +39,21 @@ def test_without_a_press_it_is_the_stock_model(demo, tokenizer, filler, samples,
 
 
 @torch.no_grad()
+def test_another_wording_among_other_numbers_is_the_stock_model(demo, tokenizer, filler):
+    asked = {**SAMPLE, "n_keys": 3, "template": "house", "n_distractors": 2}
+    result, stock, expected = recall_accuracy(demo, tokenizer, filler=filler, **asked), stock_twin(demo), []
+    [sample] = recall_samples(tokenizer, filler=filler, **asked)
+    text = tokenizer.decode(sample.context_ids)
+    assert all(f" {key.name} lives in house {key.digits} now." in text for key in sample.keys)
+    for key in sample.keys:
+        ids = torch.cat([sample.context_ids, key.question_ids, key.answer_ids])[None]
+        nll = -stock(ids).logits[0].log_softmax(-1)[:-1].gather(-1, ids[0, 1:, None])
+        expected.append(float(nll[-len(key.answer_ids) :].mean()))
+    assert [row.nll for row in result.rows] == pytest.approx(expected, abs=1e-4)
+    assert [row.name for row in result.rows] == [key.name for key in sample.keys]
+
+
+@torch.no_grad()
 def test_correct_is_what_greedy_generation_says(demo, samples):
     presses = [None, make_press("random", 0.5), make_press("streaming_llm", 0.5)]
     said = []

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,7 +20,7 @@ from kvneox_lib.inputs.weights import demo_folder, load_model
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import train_demo  # noqa: E402
 
-TOY = "--windows 128 256 256 --tokens 5120 2560 2560 --batch-tokens 256 --vocabulary 512 "
+TOY = "--windows 128 256 --tokens 5120 5120 --batch-tokens 256 --vocabulary 512 "
 TOY = (
     TOY + "--layers 2 --hidden 64 --heads 2 --muon-lr 0.04 --adamw-lr 0.01 --checkpoint-every 6 --device cpu"
 ).split()
@@ -102,9 +103,6 @@ def test_windows_of_the_second_stage(toy):
     tokenizer = load_model(str(toy)).tokenizer
     rng = random.Random(0)
     tokens = train_demo.encode(tokenizer, list(topics.values())[:20], at_least=2048)
-    readme = (demo_folder() / "README.md").read_text()
-    for wording in TEMPLATES.values():
-        assert (f"`{wording.statement}`" in readme) == wording.trained
     for _ in range(20):
         window = train_demo.plain_window(tokens, 1024, rng)
         copied = train_demo.with_returning_passage(window, rng)
@@ -114,17 +112,27 @@ def test_windows_of_the_second_stage(toy):
         earlier = [copied[start : start + len(passage)] for start in range(changed[0] - len(passage) + 1)]
         assert passage in earlier
 
-        mixed, answers = train_demo.with_numbers(window, tokenizer, train_demo.WORDINGS[-1], rng)
-        assert len(mixed) == 1024 and 1 <= len(answers) <= 4 and answers[-1].stop == 1024
+
+@pytest.mark.parametrize("name", train_demo.RECIPES)
+def test_numbers_are_told_once_and_asked_for(toy, name):
+    tokenizer, recipe, rng = load_model(str(toy)).tokenizer, train_demo.RECIPES[name], random.Random(0)
+    tokens, stage = train_demo.encode(tokenizer, list(topics.values())[:20], at_least=2048), recipe.stages[-1]
+    n_asked = set()
+    for _ in range(20):
+        window = train_demo.plain_window(tokens, 1024, rng)
+        mixed, answers = train_demo.with_numbers(window, tokenizer, recipe, stage, rng)
+        assert len(mixed) == 1024 and answers[-1].stop == 1024
+        n_asked.add(len(answers))
         text = tokenizer.decode(mixed)
         for answer in answers:
             digits = tokenizer.decode(mixed[answer]).strip(" .")
             assert digits.isdigit() and len(digits) == 5 and text.count(digits) == 2  # told and answered
             before = tokenizer.decode(mixed[: answer.start])
-            told = [wording for wording in train_demo.WORDINGS[-1] if _tells(wording, digits, before)]
-            assert len(told) == 1
+            assert any(_tells(wording, digits, before) for wording in stage.wordings)
+    assert min(n_asked) >= recipe.asked[0] and max(n_asked) <= recipe.asked[1]
+    assert (len(n_asked) == 1) == (recipe.asked[0] == recipe.asked[1])
     with pytest.raises(ValueError, match="too short"):
-        train_demo.with_numbers(tokens[:30].tolist(), tokenizer, train_demo.WORDINGS[-1], rng)
+        train_demo.with_numbers(tokens[:30].tolist(), tokenizer, recipe, stage, rng)
 
 
 def _tells(wording, digits: str, text: str) -> bool:
@@ -133,11 +141,26 @@ def _tells(wording, digits: str, text: str) -> bool:
     return asked is not None and "".join(wording.told(asked[1], digits)) in text
 
 
-def test_no_wording_that_is_kept_back_is_trained_on():
-    kept_back = [wording for wording in TEMPLATES.values() if not wording.trained]
-    assert kept_back and len(train_demo.WORDINGS[-1]) > len(TEMPLATES)
-    for wording in [wording for stage in train_demo.WORDINGS for wording in stage]:
-        assert wording.trained and all(wording.statement != other.statement for other in kept_back)
+def test_recipes_read_the_wordings_that_the_table_says():
+    for name, recipe in train_demo.RECIPES.items():
+        read = {wording.statement for stage in recipe.stages for wording in stage.wordings}
+        assert {one.statement for one in TEMPLATES.values() if name in one.trained} <= read
+        assert not read & {one.statement for one in TEMPLATES.values() if name not in one.trained}
+    readme = (demo_folder() / "README.md").read_text().replace("{Name}", "{name}").replace("{five digits}", "{digits}")
+    for wording in TEMPLATES.values():
+        assert (f"`{wording.statement}`" in readme) == ("demo" in wording.trained)
+
+
+def test_learning_rates_fall_to_zero_and_begin_anew_where_the_recipe_says(tmp_path):
+    chosen = train_demo.options([str(tmp_path), "--output", "x", "--recipe", "demo-wordings"])
+    rates = [np.array(of_stage) for of_stage in train_demo.learning_rates(chosen)]
+    recipe = train_demo.RECIPES["demo-wordings"]
+    assert [len(of_stage) for of_stage in rates] == [stage.tokens // recipe.batch_tokens for stage in recipe.stages]
+    before, last = np.concatenate(rates[:2]), rates[2]
+    for part, peak in ((before, 1.0), (last, 0.4)):
+        np.testing.assert_allclose(part, np.linspace(peak, 0, len(part) + 1)[:-1])
+    with pytest.raises(SystemExit):
+        train_demo.options([str(tmp_path), "--output", "x", "--tokens", "1", "2", "3"])
 
 
 def test_text_that_cannot_be_read_is_named(tmp_path):

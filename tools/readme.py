@@ -20,11 +20,11 @@ from matplotlib.figure import Figure
 
 from kvneox_lib import expand_presses
 from kvneox_lib.pages import report as reporting
-from kvneox_lib.pages import streams, timings
+from kvneox_lib.pages import streams, timings, wordings
 from kvneox_lib.pages import tasks as task_pages
 from kvneox_lib.pages.degenerate import healthy, said
 from kvneox_lib.pages.figures import press_lines, use_style
-from kvneox_lib.pages.selecting import of_one_storage, of_ratios
+from kvneox_lib.pages.selecting import of_one_storage, of_one_wording, of_ratios
 from kvneox_lib.pages.tables import press_table
 from kvneox_lib.pages.words import number
 from kvneox_lib.studies.records import load_records
@@ -90,7 +90,7 @@ def _meaning(name: str, by_notebook: dict[str, dict]) -> str:
 
 def core_runs(study: str) -> pd.DataFrame:
     """The core presses and no_press on the largest number of windows or keys, the cache as it is."""
-    frame = of_ratios(of_one_storage(load_records(REFERENCE / study)))
+    frame = of_one_wording(of_ratios(of_one_storage(load_records(REFERENCE / study))))
     frame = frame[frame["press"].isin(expand_presses("all"))]
     return frame[frame["n_keys"] == frame["n_keys"].max()] if study == "recall" else _most_windows(frame)
 
@@ -118,7 +118,7 @@ def quality_table() -> str:
     plain = recall[recall["press"] == "no_press"].iloc[0]
     notes.append(
         f"口令 {plain['n_keys']:.0f} 个，上下文 {plain['context_tokens']} 个词元，先压缩再提问，不压缩时准确率 "
-        f"{plain['accuracy']:.2f}"
+        f"{plain['accuracy']:.2f}；{wordings.known(recall).removesuffix('。')}"
     )
     for ratio in SHOWN_RATIOS:
         columns[f"口令 {ratio:.2f}"] = _by_press(recall, ratio, "accuracy")
@@ -160,7 +160,7 @@ def task_table() -> str:
     first = plain.iloc[0]
     note = (
         f"模型 {first['model']}（权重：{first['weights']}），{first['device_name']}，{first['dtype']}；每项 "
-        f"{first['n_documents']:.0f} 篇，列名里的数是压缩率。不压缩时：{bare}。"
+        f"{first['n_documents']:.0f} 篇，列名里的数是压缩率。不压缩时：{bare}。{wordings.known(plain)}"
         f"{_named([outside])}"
     )
     return markdown(rows, head=["press", *table.columns]) + f"\n\n{note}"

@@ -2,19 +2,14 @@
 
     python tools/train_demo.py novels/ manuals/ --held-out unseen.txt --output my-demo
 
-The recipe, which is what the defaults say (170 M tokens: minutes on a GPU, a day on two cores):
-
-1. A byte-level BPE of 8,192 tokens is trained on the text, or taken from a folder; documents are joined with
-   <|endoftext|>.
-2. GPT-NeoX of 6 layers, hidden size 256, 4 heads, a quarter of each head rotary, embeddings tied, in bfloat16 autocast.
-   Muon (learning rate 0.02, momentum 0.95) for the matrices of the layers, AdamW (0.002) for all else; 32,768 tokens
-   in a batch. Both decay linearly to zero over the first two stages, and from 0.4 of that again over the third.
-3. First stage: 26 M tokens in plain windows of 1,024. Short windows are cheap, and teach the language.
-4. Second stage: 79 M tokens in windows of 2,048, which teach to read the cache: 60 % plain; 20 % in which a passage of
-   48 to 256 tokens comes back at a later place; 20 % in which 2 to 24 numbers are told, in the wordings of
-   `kvneox_lib.inputs.templates` that are not kept back, and up to four of them are asked for at the end.
-5. Third stage: 66 M tokens in windows of 2,048: 40 % plain, 10 % with a returning passage, 50 % with numbers, told of
-   other nouns, too.
+The model is a GPT-NeoX of 6 layers, hidden size 256, 4 heads, a quarter of each head rotary, embeddings tied, with a
+byte-level BPE of 8,192 tokens that is trained on the text, or taken from a folder. It is trained in bfloat16 autocast:
+Muon (learning rate 0.02, momentum 0.95) for the matrices of the layers, AdamW (0.002) for all else, both decaying
+linearly to zero; documents are joined with <|endoftext|>. First come plain windows of 1,024 tokens, which are cheap and
+teach the language; then windows of 2,048, which teach to read the cache: in some a passage of 48 to 256 tokens comes
+back at a later place, in some numbers are told and at the end asked for. RECIPES has two: that of the bundled model
+(49 M tokens; hours on two cores), and demo-wordings, which hears of numbers in several wordings and more of them in a
+window (164 M tokens; minutes on a GPU), of which no weights are bundled.
 
 The windows of a step follow from the seed and the step alone. So a run that is interrupted goes on from its last
 checkpoint, with the same command, as if nothing had happened. Weights are saved in float16, those of the steps that
@@ -28,6 +23,7 @@ import json
 import os
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,14 +31,49 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from kvneox_lib.inputs.templates import TEMPLATES, trained_wordings
+from kvneox_lib.inputs.templates import DEMO, WORDINGS, Template, trained_wordings, with_other_nouns
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 PASSAGE = (48, 256)  # tokens that come back
-TOLD, ASKED = (2, 24), (1, 4)  # numbers in a window
-WORDINGS = ([], [wording for wording in TEMPLATES.values() if wording.trained], trained_wordings())  # of each stage
-SHARES = ((0.0, 0.0), (0.2, 0.2), (0.1, 0.5))  # of the windows of a stage: a passage comes back, numbers are told
-LAST_STAGE = 0.4  # of the learning rates, which begin anew there
+
+
+@dataclass(frozen=True)
+class Stage:
+    tokens: int
+    window: int
+    returning: float = 0.0  # share of the windows in which a passage comes back
+    numbers: float = 0.0  # share of those in which numbers are told
+    wordings: tuple[Template, ...] = ()
+    anew: float | None = None  # share of the learning rates with which they, and the optimizers, begin anew
+
+
+@dataclass(frozen=True)
+class Recipe:
+    batch_tokens: int
+    told: tuple[int, int]  # numbers in a window
+    asked: tuple[int, int]
+    stages: tuple[Stage, ...]
+
+
+_SEVERAL = tuple(trained_wordings(WORDINGS))
+RECIPES = {
+    DEMO: Recipe(
+        batch_tokens=8192,
+        told=(2, 8),
+        asked=(1, 1),
+        stages=(Stage(16_000_000, 1024), Stage(33_000_000, 2048, 0.2, 0.2, tuple(trained_wordings(DEMO)))),
+    ),
+    WORDINGS: Recipe(
+        batch_tokens=32_768,
+        told=(2, 24),
+        asked=(1, 4),
+        stages=(
+            Stage(26_214_400, 1024),
+            Stage(78_643_200, 2048, 0.2, 0.2, _SEVERAL),
+            Stage(58_982_400, 2048, 0.1, 0.5, (*_SEVERAL, *with_other_nouns()), anew=0.4),
+        ),
+    ),
+}
 
 
 def options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -50,9 +81,10 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("texts", nargs="+", type=Path, help="UTF-8 files, or folders of .txt and .md files")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--held-out", nargs="*", type=Path, default=[], help="text to evaluate on, not trained on")
-    parser.add_argument("--windows", nargs=3, type=int, default=[1024, 2048, 2048], help="of the stages")
-    parser.add_argument("--tokens", nargs=3, type=int, default=[26_214_400, 78_643_200, 65_536_000], help="of them")
-    parser.add_argument("--batch-tokens", type=int, default=32_768)
+    parser.add_argument("--recipe", choices=RECIPES, default=DEMO)
+    parser.add_argument("--windows", nargs="+", type=int, help="of the stages, in the place of the recipe's")
+    parser.add_argument("--tokens", nargs="+", type=int, help="of the stages, in the place of the recipe's")
+    parser.add_argument("--batch-tokens", type=int, help="in the place of the recipe's")
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--tokenizer", type=Path, help="a folder with one to use; default: train one on the texts")
     parser.add_argument("--layers", type=int, default=6)
@@ -65,6 +97,13 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     chosen = parser.parse_args(arguments)
+    recipe = RECIPES[chosen.recipe]
+    chosen.windows = chosen.windows or [stage.window for stage in recipe.stages]
+    chosen.tokens = chosen.tokens or [stage.tokens for stage in recipe.stages]
+    chosen.batch_tokens = chosen.batch_tokens or recipe.batch_tokens
+    for name, values in (("--windows", chosen.windows), ("--tokens", chosen.tokens)):
+        if len(values) != len(recipe.stages):
+            parser.error(f"{name} {values}: the recipe {chosen.recipe} has {len(recipe.stages)} stages")
     if chosen.batch_tokens < max(chosen.windows):
         parser.error(f"--batch-tokens {chosen.batch_tokens} holds no window of {max(chosen.windows)}")
     return chosen
@@ -136,17 +175,19 @@ def made_up_name(rng: random.Random) -> str:
     return ("".join(syllables) + rng.choice(["", "", "l", "n", "r", "t"])).capitalize()
 
 
-def with_numbers(window: list[int], tokenizer, wordings: list, rng: random.Random) -> tuple[list[int], list[slice]]:
+def with_numbers(
+    window: list[int], tokenizer, recipe: Recipe, stage: Stage, rng: random.Random
+) -> tuple[list[int], list[slice]]:
     """Numbers are told at random places, each in one of the wordings, and some are asked for at the end; also where the
     answers are."""
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, verbose=False).input_ids
 
-    names = list(dict.fromkeys(made_up_name(rng) for _ in range(rng.randint(*TOLD))))
-    told = [(name, f"{rng.randrange(100_000):05}", rng.choice(wordings)) for name in names]
+    names = list(dict.fromkeys(made_up_name(rng) for _ in range(rng.randint(*recipe.told))))
+    told = [(name, f"{rng.randrange(100_000):05}", rng.choice(stage.wordings)) for name in names]
     statements, ending, answers, room = [], [], [], len(window) // 2  # a short window gets fewer, at most half of it
-    n_asked = min(rng.randint(*ASKED), len(told))
+    n_asked = min(rng.randint(*recipe.asked), len(told))
     for i, (name, digits, wording) in enumerate(told):
         statement = ids("".join(wording.told(name, digits)))
         question, answer = (ids(wording.asked(name)), ids(f" {digits}.")) if i < n_asked else ([], [])
@@ -174,17 +215,16 @@ def with_numbers(window: list[int], tokenizer, wordings: list, rng: random.Rando
     return mixed, [slice(before + start, before + end) for start, end in answers]
 
 
-def batch(tokens: np.ndarray, tokenizer, stage: int, step: int, chosen: argparse.Namespace) -> torch.Tensor:
+def batch(tokens: np.ndarray, tokenizer, number: int, step: int, chosen: argparse.Namespace) -> torch.Tensor:
     """The windows (rows, length) of a step. They follow from seed, stage and step, so nothing of this is saved."""
-    rng = random.Random(f"{chosen.seed}/{stage}/{step}")
-    length, rows = chosen.windows[stage], []
+    rng, recipe = random.Random(f"{chosen.seed}/{number}/{step}"), RECIPES[chosen.recipe]
+    length, stage, rows = chosen.windows[number], recipe.stages[number], []
     for _ in range(chosen.batch_tokens // length):
         window, kind = plain_window(tokens, length, rng), rng.random()
-        returning, numbers = SHARES[stage]
-        if kind < returning:
+        if kind < stage.returning:
             window = with_returning_passage(window, rng)
-        elif kind < returning + numbers:
-            window, _ = with_numbers(window, tokenizer, WORDINGS[stage], rng)
+        elif kind < stage.returning + stage.numbers:
+            window, _ = with_numbers(window, tokenizer, recipe, stage, rng)
         rows.append(window)
     return torch.tensor(rows, device=chosen.device)
 
@@ -225,15 +265,16 @@ def train(model, tokenizer, tokens: np.ndarray, chosen: argparse.Namespace, chec
     """All steps that the checkpoint does not hold yet; returns [step, loss] of every step."""
     optimizers = new_optimizers(model, chosen)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    lengths = [tokens // chosen.batch_tokens for tokens in chosen.tokens]
-    stages = [stage for stage, length in enumerate(lengths) for _ in range(length)]
+    rates = learning_rates(chosen)
+    stages = [number for number, of_stage in enumerate(rates) for _ in of_stage]
+    rates = [rate for of_stage in rates for rate in of_stage]
     log = load_checkpoint(checkpoint, model, optimizers, chosen)
     start = time.perf_counter()
     for step in range(len(log), len(stages)):
-        if step == len(stages) - lengths[-1]:
+        if step == stages.index(stages[step]) and RECIPES[chosen.recipe].stages[stages[step]].anew:
             optimizers = new_optimizers(model, chosen)
         for optimizer, peak in zip(optimizers, peaks):
-            optimizer.param_groups[0]["lr"] = peak * still_to_go(step, lengths)
+            optimizer.param_groups[0]["lr"] = peak * rates[step]
         ids = batch(tokens, tokenizer, stages[step], step, chosen)
         with torch.autocast(torch.device(chosen.device).type, torch.bfloat16):
             loss = model(ids, labels=ids, use_cache=False).loss
@@ -250,10 +291,18 @@ def train(model, tokenizer, tokens: np.ndarray, chosen: argparse.Namespace, chec
     return log
 
 
-def still_to_go(step: int, lengths: list[int]) -> float:
-    """The share of the learning rates: linearly to zero over all stages but the last, and again over the last."""
-    first = sum(lengths[:-1])
-    return 1 - step / first if step < first else LAST_STAGE * (1 - (step - first) / lengths[-1])
+def learning_rates(chosen: argparse.Namespace) -> list[list[float]]:
+    """Of each step of each stage, as a share of the peak: linearly to zero, and again where a stage begins anew."""
+    stages = RECIPES[chosen.recipe].stages
+    lengths = [tokens // chosen.batch_tokens for tokens in chosen.tokens]
+    starts = [number for number, stage in enumerate(stages) if number == 0 or stage.anew] + [len(stages)]
+    rates = []
+    for first, end in zip(starts, starts[1:]):
+        total, peak, done = sum(lengths[first:end]), stages[first].anew or 1.0, 0
+        for length in lengths[first:end]:
+            rates.append([peak * (1 - step / total) for step in range(done, done + length)])
+            done += length
+    return rates
 
 
 def save_weights(model, tokenizer, folder: Path) -> None:
@@ -296,13 +345,13 @@ def load_checkpoint(path: Path, model, optimizers, chosen: argparse.Namespace) -
 @torch.no_grad()
 def evaluate(model, tokenizer, tokens: np.ndarray, chosen: argparse.Namespace, most: int = 32) -> dict:
     """Perplexity of plain windows, and the share of the answers' tokens that are predicted right."""
-    length = chosen.windows[1]
+    length, recipe = chosen.windows[-1], RECIPES[chosen.recipe]
     nll, right, rng = [], [], random.Random(chosen.seed)
     for start in range(0, min(len(tokens) - length, most * length), length):
         window = tokens[start : start + length].tolist()
         ids = torch.tensor([window], device=chosen.device)
         nll.append(model(ids, labels=ids).loss.item())
-        window, answers = with_numbers(window, tokenizer, WORDINGS[-1], rng)
+        window, answers = with_numbers(window, tokenizer, recipe, recipe.stages[-1], rng)
         ids = torch.tensor([window], device=chosen.device)
         hit = model(ids).logits[0, :-1].argmax(-1) == ids[0, 1:]
         right += [token for answer in answers for token in hit[answer.start - 1 : answer.stop - 1].tolist()]
@@ -329,7 +378,7 @@ def main(arguments: list[str] | None = None):
     model.eval()
     record = {**settings(chosen), "unique_tokens": len(tokens)}
     record["evaluation"] = {
-        path.name: evaluate(model, tokenizer, encode(tokenizer, read_texts([path]), chosen.windows[1]), chosen)
+        path.name: evaluate(model, tokenizer, encode(tokenizer, read_texts([path]), chosen.windows[-1]), chosen)
         for path in chosen.held_out
     }
     save_weights(model, tokenizer, chosen.output)

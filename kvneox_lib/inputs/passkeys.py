@@ -3,12 +3,13 @@
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
 import numpy as np
 import torch
 
+from kvneox_lib.inputs.templates import TEMPLATES, Template, find_template
 from kvneox_lib.inputs.windows import Tokens, byte_offsets, part_at, tokenize
 from kvneox_lib.neox.checks import check_int
 
@@ -18,18 +19,19 @@ SENTENCE_END, WORD_END = r"[.!?][\"'”’)\]]*(?=\s)", r"\S(?=\s)"
 
 @dataclass(frozen=True)
 class Passkey:
-    """A made-up name and its digits, in the words in which the bundled model has learnt to be told and asked."""
+    """A made-up name and its digits, and the words in which these are told and asked for."""
 
     name: str
     digits: str
+    template: Template = TEMPLATES["passkey"]
 
     @property
     def statement(self) -> tuple[str, str, str]:  # before the digits, these, and after them
-        return f" The passkey of {self.name} is", f" {self.digits}", ". Remember it."
+        return self.template.told(self.name, self.digits)
 
     @property
     def question(self) -> str:
-        return f"\n\nWhat is the passkey of {self.name}? The passkey of {self.name} is"
+        return self.template.asked(self.name)
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class RecallKey:
 class RecallSample:
     context_ids: torch.Tensor  # (context_length,)
     keys: list[RecallKey]
+    distractors: list[RecallKey] = field(default_factory=list)  # which stand there too, and which nobody asks for
 
 
 def recall_samples(
@@ -58,6 +61,8 @@ def recall_samples(
     context_length: int,
     depths: Sequence[float] | None = None,
     seed: int = 0,
+    template: str | Template = "passkey",
+    n_distractors: int = 0,
 ) -> list[RecallSample]:
     """Contexts of exactly `context_length` tokens of `filler` in which passkeys are stated, `n_keys` in all.
 
@@ -66,48 +71,81 @@ def recall_samples(
     spread evenly over the filler and begin with a sentence. Filler and statements are tokenized apart and their ids
     concatenated, so every span is exact; they meet where a word begins, so the text as a whole has the same tokens. Of
     a large filler only those `parts` are tokenized in which a context lies.
+
+    template: the wording, one of TEMPLATES by name, or your own. n_distractors: in each context, so many numbers more
+    that nobody asks for, at random places: names and digits that no key there has, told in the other wordings of
+    TEMPLATES, each drawn anew. Neither changes the names, digits and depths of the keys, so that runs which differ in
+    them can be compared key by key.
     """
     check_int("n_keys", n_keys, 1)
     check_int("keys_per_context", keys_per_context, 1)
     check_int("context_length", context_length, 1)
+    check_int("n_distractors", n_distractors, 0)
+    template = find_template(template)
     if depths is not None and (not len(depths) or not all(0 <= depth <= 1 for depth in depths)):
         raise ValueError(f"depths={depths!r}: must be numbers from 0 to 1, at least one")
-    rng = random.Random(seed)
+    rng, others = random.Random(seed), random.Random(f"distractors of {seed}")
     read = lru_cache(maxsize=1)(partial(_with_gaps, tokenizer=tokenizer))
     n_samples, jitter = -(-n_keys // keys_per_context), rng.random()
     samples = []
     for i in range(n_samples):
         numbers = range(i * keys_per_context, min((i + 1) * keys_per_context, n_keys))
         wanted = [rng.random() if depths is None else float(depths[k % len(depths)]) for k in numbers]
-        keys = _make_keys(tokenizer, rng, filler, wanted)
+        passkeys = make_passkeys(rng, len(wanted), filler, template)
+        keys = _make_keys(tokenizer, passkeys, wanted)
+        distractors = _make_distractors(tokenizer, others, filler, passkeys, n_distractors)
         part, place = part_at(filler, (i + jitter) / n_samples)
         text, gaps = read(part)
-        n_filler = context_length - sum(len(statement) for _, statement in keys)
+        n_filler = context_length - sum(len(statement) for _, statement in keys + distractors)
         if n_filler < 1 or n_filler > len(text.ids):
             raise ValueError(
-                f"context_length={context_length}: {len(keys)} statements have {context_length - n_filler} tokens"
-                f" and leave {n_filler} for the filler, which has {len(text.ids)}; between 1 and that is allowed"
+                f"context_length={context_length}: {len(keys + distractors)} statements have "
+                f"{context_length - n_filler} tokens and leave {n_filler} for the filler, which has {len(text.ids)}; "
+                f"between 1 and that is allowed (keys_per_context={keys_per_context}, n_distractors={n_distractors})"
             )
         start = _last_at_most(gaps[0], place * (len(text.ids) - n_filler))
-        samples.append(_assemble(text.ids[start : start + n_filler], [g - start for g in gaps], keys))
+        context_ids, placed = _assemble(
+            text.ids[start : start + n_filler], [g - start for g in gaps], keys + distractors
+        )
+        told = {key.name for key, _ in distractors}
+        asked = [key for key in placed if key.name not in told]
+        samples.append(RecallSample(context_ids, asked, [key for key in placed if key.name in told]))
     return samples
 
 
-def make_passkeys(rng: random.Random, n: int, filler: str) -> list[Passkey]:
-    """No two have a name or their digits in common, and no name stands in the filler, not even within a word."""
-    names, numbers = [], rng.sample(range(10_000, 100_000), n)
+def make_passkeys(
+    rng: random.Random,
+    n: int,
+    filler: str,
+    template: Template = TEMPLATES["passkey"],
+    besides: Sequence[Passkey] = (),
+) -> list[Passkey]:
+    """No two have a name or their digits in common, nor with those `besides` them, and no name stands in the filler,
+    not even within a word."""
+    taken, names = {word for passkey in besides for word in (passkey.name, passkey.digits)}, []
+    numbers = map(str, rng.sample(range(10_000, 100_000), n + len(besides)))
+    numbers = [number for number in numbers if number not in taken][:n]
     while len(names) < n:
         syllables = (rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.choice((2, 3))))
         name = ("".join(syllables) + rng.choice(("", "l", "n", "r", "s"))).capitalize()
-        if name not in names and name not in filler:
+        if name not in names and name not in taken and name not in filler:
             names.append(name)
-    return [Passkey(name, str(number)) for name, number in zip(names, numbers)]
+    return [Passkey(name, number, template) for name, number in zip(names, numbers)]
 
 
-def _make_keys(tokenizer, rng: random.Random, filler: str, depths: list[float]) -> list[tuple[RecallKey, list[int]]]:
-    """A key for each depth with the ids of its statement; its spans are those in the statement, until it is placed."""
+def _make_distractors(
+    tokenizer, rng: random.Random, filler: str, besides: list[Passkey], n: int
+) -> list[tuple[RecallKey, list[int]]]:
+    wordings = [other for other in TEMPLATES.values() if other != besides[0].template]
+    drawn = make_passkeys(rng, n, filler, besides=besides)
+    drawn = [replace(passkey, template=rng.choice(wordings)) for passkey in drawn]
+    return _make_keys(tokenizer, drawn, [rng.random() for _ in drawn])
+
+
+def _make_keys(tokenizer, passkeys: list[Passkey], depths: list[float]) -> list[tuple[RecallKey, list[int]]]:
+    """Each with the ids of its statement; its spans are those in the statement, until it is placed."""
     keys = []
-    for passkey, depth in zip(make_passkeys(rng, len(depths), filler), depths):
+    for passkey, depth in zip(passkeys, depths):
         parts = [*passkey.statement, passkey.question]
         before, answer, after, question = tokenizer(parts, add_special_tokens=False).input_ids
         ids, digits_span = before + answer + after, (len(before), len(before) + len(answer))
@@ -133,7 +171,10 @@ def _last_at_most(gaps: np.ndarray, limit: float) -> int:
     return int(gaps[np.searchsorted(gaps, limit, side="right") - 1])
 
 
-def _assemble(filler: np.ndarray, gaps: list[np.ndarray], keys: list[tuple[RecallKey, list[int]]]) -> RecallSample:
+def _assemble(
+    filler: np.ndarray, gaps: list[np.ndarray], keys: list[tuple[RecallKey, list[int]]]
+) -> tuple[torch.Tensor, list[RecallKey]]:
+    """The context, and the keys where they stand in it."""
     sentences, words = ([*g[(g >= 0) & (g <= len(filler))]] for g in gaps)
 
     def place(key: RecallKey) -> int:
@@ -148,4 +189,4 @@ def _assemble(filler: np.ndarray, gaps: list[np.ndarray], keys: list[tuple[Recal
         ids += statement
         spans = {f: tuple(shift + i for i in getattr(key, f)) for f in ("span", "digits_span")}
         placed.append(replace(key, **spans))
-    return RecallSample(torch.tensor(ids + filler[done:].tolist()), placed)
+    return torch.tensor(ids + filler[done:].tolist()), placed

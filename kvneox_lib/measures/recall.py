@@ -13,6 +13,7 @@ import torch
 from transformers import Cache
 
 from kvneox_lib.inputs.passkeys import RecallKey, RecallSample, recall_samples
+from kvneox_lib.inputs.templates import Template
 from kvneox_lib.measures.perplexity import read_on
 from kvneox_lib.measures.prefill import bits_of_each, first_position, prefill, store
 from kvneox_lib.measures.survivors import kept_counts, prefill_and_find
@@ -63,11 +64,14 @@ def recall_accuracy(
     keys_per_context: int = 4,
     depths: Sequence[float] | None = None,
     kv_bits: int | None = None,
+    template: str | Template = "passkey",
+    n_distractors: int = 0,
 ) -> RecallResult:
     """Exact recall of `n_keys` passkeys, a few to each context of `context_length` tokens of `filler`.
 
-    query_aware: let the press see the question, but for its last token. `depths`: see `recall_samples`. kv_bits: 8, 4
-    or 2 for each number that is left of the context.
+    query_aware: let the press see the question, but for its last token. `depths`, `template` (the wording: a name or
+    your own) and `n_distractors` (numbers in each context that nobody asks for): see `recall_samples`. kv_bits: 8, 4 or
+    2 for each number that is left of the context.
     """
     samples = recall_samples(
         tokenizer,
@@ -77,6 +81,8 @@ def recall_accuracy(
         context_length=context_length,
         depths=depths,
         seed=seed,
+        template=template,
+        n_distractors=n_distractors,
     )
     rows = [rows[0] for sample in samples for rows in ask_each(model, sample, [press], query_aware, [kv_bits])]
     return RecallResult(rows)

@@ -204,6 +204,27 @@ def heat_maps(
     return figure
 
 
+def share_grids(panels: dict[str, pd.DataFrame], *, ylabel: str, label: str) -> Figure:
+    """Tables of shares from 0 to 1 side by side, each cell coloured and its number in it."""
+    tables = list(panels.values())
+    down, across = tables[0].shape
+    size = (0.3 * across * len(tables) + 2.6, 0.27 * down + 1.6)
+    figure, grid = pyplot.subplots(1, len(tables), figsize=size, sharey=True, squeeze=False)
+    for axes, (title, table) in zip(grid.flat, panels.items()):
+        image = axes.imshow(table, aspect="auto", cmap="cividis", vmin=0, vmax=1)
+        for row, shares in enumerate(table.to_numpy(dtype=float)):
+            for column, share in enumerate(shares):
+                colour, text = ("white" if share < 0.5 else "black"), "" if pd.isna(share) else f"{share:.2f}"
+                axes.text(column, row, text.lstrip("0"), ha="center", va="center", fontsize=7, color=colour)
+        axes.set_title(title, fontsize=9)
+        axes.set_xticks(range(table.shape[1]), list(table.columns), fontsize=7, rotation=90)
+        axes.set_yticks(range(table.shape[0]), list(table.index), fontsize=8)
+        axes.grid(False)
+    figure.supylabel(ylabel, fontsize=10)
+    figure.colorbar(image, ax=grid, label=label, shrink=0.8)
+    return figure
+
+
 def bars(names: Sequence[str], values: Sequence[float], *, xlabel: str, marks: Sequence[float] | None = None) -> Figure:
     """A bar for each name, from top to bottom; `marks` are black lines across them."""
     figure, axes = pyplot.subplots(figsize=(7.2, 0.32 * len(names) + 1))

@@ -9,6 +9,7 @@ from kvneox_lib.pages.degenerate import healthy
 from kvneox_lib.pages.report import NOTEBOOKS, Missing, Records, middle_ratio, models, setting, settings
 from kvneox_lib.pages.selecting import of_one_storage, with_strength
 from kvneox_lib.pages.timings import corner, fastest_transformers
+from kvneox_lib.pages.wordings import trained_on
 from kvneox_lib.pages.words import ENGINES, STUDY_NAMES, listed
 
 # ---- abstract -------------------------------------------------------------------------------------------------------
@@ -70,6 +71,7 @@ def demo_model() -> str:
         f"训练长度 {demo['max_position_embeddings']}。"
         "它读过公有领域的英文小说、技术手册、WikiText-2 的验证集，以及带口令的合成段落，因此能抄出一串口令；"
         "参考记录所用的评测文本它没有读过。"
+        f"{trained_on()}"
         "真实的 Pythia 权重换一个参数就能测，但本文的记录里只有 @tbl-setup 写明的那些。"
     )
 
@@ -89,7 +91,7 @@ def protocol_of_recall(recall: Records) -> str:
     run = recall.run()
     return (
         f"\n\n**检索。** 在 {run.context_length} 个词元的上下文里藏几句口令，压缩之后再问；{run.n_keys} 个口令，"
-        "五位数字的每个词元都是模型的首选才算答对，区间是 Wilson 95 % 区间。"
+        "五位数字的每个词元都是模型的首选才算答对。区间是 Wilson 95 % 区间，同一段上下文里的口令不当作彼此独立的。"
     )
 
 

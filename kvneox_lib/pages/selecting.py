@@ -2,6 +2,8 @@
 
 import pandas as pd
 
+from kvneox_lib.inputs.templates import TEMPLATES
+
 
 def pressed(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs with a ratio, without the baseline and the presses whose strength is their own."""
@@ -62,6 +64,26 @@ def budget_column(runs: pd.DataFrame) -> dict[str, list[str]]:
 def strength_axis(runs: pd.DataFrame) -> tuple[str, str]:
     """The column that says how much was asked for, and its name."""
     return ("keep_tokens", "每头条目") if budget_of(runs).notna().any() else ("compression_ratio", "压缩率")
+
+
+def of_one_wording(runs: pd.DataFrame) -> pd.DataFrame:
+    """For what has one place for a press at a ratio: the runs of recall in the first wording, without numbers that
+    nobody asks for, and with as many keys to a context as most have; where there are none of these, the first there."""
+    for name, usual in {"template": next(iter(TEMPLATES)), "n_distractors": 0}.items():
+        if name in runs and len(runs):
+            there = usual if (runs[name] == usual).any() else runs[name].iloc[0]
+            runs = runs[runs[name] == there]
+    if "keys_per_context" in runs and len(runs):
+        runs = runs[runs["keys_per_context"] == runs["keys_per_context"].value_counts().index[0]]
+    return runs
+
+
+def wordings_left_out(runs: pd.DataFrame) -> list[str]:
+    """A sentence where what is shown is of one wording among several."""
+    several = [name for name in TEMPLATES if "template" in runs and (runs["template"] == name).any()]
+    if len(several) < 2:
+        return []
+    return [f"以下各图各表只用说法 {of_one_wording(runs)['template'].iloc[0]}，各种说法的比较在最后。"]
 
 
 # ---- in how many bits what is left was kept -------------------------------------------------------------------------

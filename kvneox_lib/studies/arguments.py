@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, get_args, get_type_hints
 
 from kvneox_lib.inputs.harness import check_single_task
+from kvneox_lib.inputs.templates import expand_templates
 from kvneox_lib.inputs.text import HUB, SPLITS, WIKITEXT_SUBSETS
 from kvneox_lib.inputs.weights import ATTENTION, DTYPES, find_target
 from kvneox_lib.neox.bits import BITS
@@ -65,6 +66,10 @@ def _bits(name, value):
 
 def _press(name, value):
     expand_presses(value)
+
+
+def _template(name, value):
+    expand_templates(value)
 
 
 def _one_press(name, value):
@@ -134,6 +139,7 @@ Budgets = Annotated[int | Sequence[int], whole(1, several=True)]
 Bits = Annotated[int | None | Sequence[int | None], Rule(_bits, several=True)]
 Tasks = Annotated[str | Sequence[str], Rule(_task, several=True)]
 Questions = Annotated[str | Sequence[str], one_of("outside", "inside", several=True)]
+Templates = Annotated[str | Sequence[str], Rule(_template, several=True)]
 Cut = Annotated[str, one_of("left", "middle")]
 Limit = Annotated[int | float, Rule(_limit)]
 Count = Annotated[int, whole(1)]

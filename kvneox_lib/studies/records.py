@@ -30,13 +30,14 @@ REQUIRED = (
 WEIGHTS = ("pretrained", "bundled", "random")
 # What tells the rows of a table apart that has those of several runs.
 KNOWN_IN_TABLES = ("press", "compression_ratio", "query_aware", "n_sink", "window", "dataset", "question", "kv_bits")
-KNOWN_IN_TABLES += ("keep_tokens", "degenerate")
+KNOWN_IN_TABLES += ("keep_tokens", "template", "degenerate")
 # Parameters that came later, and what records from before them were measured at.
 CAME_LATER = {"kv_bits": None, "prefill_chunk": None, "evict_while_reading": False, "keep_tokens": None}
+CAME_LATER |= {"template": "passkey", "n_distractors": 0}
 # Cells of a packed file that stay text, whatever they look like.
 TEXTS = (
     *("run_id", "model", "weights", "dataset", "press", "source", "device", "dtype", "engine", "failure"),
-    *("weights_id", "text_sha256", "attn_implementation", "depths", "table_rows"),
+    *("weights_id", "text_sha256", "attn_implementation", "depths", "template", "table_rows"),
     *("question", "cut", "metric", "filter", "context_rule", "task_version", "documents_sha256", "lm_eval_version"),
     "degenerate",
     *(name for name in PROVENANCE if name != "git_dirty"),

@@ -55,7 +55,12 @@ ROWS = [
         is_timed=True,
     ),
     StudyRow(
-        "recall", "05_recall", recall.measure_recall, recall.plan, axes=(*_GRID, "query_aware"), has_baseline=True
+        "recall",
+        "05_recall",
+        recall.measure_recall,
+        recall.plan,
+        axes=(*_GRID, "query_aware", "template", "n_distractors", "keys_per_context"),
+        has_baseline=True,
     ),
     StudyRow(
         "tasks", "07_tasks", tasks.measure_tasks, tasks.plan, axes=(*_GRID, "dataset", "question"), has_baseline=True
