@@ -6,7 +6,7 @@ from conftest import REPOSITORY
 
 from kvneox_lib.pages.losses import against
 from kvneox_lib.pages.ranks import rank_correlation
-from kvneox_lib.pages.selecting import of_one_wording
+from kvneox_lib.pages.selecting import of_finished_models, of_one_wording
 from kvneox_lib.pages.streams import compare_at_samples
 from kvneox_lib.presses.by_name import expand_presses, press_names
 from kvneox_lib.studies.records import load_records, tables_of
@@ -19,7 +19,7 @@ TEXTS = {"wikitext_ppl": "wikitext-2-v1", "pg19_ppl": "Gutenberg (pre-1919)"}
 
 def runs(study: str) -> pd.DataFrame:
     """Those that keep what is left as it is, at the ratios of all presses; of recall those in the first wording."""
-    frame = of_one_wording(load_records(REFERENCE / study))
+    frame = of_one_wording(of_finished_models(load_records(REFERENCE / study)))
     if "kv_bits" not in frame:
         return frame
     ratios = frame["compression_ratio"]
@@ -77,7 +77,7 @@ def test_few_bits_cost_little_beside_few_entries():
     """On 200 windows of each text, and 200 passkeys."""
     most = {8: (0.001, 0.28), 4: (0.005, 0.16), 2: (0.04, 0.10)}  # nat, share of the bytes
     for study in TEXTS:
-        frame = load_records(REFERENCE / study)
+        frame = of_finished_models(load_records(REFERENCE / study))
         frame = frame[frame["n_windows"] >= 200].fillna({"kv_bits": 32})
         frame = frame.set_index(["press", "compression_ratio", "kv_bits"]).sort_index()
         plain, full = (frame.loc[(name, ratio)] for name, ratio in (("no_press", 0.0), ("adakv_snapkv", 0.5)))
@@ -86,7 +86,7 @@ def test_few_bits_cost_little_beside_few_entries():
             assert plain.loc[bits, "kv_bytes"] <= share * plain.loc[32, "kv_bytes"]
         assert full.loc[32, "delta_nll_ci95_low"] > plain.loc[4, "delta_nll_ci95_high"]  # half, beside an eighth
         assert full.loc[4, "delta_nll"] < plain.loc[2, "delta_nll"]  # in an eighth of the bytes, more or less
-    recall = of_one_wording(load_records(REFERENCE / "recall"))
+    recall = of_one_wording(of_finished_models(load_records(REFERENCE / "recall")))
     recall = recall.query("press == 'no_press' and not query_aware").fillna({"kv_bits": 32})
     accuracy = recall.set_index("kv_bits")["accuracy"]
     assert accuracy[4] >= accuracy[32]

@@ -18,7 +18,7 @@ from matplotlib.ft2font import FT2Font
 from nbclient.exceptions import CellExecutionError
 
 from kvneox_lib.pages import report as reporting
-from kvneox_lib.pages.selecting import of_one_wording
+from kvneox_lib.pages.selecting import of_finished_models, of_one_wording
 from kvneox_lib.studies.records import load_records
 
 REPORT = REPOSITORY / "report"
@@ -282,12 +282,12 @@ def test_the_report_builds_from_the_reference_records(tmp_path):
     assert time.perf_counter() - start < 60
     assert "{python}" not in text and not re.search(r"@(fig|tbl|eq|sec)-|\bnan\b|Figure\(", text)
     for study in ("wikitext_ppl", "pg19_ppl"):
-        runs = load_records(REFERENCE / study)
+        runs = of_finished_models(load_records(REFERENCE / study))
         base = runs[(runs["press"] == "no_press") & (runs["max_windows"] == 200) & runs["kv_bits"].isna()].iloc[0]
         assert (
             f"（{base['dataset']}） {base['ppl']:.1f} [{base['ppl_ci95_low']:.1f}, {base['ppl_ci95_high']:.1f}]" in text
         )
-    runs = of_one_wording(load_records(REFERENCE / "recall"))
+    runs = of_one_wording(of_finished_models(load_records(REFERENCE / "recall")))
     runs = runs.query("press == 'keydiff' and compression_ratio == 0.75")
     keydiff = runs[~runs["query_aware"].astype(bool) & runs["kv_bits"].isna()].iloc[0]
     assert f"keydiff（{keydiff['accuracy']:.2f}）" in text

@@ -7,6 +7,7 @@ from kvneox_lib import streaming_nll
 from kvneox_lib.inputs.text import load_text
 from kvneox_lib.inputs.weights import load_model
 from kvneox_lib.inputs.windows import tokenize
+from kvneox_lib.measures.sinks import sink_attention
 from kvneox_lib.pages.streams import compare_at_samples
 from kvneox_lib.studies.streaming import Reading, measure_streaming, readings_of
 
@@ -69,6 +70,21 @@ def test_costs_grow_where_all_is_kept(study):
     assert len(by_method["dense"]) >= 12 and np.all(np.diff(by_method["dense"]) > 0)
     assert len(set(by_method["sinks"])) == 1 and set(by_method["recompute"]) == {0}
     assert (cost["step_s_q25"] <= cost["step_s"]).all() and (cost["step_s"] > 0).all()
+
+
+def test_attention_to_the_first_tokens_is_in_the_run_with_sinks(study):
+    """700 tokens are one window, as the model was trained on 2,048."""
+    loaded = load_model("demo", device="cpu", dtype="float32")
+    ids = tokenize(load_text("python-docs").documents[0], loaded.tokenizer).ids[:700].astype(np.int64)
+    found = sink_attention(loaded.model, loaded.model.dummy_inputs["input_ids"].new_tensor(ids)[None], n_first=4)
+    table, row = study.table("sinks"), study.records.iloc[2]
+    assert set(zip(table["press"], table["n_sink"], table["window"])) == {("sinks", 4, 60)}
+    wide = table.pivot_table(index="layer", columns="head", values=["first", "several"])
+    assert wide["first"].to_numpy() == pytest.approx(found.first.numpy(), rel=1e-4)
+    assert wide["several"].to_numpy() == pytest.approx(found.several.numpy(), rel=1e-4)
+    assert (row.sink_windows, row.sink_window_tokens) == (1, 700)
+    assert row.attention_to_sinks == pytest.approx(table["several"].mean(), rel=1e-6)
+    assert row.even_to_sinks == pytest.approx(4 * np.mean(1 / np.arange(65, 701)), rel=1e-6)
 
 
 def test_a_sample_is_in_pieces(study):

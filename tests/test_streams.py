@@ -124,3 +124,41 @@ def test_costs_and_samples_in_words():
     assert streams.written(sample) == "让模型自己一直写下去：汇聚点加窗口时，末段里不重复的四元组占 25%（首段 90%）。"
     (quote,) = streams.last_pieces(sample)
     assert quote == "**汇聚点加窗口**，第 501 个词元起：\n\n> \\*b\\* &lt;script>\\_\\`\\$"
+
+
+def sunk(**changes):
+    figures = {"attention_to_first": 0.2, "attention_to_sinks": 0.3, "even_to_first": 0.0025, "even_to_sinks": 0.01}
+    return figures | {"sink_windows": 4, "sink_window_tokens": 2048} | changes
+
+
+SINKS = pd.DataFrame({"layer": [0, 0, 1, 1], "head": [0, 1, 0, 1], "several": [0.01, 0.6, 0.5, 0.09], "n_sink": 4})
+SINKS["first"] = SINKS["several"] / 2
+
+
+def test_what_the_first_tokens_draw_and_what_dropping_them_costs():
+    runs = streams.main(pd.DataFrame([reading("sinks", 4, 60, **sunk()), reading("window", 0, 64)]))
+    said = streams.sinks_draw(runs, SINKS)
+    assert "4 段各 2048 个词元" in said and "20.00% 的注意力给第一个词元、30.00% 给头 4 个" in said
+    assert "0.25% 与 1.00%" in said and "第 0 层第 1 头（60.00%）；4 个头里有 2 个" in said
+    worse = pd.concat([running("sinks", [1.0] * 6), running("window", [1.5, 1.6, 1.4, 1.5, 1.5, 1.5])])
+    said = streams.sinks_explain(runs, SINKS, worse)
+    assert "一视同仁时的 30 倍，去掉它们，每个词元的损失高：两件事说的一样" in said
+    same = pd.concat([running("sinks", [1.0] * 6), running("window", [1.1, 0.9, 1.1, 0.9, 1.1, 0.9])])
+    assert "代价与零分不开：单看注意力的多少，说不出这个代价" in streams.sinks_explain(runs, SINKS, same)
+    little = streams.main(
+        pd.DataFrame([reading("sinks", 4, 60, **sunk(attention_to_sinks=0.002)), *runs.to_dict("records")[:1]])
+    )
+    assert "0.2 倍，去掉它们的代价与零分不开：两件事说的一样" in streams.sinks_explain(little, SINKS, same)
+    few = pd.concat([running("sinks", [1.0]), running("window", [2.0])])
+    assert streams.sinks_explain(runs, SINKS, few).endswith("30 倍。")
+
+
+def test_without_a_run_with_sinks_nothing_is_said_of_them():
+    runs = streams.main(pd.DataFrame([reading("window", 0, 64)]))
+    with pytest.raises(Missing, match="投向开头的注意力"):
+        streams.sinks_draw(runs, SINKS.iloc[:0])
+    (axes,) = streams.sink_maps(SINKS.iloc[:0]).axes
+    assert "没有量" in axes.texts[0].get_text()
+    panels = streams.sink_maps(SINKS).axes[:2]
+    assert [panel.get_title() for panel in panels] == ["第一个词元", "头 4 个词元"]
+    assert panels[1].images[0].get_array().tolist() == [[0.01, 0.6], [0.5, 0.09]]

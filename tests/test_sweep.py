@@ -13,7 +13,7 @@ import nbformat
 import pytest
 from conftest import REPOSITORY
 
-from kvneox_lib.inputs.weights import load_model
+from kvneox_lib.inputs.weights import demo_folder, load_model
 from kvneox_lib.presses.by_name import expand_presses, press_names
 from kvneox_lib.studies import digest, records
 from kvneox_lib.studies.explore import record_exploration
@@ -44,6 +44,11 @@ def texts(tmp_path, monkeypatch):
     for name in ("wikitext-2-v1", "gutenberg-pre1919"):
         (tmp_path / "texts" / name).mkdir(parents=True)
     monkeypatch.setenv("KVNEOX_TEXTS", str(tmp_path / "texts"))
+    wanted = (REPOSITORY / "params" / "demo-checkpoints.yaml").read_text(encoding="utf-8")
+    for step in set(re.findall(r"\bstep\d+\b", wanted)):
+        (tmp_path / "demo" / step).mkdir(parents=True)
+        shutil.copy(demo_folder() / "config.json", tmp_path / "demo" / step)
+    monkeypatch.setenv("KVNEOX_CHECKPOINTS", str(tmp_path / "demo"))
 
 
 # ---- what a file expands to -----------------------------------------------------------------------------------------
@@ -169,7 +174,8 @@ def test_reference_declares_the_committed_records(monkeypatch):
     committed = {
         (folder / study / f"{name}.json").as_posix()
         for study in studies
-        for name in records.all_records(REPOSITORY / folder / study)
+        for name, record in records.all_records(REPOSITORY / folder / study).items()
+        if record.get("revision") is None  # of checkpoints, which demo-checkpoints.yaml declares where they are at hand
     }
     assert len(committed) > 400
     assert committed <= wanted
@@ -258,6 +264,8 @@ PLAIN = STUDY.format(fixed="max_windows: 2", grid="seed: [0, 1]")
         (PLAIN.replace("seed: [0, 1]", "press: [snapkv, tofa]"), 9, "press 'tofa' is unknown; did you mean tova"),
         (PLAIN + "    resources: {gpu: 1}\n", 10, "resource 'gpu' is unknown; did you mean gpus"),
         (PLAIN + "    resources: {cores: 0}\n", 10, "cores: 0; allowed is a whole number, 1 or above"),
+        (PLAIN + "    resources: {mem_mb: {demo: 0}}\n", 10, "mem_mb: 0; allowed is a whole number, 1 or above"),
+        (PLAIN + "    resources: {mem_mb: {pythia-70m: 8000}}\n", 10, "mem_mb: lacks demo"),
         (PLAIN + "name: x\n", 10, "key 'name' is unknown; Allowed: studies"),
         (PLAIN.replace("seed: [0, 1]", "seed: [0, 0]"), 2, "is already made by sweep: 01_wikitext_ppl"),
         (PLAIN.replace("seed: [0, 1]", "seed: [0, 1"), 10, "not YAML: "),

@@ -24,7 +24,7 @@ from kvneox_lib.pages import streams, timings, wordings
 from kvneox_lib.pages import tasks as task_pages
 from kvneox_lib.pages.degenerate import healthy, said
 from kvneox_lib.pages.figures import press_lines, use_style
-from kvneox_lib.pages.selecting import of_one_storage, of_one_wording, of_ratios
+from kvneox_lib.pages.selecting import of_finished_models, of_one_storage, of_one_wording, of_ratios
 from kvneox_lib.pages.tables import press_table
 from kvneox_lib.pages.words import number
 from kvneox_lib.studies.records import load_records
@@ -90,7 +90,7 @@ def _meaning(name: str, by_notebook: dict[str, dict]) -> str:
 
 def core_runs(study: str) -> pd.DataFrame:
     """The core presses and no_press on the largest number of windows or keys, the cache as it is."""
-    frame = of_one_wording(of_ratios(of_one_storage(load_records(REFERENCE / study))))
+    frame = of_one_wording(of_ratios(of_one_storage(of_finished_models(load_records(REFERENCE / study)))))
     frame = frame[frame["press"].isin(expand_presses("all"))]
     return frame[frame["n_keys"] == frame["n_keys"].max()] if study == "recall" else _most_windows(frame)
 
@@ -143,7 +143,7 @@ def _named(tables: list[pd.DataFrame]) -> str:
 
 def task_table() -> str:
     """Scores of the tasks in the box, the question read after compression, the best of the hardest ratio first."""
-    runs = load_records(REFERENCE / "tasks")
+    runs = of_finished_models(load_records(REFERENCE / "tasks"))
     if runs.empty:
         return missing("tasks")
     outside = task_pages.in_mode(runs, "outside")
@@ -197,7 +197,7 @@ def speed_table() -> str:
 
 
 def streaming_table() -> str:
-    runs = load_records(REFERENCE / "streaming")
+    runs = of_finished_models(load_records(REFERENCE / "streaming"))
     if not len(runs):
         return missing("streaming")
     timed, parts = runs[runs["timed"].eq(True)], []  # the ablation's are not timed

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 SOURCE = "github.com/EleutherAI/pythia, evals/pythia-v1, step 143000"
+REVISION = "step143000"  # which is main
 TODAYS_NAMES = {"ppl": "perplexity"}
 STANDARD_ERRORS = 3  # of the difference; more is far
 

@@ -12,7 +12,7 @@ import pickle
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -61,6 +61,7 @@ class LoadedModel:
     name: str  # the alias, hub id or folder's name; "demo" after a fallback to it
     weights: str  # "pretrained", "bundled" or "random"
     source: str  # repo@commit, a folder, or how the weights were made
+    revision: str | None = None  # that was asked for; None: main, or the folder itself
 
     @property
     def weights_id(self) -> str:
@@ -81,6 +82,7 @@ class Target:
     name: str
     folder: Path | None = None
     repo: str | None = None
+    revision: str | None = None  # None: main
 
 
 def load_model(
@@ -97,6 +99,9 @@ def load_model(
     """Load a GPT-NeoX model, ready for every press, with its tokenizer.
 
     `name` is an alias (`pythia-14m` ... `pythia-12b`, also with `-deduped`, or `demo`), a hub id, or a local folder.
+
+    `revision`: a branch, tag or commit of the hub (Pythia's checkpoints are step0 ... step143000; None is main), or in
+    a local folder the subfolder of that name, so that a folder of checkpoints is one model in several revisions.
 
     `weights`: "pretrained" is that model or an error; "random" is its shape with weights made from `seed`, for figures
     that do not depend on their values (time, memory); "auto" is the pretrained model if it can be had, else `fallback`,
@@ -182,7 +187,8 @@ def find_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def find_target(name: str | os.PathLike, revision: str | None) -> Target:
-    """Aliases come first: a folder that is called like one is written ./demo."""
+    """Aliases come first: a folder that is called like one is written ./demo. The revision of a folder is the subfolder
+    that is called so; its model is still called after the folder."""
     name = os.fspath(name) if isinstance(name, os.PathLike) else name
     allowed = f"{', '.join(PYTHIA)} (also with -deduped), demo, a hub id (owner/model) or a local folder"
     if not isinstance(name, str) or not name:
@@ -202,9 +208,18 @@ def find_target(name: str | os.PathLike, revision: str | None) -> Target:
     else:
         near = did_you_mean(name, [*PYTHIA_NAMES, "demo"], most=1)
         raise ValueError(f"name={name!r}: {near}allowed is one of {allowed}")
-    if target.folder is not None and revision not in (None, "main"):
-        raise ValueError(f"revision={revision!r}: {name} is a folder; allowed is None")
-    return target
+    if revision in (None, "main"):
+        return target
+    folder = None if target.folder is None else _revision_in(target.folder, name, revision)
+    return replace(target, folder=folder, revision=revision)
+
+
+def _revision_in(folder: Path, name: str, revision: str) -> Path:
+    found = {path.parent.name: path.parent for path in sorted(folder.glob("*/config.json"))}
+    if revision not in found:
+        allowed = f"None, or a subfolder that holds a model: {', '.join(found)}" if found else "None"
+        raise ValueError(f"revision={revision!r}: {name} is a folder; allowed is {allowed}")
+    return found[revision]
 
 
 def _announce(asked: str, loaded: LoadedModel, error: ConnectionError):
@@ -373,7 +388,8 @@ def _load_folder(target: Target, folder: Path, spread: bool, *, attn_implementat
     bundled = folder == demo_folder()
     source = f"{target.repo}@{folder.name}" if target.repo else "kvneox_lib/demo" if bundled else str(folder)
     kind = "bundled" if bundled else "pretrained"
-    return LoadedModel((model if spread else model.to(device)).eval(), tokenizer, target.name, kind, source)
+    model = (model if spread else model.to(device)).eval()
+    return LoadedModel(model, tokenizer, target.name, kind, source, target.revision)
 
 
 def _some(names: Iterable[str], most: int = 3) -> str:
@@ -422,7 +438,8 @@ def _load_random(target: Target, revision, seed: int, *, attn_implementation, dt
     config.name_or_path = str(tokenizer_folder)  # some presses load the tokenizer from there
     config._attn_implementation = attn_implementation
     model = _random_model(config, dtype, device, seed)
-    return LoadedModel(model, tokenizer, target.name, "random", f"shape of {target.name}, seed {seed}")
+    source = f"shape of {target.name}, seed {seed}"
+    return LoadedModel(model, tokenizer, target.name, "random", source, target.revision)
 
 
 def _pythia_config(alias: str) -> GPTNeoXConfig:

@@ -10,7 +10,7 @@ from importlib.metadata import version
 import numpy as np
 import pandas as pd
 
-from kvneox_lib.inputs.published import far_from_published, published
+from kvneox_lib.inputs.published import REVISION, far_from_published, published
 from kvneox_lib.inputs.weights import LoadedModel
 from kvneox_lib.measures.intervals import bootstrap_ci95, mcnemar_p, wilson_ci95
 
@@ -182,7 +182,8 @@ def _short(value, most: int = 200) -> str:
 
 def beside_published(table: pd.DataFrame, loaded: LoadedModel, task: str, num_fewshot: int) -> pd.DataFrame:
     """With what EleutherAI published of this model, if it did; a difference beyond three standard errors is said."""
-    known = published(loaded.name, task, num_fewshot) if loaded.weights == "pretrained" else {}
+    same = loaded.weights == "pretrained" and loaded.revision in (None, REVISION)
+    known = published(loaded.name, task, num_fewshot) if same else {}
     values, errors = zip(*(known.get(metric, (np.nan, np.nan)) for metric in table["metric"]))
     for row in table.itertuples():
         told = row.metric in known and row.stderr >= 0  # NaN of a single document

@@ -264,13 +264,20 @@ def _label_panels(figure: Figure, grid, n_panels: int, xlabel: str, ylabel: str)
 
 
 def press_line_panels(
-    panels: dict[str, pd.DataFrame], x: str, y: str, *, xlabel: str, ylabel: str, log_x: bool = False
+    panels: dict[str, pd.DataFrame],
+    x: str,
+    y: str,
+    *,
+    xlabel: str,
+    ylabel: str,
+    log_x: bool = False,
+    own_scale: bool = False,
 ) -> Figure:
-    """`press_lines` side by side, four in two rows, with one legend and one scale."""
+    """`press_lines` side by side, four in two rows, with one legend and one scale, or each with its own."""
     names = list(dict.fromkeys(name for frame in panels.values() for name in frame["press"]))
     down, across = _rows_and_columns(len(panels))
     size = (3.4 * across + 1.6, 3.6 if down == 1 else 2.9 * down)
-    figure, grid = pyplot.subplots(down, across, figsize=size, sharey=True, squeeze=False)
+    figure, grid = pyplot.subplots(down, across, figsize=size, sharey=not own_scale, squeeze=False)
     for axes, (title, frame) in zip(grid.flat, panels.items()):
         _press_lines_on(axes, frame, x, y, names, log_x)
         axes.set_title(title, fontsize=10)

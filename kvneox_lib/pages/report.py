@@ -121,18 +121,20 @@ def repository() -> Path:
     return next((folder for folder in (here, *here.parents) if (folder / "report" / "_quarto.yml").is_file()), here)
 
 
-def settings(study: str, root: Path | None = None) -> list[Records]:
-    """The study's records, those of each setting apart, the largest set first."""
+def settings(study: str, root: Path | None = None, revisions: bool = False) -> list[Records]:
+    """The study's records, those of each setting apart, the largest set first; of models as they are used, or of their
+    revisions."""
     if study not in NOTEBOOKS:
         raise ValueError(f"study={study!r}: must be one of {', '.join(NOTEBOOKS)}")
     root = root or repository()
     folders = (Path("results") / study, Path("results") / "reference" / study)
-    return next((found for folder in folders if (found := settings_in(folder, root))), [])
+    return next((found for folder in folders if (found := settings_in(folder, root, revisions))), [])
 
 
-def settings_in(folder: Path, root: Path) -> list[Records]:
+def settings_in(folder: Path, root: Path, revisions: bool = False) -> list[Records]:
     """The same of that folder, relative to `root`, which is called after its study."""
-    study, frame = folder.name, load_records(root / folder)
+    choose = selecting.of_revisions if revisions else selecting.of_finished_models
+    study, frame = folder.name, choose(load_records(root / folder))
     if frame.empty:
         return []
     for name in ("model", "dataset", "device_name"):

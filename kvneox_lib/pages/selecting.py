@@ -86,6 +86,19 @@ def wordings_left_out(runs: pd.DataFrame) -> list[str]:
     return [f"以下各图各表只用说法 {of_one_wording(runs)['template'].iloc[0]}，各种说法的比较在最后。"]
 
 
+# ---- in which state of training -------------------------------------------------------------------------------------
+
+
+def of_finished_models(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs without a revision: those of a model as it is used. All records were, before there was a choice."""
+    return runs[runs["revision"].isna()] if "revision" in runs else runs
+
+
+def of_revisions(runs: pd.DataFrame) -> pd.DataFrame:
+    """The others, which only pages on training are about."""
+    return runs.drop(of_finished_models(runs).index)
+
+
 # ---- in how many bits what is left was kept -------------------------------------------------------------------------
 
 

@@ -5,7 +5,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from kvneox_lib.measures.intervals import bootstrap_ci95
-from kvneox_lib.pages.figures import press_lines
+from kvneox_lib.measures.sinks import EARLIEST
+from kvneox_lib.pages.figures import heat_maps, note, press_lines
 from kvneox_lib.pages.report import SETTING, Missing
 from kvneox_lib.pages.words import READINGS, number, with_interval
 
@@ -167,6 +168,16 @@ def figure_of_cost(cost: pd.DataFrame, column: str) -> Figure:
     return figure
 
 
+def sink_maps(table: pd.DataFrame) -> Figure:
+    """Table `sinks`: the attention that the first token and the first few draw, by layer and head."""
+    if table.empty:
+        return note("没有“汇聚点加窗口”这种读法的记录，投向开头的注意力没有量")
+    several = f"头 {int(table['n_sink'].iloc[0])} 个词元"
+    shown = {"第一个词元": table["first"], several: table["several"]}
+    panels = pd.concat([table.assign(press=name, share=values) for name, values in shown.items()])
+    return heat_maps(panels, "layer", "head", "share", ylabel="层", xlabel="头", label="所得的注意力")
+
+
 # ---- sentences ------------------------------------------------------------------------------------------------------
 
 
@@ -177,6 +188,10 @@ def higher(difference: float) -> str:
 
 def _interval(low: float, high: float) -> str:
     return "太少，没有区间" if pd.isna(low) else f"差的 95 % 区间 [{low:+.3f}, {high:+.3f}]"
+
+
+def _ends(differences: pd.Series) -> tuple[float, float]:
+    return bootstrap_ci95(differences.to_numpy(), np.ones(len(differences)))
 
 
 def compared(samples: pd.DataFrame, beyond: int) -> list[str]:
@@ -212,12 +227,40 @@ def dense_beyond(running: pd.DataFrame) -> str:
 
 def sinks_matter(runs: pd.DataFrame, running: pd.DataFrame) -> str:
     difference = block_differences(running, "window", "sinks")["difference"]
-    low, high = bootstrap_ci95(difference.to_numpy(), np.ones(len(difference)))
+    low, high = _ends(difference)
     return (
         f"看见同样多的词元，去掉 {by_press(runs)['sinks'].n_sink:.0f} 个汇聚点，每个词元的负对数似然平均"
         f"{higher(difference.mean())}（{_interval(low, high)}），{len(difference)} 段里有 "
         f"{(difference > 0).sum()} 段更高。" + ("这个模型在这篇文本上看不出汇聚点的作用。" if low <= 0 <= high else "")
     )
+
+
+def sinks_draw(runs: pd.DataFrame, table: pd.DataFrame) -> str:
+    """How much attention the first tokens draw: `table` is the table `sinks`."""
+    run = by_press(runs).get("sinks")
+    if run is None or table.empty:
+        raise Missing("streaming", "投向开头的注意力")
+    n, most = int(run.n_sink), table.loc[table["several"].idxmax()]
+    return (
+        f"在 {run.sink_windows:.0f} 段各 {run.sink_window_tokens:.0f} 个词元里，第 {max(EARLIEST, n)} 个以后的查询平均"
+        f"把 {run.attention_to_first:.2%} 的注意力给第一个词元、{run.attention_to_sinks:.2%} 给头 {n} 个；"
+        f"若对看得见的词元一视同仁，是 {run.even_to_first:.2%} 与 {run.even_to_sinks:.2%}。给头 {n} 个最多的是第 "
+        f"{most['layer']:.0f} 层第 {most['head']:.0f} 头（{most['several']:.2%}）；{len(table)} 个头里有 "
+        f"{(table['several'] >= 0.5).sum()} 个把至少一半给了它们。"
+    )
+
+
+def sinks_explain(runs: pd.DataFrame, table: pd.DataFrame, running: pd.DataFrame) -> str:
+    """The attention that the first tokens draw beside what it costs to drop them."""
+    run = by_press(runs)["sinks"]
+    low, high = _ends(block_differences(running, "window", "sinks")["difference"])
+    drawn = run.attention_to_sinks / run.even_to_sinks
+    what = f"这个模型给头 {run.n_sink:.0f} 个词元的注意力是一视同仁时的 {drawn:.2g} 倍"
+    costs = "去掉它们的代价与零分不开" if low <= 0 <= high else f"去掉它们，每个词元的损失{'高' if low > 0 else '低'}"
+    if pd.isna(low):
+        return f"{what}。"
+    agree = (drawn > 1) == (low > 0)
+    return f"{what}，{costs}：{'两件事说的一样' if agree else '单看注意力的多少，说不出这个代价'}。"
 
 
 def against_recompute(runs: pd.DataFrame, samples: pd.DataFrame) -> str:

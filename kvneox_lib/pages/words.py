@@ -58,7 +58,8 @@ def plain(name) -> str:
 
 
 def model_of(loaded) -> str:
-    return f"模型 **{plain(loaded.name)}**（权重：{loaded.weights}）"
+    revision = "" if loaded.revision is None else f"，修订 {plain(loaded.revision)}"
+    return f"模型 **{plain(loaded.name)}**（权重：{loaded.weights}{revision}）"
 
 
 def machine_of(run: pd.Series) -> str:

@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from kvneox_lib.inputs.weights import LoadedModel, demo_folder, find_device, find_target
+from kvneox_lib.inputs.weights import LoadedModel, demo_folder, find_device
 from kvneox_lib.measures.decoding import generate
 from kvneox_lib.measures.survivors import kept_positions
 from kvneox_lib.measures.verify import press_matrix, run_checks
@@ -15,8 +15,9 @@ from kvneox_lib.presses.by_name import expand_presses, make_press
 from kvneox_lib.presses.calibration import standard_library_docstrings
 from kvneox_lib.presses.facts import attention_needed
 from kvneox_lib.presses.registry import REGISTRY
+from kvneox_lib.studies import arguments as may_be
 from kvneox_lib.studies.arguments import Attention, Device, Dtype, Model, OutputDir, Presses, Rule, rule_of, whole
-from kvneox_lib.studies.plan import Planned
+from kvneox_lib.studies.plan import Planned, target_of
 from kvneox_lib.studies.provenance import provenance
 from kvneox_lib.studies.runs import Runs
 
@@ -42,7 +43,7 @@ class Proof:
 
 
 def plan(asked: dict, trained: int | None) -> list[Planned]:
-    target = find_target(asked["model"], None)
+    target = target_of(asked)
     named = {name: asked[name] for name in ("attn_implementation", "dtype", "device", "context_length")}
     named["device"] += ":0" if asked["device"] in ("cuda", "mps") else ""
     named["weights"] = "bundled" if target.folder == demo_folder() else "pretrained"
@@ -53,6 +54,7 @@ def plan(asked: dict, trained: int | None) -> list[Planned]:
 def measure_adapter(
     *,
     model: Model = "demo",
+    revision: may_be.Revision | None = None,
     attn_implementation: Attention = "sdpa",
     dtype: Dtype = "float32",
     device: OneDevice = "auto",

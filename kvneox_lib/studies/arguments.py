@@ -90,6 +90,11 @@ def _model(name, value):
     find_target(value, None)
 
 
+def _revision(name, value):
+    if not isinstance(value, str) or not re.fullmatch(r"\w[\w./-]*", value) or value == "main":
+        refuse(name, value, "None, which is the hub's main, or the name of a branch, tag or commit, such as step1000")
+
+
 def _dataset(name, value):
     known = value in (*HUB, "python-docs")
     if not known and not (isinstance(value, str) and value and Path(value).expanduser().exists()):
@@ -119,6 +124,7 @@ def _quality_weights(name, value):
     check_choice(name, value, ("auto", "pretrained"))
 
 
+Revision = Annotated[str, Rule(_revision)]
 _MAY_BE_ANOTHER = "it may load another model than is declared; allowed is pretrained"
 _AUTO, _AUTO_OR_RANDOM = {"auto": _MAY_BE_ANOTHER}, {"auto": f"{_MAY_BE_ANOTHER} or random"}
 Model = Annotated[str, Rule(_model)]
@@ -176,6 +182,7 @@ def rules_of(measure: Callable) -> dict[str, tuple[Rule, bool]]:
 def check_arguments(measure: Callable, asked: Mapping, in_a_sweep: bool = False) -> None:
     for name, value in asked.items():
         check_argument(measure, name, value, in_a_sweep)
+    find_target(asked["model"], asked.get("revision"))  # a folder has that revision, or none
     if asked.get("data_dir") is not None and asked.get("dataset") not in HUB:
         refuse(
             "data_dir", asked["data_dir"], f"None beside dataset={asked['dataset']!r}: it goes with {' or '.join(HUB)}"

@@ -33,6 +33,7 @@ def plan(asked: dict, trained: int | None) -> list[Planned]:
 def record_exploration(
     *,
     model: may_be.Model = "pythia-70m",
+    revision: may_be.Revision | None = None,
     weights: may_be.QualityWeights = "auto",
     dataset: may_be.Dataset = "wikitext",
     subset: may_be.Subset | None = "wikitext-103-v1",

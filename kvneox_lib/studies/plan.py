@@ -10,6 +10,7 @@ from pathlib import Path
 from kvneox_lib.inputs.text import HUB, digest_of_text
 from kvneox_lib.inputs.weights import (
     PYTHIA_NAMES,
+    Target,
     cached_folder,
     demo_folder,
     digest_of_weights,
@@ -79,14 +80,14 @@ def identity(asked: dict, planned: Planned, turned_out: dict) -> dict:
 def declared(measure: Callable, plan: Callable, asked: dict) -> list[str]:
     """The names of the records that a call with these parameters (all of them) is going to write."""
     dataset = text_name(asked["dataset"]) if "dataset" in asked else None
-    found = {"dataset": dataset, "model": find_target(asked["model"], None).name, "weights": asked.get("weights")}
-    planned = plan(asked, trained_length(asked["model"]))
+    found = {"dataset": dataset, "model": target_of(asked).name, "weights": asked.get("weights")}
+    planned = plan(asked, trained_length(asked))
     return list(dict.fromkeys(run.run_id(measure, asked, **found) for run in planned))
 
 
 def ids_of_what_is_local(asked: dict) -> dict[str, str]:
     """What tells a folder of weights, or a text of yours, from others of that name."""
-    found, target = {}, find_target(asked["model"], None)
+    found, target = {}, target_of(asked)
     if target.folder is not None and target.folder != demo_folder():
         found["weights_id"] = digest_of_weights(target.folder)[:8]
     text = asked.get("data_dir") or asked.get("dataset")
@@ -99,12 +100,16 @@ def text_name(dataset: str) -> str:
     return Path(dataset).resolve().name
 
 
-def trained_length(model: str) -> int | None:
+def target_of(asked: dict) -> Target:
+    return find_target(asked["model"], asked.get("revision"))
+
+
+def trained_length(asked: dict) -> int | None:
     """None for a model of the hub whose config is not at hand."""
-    target = find_target(model, None)
+    target = target_of(asked)
     if target.name in PYTHIA_NAMES and target.folder is None:
         return PYTHIA_LENGTH
-    folder = target.folder or cached_folder(target.repo)
+    folder = target.folder or cached_folder(target.repo, asked.get("revision"))
     return None if folder is None else read_config(folder).max_position_embeddings
 
 

@@ -63,6 +63,7 @@ def asleep_while_asked(presses: list[str]) -> list[str]:
 def measure_recall(
     *,
     model: may_be.Model = "pythia-70m",
+    revision: may_be.Revision | None = None,
     weights: may_be.QualityWeights = "auto",
     dataset: may_be.Dataset = "wikitext",
     subset: may_be.Subset | None = "wikitext-103-v1",

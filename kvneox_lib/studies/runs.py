@@ -47,10 +47,13 @@ class Runs:
         check_arguments(measure, asked)
         self.measure, self.asked = measure, asked
         reads_text = "dataset" in asked
-        names = [name for name in ("weights", "attn_implementation", "dtype", "device", "seed") if name in asked]
+        options = ("revision", "weights", "attn_implementation", "dtype", "device", "seed")
+        names = [name for name in options if name in asked]
         how = {"weights": "pretrained", "fallback": "demo" if values_matter(measure) else "random"}
         how |= {name: asked[name] for name in names}
         self.loaded = load_model(asked["model"], **how | {"dtype": _widest(asked["dtype"], asked["device"])})
+        if "revision" in asked:  # the demo in the place of another model has none
+            self.asked = asked = {**asked, "revision": self.loaded.revision}
         self.device = self.loaded.model.device
         self.folder = records.output_folder(asked["output_dir"])
         self.planned = plan(asked, self.loaded.model.config.max_position_embeddings)

@@ -89,6 +89,7 @@ def _cell(run: Planned) -> tuple[int, int]:
 def measure_speed(
     *,
     model: may_be.Model = "pythia-70m",
+    revision: may_be.Revision | None = None,
     weights: may_be.Weights = "auto",
     press: may_be.Presses = "snapkv",
     compression_ratio: may_be.Ratios = 0.75,

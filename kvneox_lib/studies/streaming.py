@@ -18,6 +18,7 @@ from kvneox_lib.inputs.windows import first_tokens
 from kvneox_lib.measures.clock import Clock
 from kvneox_lib.measures.intervals import bootstrap_ci95
 from kvneox_lib.measures.perplexity import read_on, teacher_forced_nll
+from kvneox_lib.measures.sinks import EARLIEST, sink_attention
 from kvneox_lib.measures.streaming import StreamingDecoder, recomputed_nll, streaming_nll
 from kvneox_lib.neox.cache import CompactCache
 from kvneox_lib.neox.checks import check_int
@@ -26,7 +27,7 @@ from kvneox_lib.studies import arguments as may_be
 from kvneox_lib.studies.arguments import one_of, whole
 from kvneox_lib.studies.plan import Planned, as_list
 from kvneox_lib.studies.provenance import provenance
-from kvneox_lib.studies.runs import Runs, Study
+from kvneox_lib.studies.runs import Runs, Study, head_table
 
 METHODS = ("dense", "window", "sinks", "recompute")
 BLOCK = 256  # tokens, of which the running figures are means
@@ -34,6 +35,7 @@ SAMPLES_A_BLOCK = 8  # of those on which recomputation is scored
 CHECKPOINTS, STEPS = 12, 16  # where a token's cost is measured, and over how many tokens
 PROMPT, PIECE = 250, 250  # tokens: what a sample of text begins with, and how it is looked at
 SHORTEST = 512  # text that shows anything
+SINK_WINDOWS = 4  # pieces of the text in which attention to their first tokens is measured
 Methods = Annotated[str | Sequence[str], one_of(*METHODS, several=True)]
 Sinks = Annotated[int | Sequence[int], whole(0, several=True, may_be_empty=True)]
 Sizes = Annotated[int | Sequence[int], whole(1, several=True, may_be_empty=True)]
@@ -78,6 +80,7 @@ def plan(asked: dict, trained: int | None) -> list[Planned]:
 def measure_streaming(
     *,
     model: may_be.Model = "pythia-70m",
+    revision: may_be.Revision | None = None,
     weights: may_be.QualityWeights = "auto",
     dataset: may_be.Dataset = "pg19",
     subset: may_be.Subset | None = "wikitext-103-v1",
@@ -105,7 +108,8 @@ def measure_streaming(
     generated text with and without sinks.
 
     dense stops at dense_limit tokens. recompute is scored at `recompute_samples` evenly spread tokens, and so are, for
-    comparison, the others. The ablation reads with every number of sinks in a cache of every size.
+    comparison, the others. The ablation reads with every number of sinks in a cache of every size. Beside the run with
+    sinks stands how much attention the first tokens draw, by layer and head.
     """
     runs = Runs(measure_streaming, plan, locals())
     runs.times_on_this_machine()
@@ -129,6 +133,9 @@ def measure_streaming(
         if reading.timed and reading.method in ("window", "sinks") and sample_tokens:
             torch.manual_seed(seed)
             tables["sample"] = _sample(runs.loaded, ids[:, :PROMPT], reading, rerotate, sample_tokens)
+        if reading.timed and reading.method == "sinks":
+            tables["sinks"], found = _sinks(lm, ids, reading.n_sink)
+            figures |= found
         figures["run_s"] = time.perf_counter() - clock
         n_read = int(positions[-1]) + 1
         runs.write(run, n_read, started, figures, tables)
@@ -208,6 +215,18 @@ def _figures(nll: np.ndarray, positions: np.ndarray, lm: KVNeoXForCausalLM, read
         figures |= {f"{name}ppl{end}": np.exp(x) for end, x in (("", mean), ("_ci95_low", low), ("_ci95_high", high))}
     figures["kept_fraction"] = 1.0 if reading.size is None else min(1.0, (reading.size + 1) / n_read)
     return {name: float(x) if np.isfinite(x) else None for name, x in figures.items()} | {"n_tokens": len(nll)}
+
+
+def _sinks(lm: KVNeoXForCausalLM, ids: torch.Tensor, n_sink: int) -> tuple[pd.DataFrame, dict]:
+    """Attention to the first token and to the first `n_sink` of a few windows of the trained length, which lie one
+    after the other in the text: by layer and head, and its means with what even attention would give."""
+    length = min(lm.config.max_position_embeddings, ids.shape[1])
+    windows = ids[0, : ids.shape[1] // length * length].view(-1, length)[:SINK_WINDOWS]
+    found = sink_attention(lm, windows, n_first=n_sink, earliest=max(EARLIEST, n_sink))
+    table = head_table(first=found.first.numpy(), several=found.several.numpy())
+    means = {"attention_to_first": found.first.mean(), "attention_to_sinks": found.several.mean()}
+    even = {"even_to_first": found.even_first, "even_to_sinks": found.even_several}
+    return table, {**means, **even, "sink_windows": len(windows), "sink_window_tokens": length}
 
 
 # ---- what a token costs ----

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from kvneox_lib.inputs.weights import demo_folder, find_target
+from kvneox_lib.inputs.weights import demo_folder
 from kvneox_lib.presses.by_name import expand_presses
 from kvneox_lib.studies.arguments import check_argument, check_arguments, expand_variables, rules_of
 from kvneox_lib.studies.digest import code_digest
 from kvneox_lib.studies.params import Lines, Mistakes, read_yaml, unknown
-from kvneox_lib.studies.plan import declared, trained_length
+from kvneox_lib.studies.plan import declared, target_of, trained_length
 from kvneox_lib.studies.table import BY_NOTEBOOK, StudyRow
 
 STUDY_KEYS = ("notebook", "fixed", "grid", "resources")
@@ -104,7 +104,8 @@ def _check_study(study: Lines, notebooks: Path, mistakes: Mistakes) -> bool:
     if missing:
         what = f"{notebook} wants {', '.join(missing)}: what is measured is never left to a default"
         mistakes.add(study.line, what)
-    _check_resources(study.get("resources", Lines()), mistakes)
+    models = grid["model"] if isinstance(grid.get("model"), list) else [fixed.get("model")]
+    _check_resources(study.get("resources", Lines()), models, mistakes)
     return len(mistakes.found) == before
 
 
@@ -116,13 +117,25 @@ def _check_axis(row: StudyRow, name: str, values, line: int, mistakes: Mistakes)
     _check(row, name, listed, line, mistakes)
 
 
-def _check_resources(resources: Lines, mistakes: Mistakes) -> None:
+def _check_resources(resources: Lines, models: list, mistakes: Mistakes) -> None:
     for name, value in resources.items():
         if name not in RESOURCES:
             mistakes.add(resources.lines[name], unknown("resource", name, RESOURCES))
-        elif isinstance(value, bool) or not isinstance(value, int) or value < RESOURCES[name]:
-            allowed = f"allowed is a whole number, {RESOURCES[name]} or above"
-            mistakes.add(resources.lines[name], f"{name}: {value!r}; {allowed}")
+            continue
+        if isinstance(value, Lines):
+            lacking = [model for model in models if model not in value]
+            if lacking:
+                mistakes.add(resources.lines[name], f"{name}: lacks {', '.join(map(str, lacking))}")
+        for number in value.values() if isinstance(value, Lines) else [value]:
+            if isinstance(number, bool) or not isinstance(number, int) or number < RESOURCES[name]:
+                allowed = f"allowed is a whole number, {RESOURCES[name]} or above, or one for each model"
+                mistakes.add(resources.lines[name], f"{name}: {number!r}; {allowed}")
+
+
+def _resources_of(study: Lines, model: str) -> dict:
+    """What a run with this model asks for: a resource is a number, or one for each model."""
+    wanted = study.get("resources", {})
+    return {name: value[model] if isinstance(value, Lines) else value for name, value in wanted.items()}
 
 
 def _check(row: StudyRow, name: str, values: list, line: int, mistakes: Mistakes) -> None:
@@ -141,7 +154,7 @@ def _check(row: StudyRow, name: str, values: list, line: int, mistakes: Mistakes
 
 def _expand(study: Lines, name: str, notebook: Path, sweep: str, makers: dict, mistakes: Mistakes) -> list[Run]:
     """The study's runs. `makers`: which run makes each record names so far; no two make the same one."""
-    row, wanted, found = BY_NOTEBOOK[study["notebook"]], study.get("resources", {}), []
+    row, found = BY_NOTEBOOK[study["notebook"]], []
     for point, is_baseline in _points(study):
         parameters = {**notebook_defaults(notebook), **study.get("fixed", {}), **point}
         try:
@@ -156,6 +169,7 @@ def _expand(study: Lines, name: str, notebook: Path, sweep: str, makers: dict, m
         if not own:
             mistakes.add(study.line, f"{name} {point or ''}: {names[0]} is already made by {makers[names[0]]}")
             return []
+        wanted = _resources_of(study, parameters["model"])
         label = own[0].rpartition("/")[2].rpartition(".")[0]
         run = Run(
             study=name,
@@ -164,7 +178,7 @@ def _expand(study: Lines, name: str, notebook: Path, sweep: str, makers: dict, m
             outputs=tuple(own),
             needs=tuple(record for record in names if record not in own),
             executed=f"{EXECUTED}/{sweep}/{name}/{label}.ipynb",
-            code=code_digest(row.measure, find_target(asked["model"], None).folder == demo_folder()),
+            code=code_digest(row.measure, target_of(asked).folder == demo_folder()),
             gpus=wanted.get("gpus", 0),
             mem_mb=wanted.get("mem_mb"),
             cores=wanted.get("cores", None if row.is_timed else 1),
@@ -179,7 +193,7 @@ def _declared_records(row: StudyRow, asked: dict) -> list[str]:
     check_arguments(row.measure, asked, in_a_sweep=True)
     if re.search(r"[{}]", str(asked["output_dir"])):
         raise ValueError(f"output_dir={asked['output_dir']!r}: braces mean something else to Snakemake; leave them out")
-    planned = {run.press for run in row.plan(asked, trained_length(asked["model"]))}
+    planned = {run.press for run in row.plan(asked, trained_length(asked))}
     dropped = [name for name in expand_presses(asked["press"]) if name not in planned] if row.has_baseline else []
     if dropped:
         how = "" if asked["kv_bits"] is None else f" at kv_bits={asked['kv_bits']}"

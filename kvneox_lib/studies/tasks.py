@@ -38,6 +38,7 @@ def plan(asked: dict, trained: int | None) -> list[Planned]:
 def measure_tasks(
     *,
     model: may_be.Model = "pythia-70m",
+    revision: may_be.Revision | None = None,
     weights: may_be.QualityWeights = "auto",
     tasks: may_be.Tasks = IN_THE_BOX,
     press: may_be.Presses = ("random", "streaming_llm", "snapkv", "keydiff"),
