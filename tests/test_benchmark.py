@@ -1,5 +1,7 @@
 """What is timed is the right thing: the same tokens from every engine, bytes from the shapes, failures as rows."""
 
+import itertools
+import json
 import subprocess
 import sys
 import timeit
@@ -14,6 +16,7 @@ from kvneox_lib.inputs.weights import load_model
 from kvneox_lib.measures.clock import PeakMemory, resident_bytes
 from kvneox_lib.measures.precision import cost_of_precision, in_precision
 from kvneox_lib.measures.speed import (
+    WARM_UP,
     Product,
     Timing,
     figures,
@@ -88,7 +91,9 @@ def test_figures_are_medians_of_the_turns():
     assert found["decode_tok_per_s"] == 2.0 and found["total_tok_per_s"] == 3 * 11 / (3.0 + 10 * 1.5)
     assert (found["peak_bytes"], found["peak_above_bytes"]) == (1000, 100)
     assert (found["prefill_peak_bytes"], found["prefill_peak_above_bytes"]) == (900, 900)
+    assert found["prefill_turns_s"] == [1.0, 2.0, 3.0, 4.0, 11.0] and found["step_turns_s"] == [0.5, 1.0, 1.5, 2.0, 5.5]
     without = figures(turns, 3, 11, decode_only=True)
+    assert without["step_turns_s"] == found["step_turns_s"] and without["prefill_turns_s"] is None
     assert without["prefill_s"] is without["prefill_peak_above_bytes"] is None and without["peak_above_bytes"] == 100
 
 
@@ -110,6 +115,25 @@ def test_the_study(tmp_path, monkeypatch):
     monkeypatch.setattr(study_of_speed, "time_once", None)  # whoever measures now fails
     again = measure_speed(**SMALL, output_dir=str(tmp_path))
     assert again.records["step_s"].tolist() == study.records["step_s"].tolist()
+
+
+def test_what_each_turn_took_is_in_the_records(tmp_path, monkeypatch):
+    """A clock that counts what is timed: in the second turn the variants go the other way."""
+    calls = itertools.count()
+
+    def counted(lm, engine, press, ids, n_new, **_):
+        at = float(next(calls)) if ids.shape[1] > WARM_UP else 0.0
+        return Timing(at, 2 * at * n_new, n_new, 1.0, 1, 1, None)
+
+    monkeypatch.setattr(study_of_speed, "time_once", counted)
+    asked = {**SMALL, "engines": ["ours", "stock"], "repeats": 3, "output_dir": str(tmp_path)}
+    rows = measure_speed(**asked).records.set_index(["engine", "press"])
+    told = {at: json.loads(row["prefill_turns_s"]) for at, row in rows.iterrows()}
+    order = [("ours", "no_press"), ("ours", "snapkv"), ("stock", "no_press")]
+    assert [told[at] for at in order] == [[0, 5, 6], [1, 4, 7], [2, 3, 8]]
+    assert all(json.loads(row["step_turns_s"]) == [2 * at for at in told[i]] for i, row in rows.iterrows())
+    assert rows["started_at"].nunique() == 1 and rows["failure"].isna().all()
+    assert rows.loc[order[1], "prefill_s"] == 4 and rows.loc[order[1], "step_s"] == 8
 
 
 def test_what_runs_out_of_memory_is_a_row_and_the_rest_goes_on(tmp_path, monkeypatch):

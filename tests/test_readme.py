@@ -23,6 +23,7 @@ from conftest import REPOSITORY
 from matplotlib import pyplot
 
 from kvneox_lib.pages import figures
+from kvneox_lib.pages.report import Missing
 from kvneox_lib.studies import explore, perplexity, recall, records, speed, streaming, tasks
 
 sys.path.insert(0, str(REPOSITORY / "tools"))
@@ -214,7 +215,7 @@ def write(folder: Path, name: str, **row) -> None:
     (folder / f"{name}.json").write_text(json.dumps({"run_id": name, **where, **row}))
 
 
-def test_speeds_of_two_machines_are_two_tables(tmp_path, monkeypatch):
+def test_the_table_of_speed_is_of_one_machine_and_the_figure_of_all(tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "REFERENCE", tmp_path)
     assert "还没有记录" in readme.speed_table() and "还没有记录" in readme.streaming_table()
     measured = [
@@ -233,11 +234,25 @@ def test_speeds_of_two_machines_are_two_tables(tmp_path, monkeypatch):
             write(tmp_path / "speed", f"run{i}-{length}", **cell, **where)
     failed = {"press": "tova", "device_name": "A", "failure": "out of memory"}
     write(tmp_path / "speed", "bad", **{**cell, **where, **failed})
-    first, second = readme.speed_table().split("B，float32")
-    assert "A，float32，上下文 512，批 4；" in first
-    assert "| transformers（DynamicCache），不压缩 | 1000 (1000–1000) | 40.0 (36.0–48.0) | 1.00 | 100 |" in first
-    assert "| 31.0 (27.9–37.2) |" in first and "| 本库，snapkv 0.50 | 1000 (1000–1000) | 9.0 (8.1–10.8) |" in second
-    assert "| 9.0" not in first and not re.search(r"tova|\| 200 \||77.0", first + second)  # C compares with nothing
+    table = readme.speed_table()
+    assert "A，float32，上下文 512，批 4；" in table and "不是置信区间" in table and len(table.splitlines()) < 10
+    assert "| transformers（DynamicCache），不压缩 | 1000 (1000–1000) | 40.0 (36.0–48.0) | 1.00 | 100 | —" in table
+    assert "| 31.0 (27.9–37.2) |" in table and not re.search(r"tova|\| 200 \||77.0|\| 9.0", table)
+    with pytest.raises(Missing, match="与本库不压缩的对照"):
+        readme.speed_data()
+    for machine, ms in (("A", 20), ("B", 10)):
+        cell |= {"engine": "ours", "press": "no_press", "compression_ratio": 0.0, "device_name": machine}
+        cell |= {f"step_s{end}": ms / 1e3 for end in ("", "_q25", "_q75")}
+        write(tmp_path / "speed", f"plain-{machine}", **cell, **{**where, "context_tokens": 512, "context_length": 512})
+    shown = readme.speed_data().set_index(["device_name", "name"])["value"].to_dict()
+    assert shown == pytest.approx(
+        {
+            ("A", "transformers（DynamicCache），不压缩"): 2.0,
+            ("A", "本库，snapkv 0.50"): 1.55,
+            ("B", "transformers（DynamicCache），不压缩"): 8.0,
+            ("B", "本库，snapkv 0.50"): 0.9,
+        }
+    )
 
 
 def test_the_table_of_streaming(tmp_path, monkeypatch):
@@ -264,6 +279,11 @@ def test_the_figures_are_current_and_whole(name, tmp_path):
         figure = readme.draw(name)
         figure.savefig(tmp_path / name)
     data, column, _ = readme.FIGURES[name]
+    if name == "speed.svg":
+        drawn = [len(bars.lines[0].get_xdata()) for axes in figure.axes for bars in axes.containers]
+        pyplot.close(figure)
+        assert sum(drawn) == len(data()) > 20
+        return
     drawn = {line.get_label(): line.lines[0].get_ydata().tolist() for line in figure.axes[0].containers}
     pyplot.close(figure)
     shown = data().sort_values("compression_ratio")

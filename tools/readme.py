@@ -1,4 +1,4 @@
-"""What README_zh.md does not say by hand: tables of presses, parameters and results, and its two figures.
+"""What README_zh.md does not say by hand: tables of presses, parameters and results, and its figures.
 
     make readme
 
@@ -20,10 +20,10 @@ from matplotlib.figure import Figure
 
 from kvneox_lib import expand_presses
 from kvneox_lib.pages import report as reporting
-from kvneox_lib.pages import streams, timings, wordings
+from kvneox_lib.pages import streams, timings, turns, wordings
 from kvneox_lib.pages import tasks as task_pages
 from kvneox_lib.pages.degenerate import healthy, said
-from kvneox_lib.pages.figures import press_lines, use_style
+from kvneox_lib.pages.figures import dots, press_lines, use_style
 from kvneox_lib.pages.selecting import of_finished_models, of_one_storage, of_one_wording, of_ratios
 from kvneox_lib.pages.tables import press_table
 from kvneox_lib.pages.words import number
@@ -178,22 +178,21 @@ def control_line() -> str:
     )
 
 
+def speed_settings() -> list:
+    return reporting.settings_in(Path("speed"), REFERENCE)
+
+
 def speed_table() -> str:
-    """The longest context and the largest batch, a table for each model, machine and precision: never mixed."""
-    settings = reporting.settings_in(Path("speed"), REFERENCE)
-    if not settings:
+    """Five rows of the first setting; its other presses, and the other settings, are in the figure."""
+    if not speed_settings():
         return missing("speed")
-    parts = []
-    for records in timings.timed_settings(settings):
-        cell = timings.at_middle_ratio(timings.corner(records.frame))
-        run, table = cell.iloc[0], timings.times(cell)
-        table.insert(0, "变体", timings.variants(cell))
-        caption = (
-            f"{run.model}（权重：{run.weights}），{run.device_name}，{run['dtype']}，上下文 {run.context_tokens}，批 "
-            f"{run.batch_size}；毫秒，各轮的中位数（四分位数）。"
-        )
-        parts.append(f"{caption}\n\n{markdown(table.to_numpy().tolist(), head=list(table))}")
-    return "\n\n".join(parts)
+    runs = timings.timed_settings(speed_settings())[0].frame
+    run, table = timings.at_corner(runs).iloc[0], timings.in_short(runs).drop(columns="上下文×批")
+    caption = (
+        f"{run.model}（权重：{run.weights}），{run.device_name}，{run['dtype']}，上下文 {run.context_tokens}，批 "
+        f"{run.batch_size}；毫秒，各轮的中位数（四分位数）。{turns.basis(timings.at_corner(runs))}"
+    )
+    return f"{caption}\n\n{markdown(table.to_numpy().tolist(), head=list(table))}"
 
 
 def streaming_table() -> str:
@@ -246,14 +245,21 @@ def recall_data() -> pd.DataFrame:
     return runs[["press", "compression_ratio", "accuracy", "accuracy_ci95_low", "accuracy_ci95_high"]]
 
 
+def speed_data() -> pd.DataFrame:
+    return timings.against_plain(speed_settings())
+
+
 FIGURES = {  # file: its data, the column drawn, its axis
     "perplexity.svg": (perplexity_data, "delta_nll", "每个词元的 nll 与不压缩之差（nat）"),
     "recall.svg": (recall_data, "accuracy", "口令准确率（先压缩，再提问）"),
+    "speed.svg": (speed_data, "value", timings.STEP),
 }
 
 
 def draw(name: str) -> Figure:
     data, column, label = FIGURES[name]
+    if name == "speed.svg":
+        return dots(timings.step_dots(data()))
     return press_lines(data(), "compression_ratio", column, xlabel="压缩率", ylabel=label)
 
 

@@ -101,11 +101,12 @@ def _bytes(cache: Cache) -> int:
     return sum(held.nbytes for layer in cache.layers for held in (layer.keys, layer.values))
 
 
-def figures(timings: list[Timing], batch_size: int, max_new_tokens: int, decode_only: bool) -> dict[str, float | None]:
-    """Medians and quartiles over the turns, for `max_new_tokens` tokens a sample. decode_only: without the prefill."""
+def figures(timings: list[Timing], batch_size: int, max_new_tokens: int, decode_only: bool) -> dict:
+    """Medians and quartiles over the turns, for `max_new_tokens` tokens a sample, and what each turn took: what is
+    compared with another variant is compared within a turn. decode_only: without the prefill."""
     steps = [timing.step_s for timing in timings]
     prefills = [timing.prefill_s for timing in timings]
-    found = {}
+    found = {"step_turns_s": steps, "prefill_turns_s": prefills}
     for name, values in (("step_s", steps), ("prefill_s", prefills)):
         low, middle, high = np.percentile(values, [25, 50, 75])
         found |= {name: middle, f"{name}_q25": low, f"{name}_q75": high}

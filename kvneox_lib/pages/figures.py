@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pandas as pd
 import seaborn
 import torch
-from matplotlib import font_manager, pyplot
+from matplotlib import font_manager, pyplot, ticker
 from matplotlib.figure import Figure
 
 from kvneox_lib.pages.words import CONTROL
@@ -236,6 +237,65 @@ def bars(names: Sequence[str], values: Sequence[float], *, xlabel: str, marks: S
     axes.invert_yaxis()
     axes.set_xlabel(xlabel)
     return figure
+
+
+@dataclass(frozen=True)
+class Dots:
+    """A panel of `dots`: a row for each `name`, a mark for each `of`, at `value` with a bar from `low` to `high`, where
+    they are known. even: a dotted line; beyond: what is infinite is called, and stands at the right edge."""
+
+    rows: pd.DataFrame
+    xlabel: str
+    even: float | None = None
+    beyond: str = ""
+    title: str = ""
+
+
+def dots(panels: Sequence[Dots]) -> Figure:
+    """Multiples on a logarithmic scale, the names once at the left."""
+    names = list(dict.fromkeys(name for panel in panels for name in panel.rows["name"]))
+    marks = list(dict.fromkeys(of for panel in panels for of in panel.rows["of"]))
+    size = (3.1 * len(panels) + 2.2, (0.22 + 0.08 * len(marks)) * len(names) + 1.3)
+    figure, grid = pyplot.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+    for axes, panel in zip(grid[0], panels):
+        _dots_on(axes, panel, names, marks)
+    grid[0, 0].set_yticks(range(len(names)), names, fontsize=8)
+    grid[0, 0].set_ylim(len(names) - 0.4, -0.6)
+    figure.legend(*_first_of_each(grid[0]), loc="outside upper center", ncols=len(marks), fontsize=8, frameon=False)
+    return figure
+
+
+def _dots_on(axes, panel: Dots, names: list[str], marks: list[str]) -> None:
+    rows = panel.rows[["value", "low", "high"]].astype(float)
+    known = rows.to_numpy()[np.isfinite(rows.to_numpy())]
+    edge = 2 * known.max() if len(known) else 2.0
+    axes.set_xscale("log")
+    for i, of in enumerate(marks):
+        chosen = panel.rows["of"] == of
+        at = rows[chosen].clip(upper=edge)
+        places = [names.index(name) + 0.6 * ((i + 0.5) / len(marks) - 0.5) for name in panel.rows.loc[chosen, "name"]]
+        style = {**_line_style(of, marks), "linestyle": "none", "markersize": 4.5, "label": of}
+        ends = [(at["value"] - at["low"]).fillna(0).clip(lower=0), (at["high"] - at["value"]).fillna(0).clip(lower=0)]
+        axes.errorbar(at["value"].to_numpy(), places, xerr=[end.to_numpy() for end in ends], capsize=2, **style)
+    if panel.even is not None:
+        axes.axvline(panel.even, **FIXED["no_press"], linewidth=1)
+    if np.isinf(rows.to_numpy()).any():
+        axes.axvline(edge, color="0.6", linewidth=0.8)
+        axes.text(edge, 1.01, panel.beyond, ha="center", fontsize=8, transform=axes.get_xaxis_transform())
+    if len(known) and known.max() < 100 * known.min():
+        steps = ticker.MaxNLocator(5) if known.max() < 4 * known.min() else ticker.LogLocator(subs=(1, 2, 5))
+        axes.xaxis.set_major_locator(steps)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_xlabel(panel.xlabel, fontsize=9)
+    axes.set_title(panel.title, fontsize=9)
+
+
+def _first_of_each(grid) -> tuple[list, list]:
+    """Handles and labels of a legend for several panels."""
+    found = {label: handle for axes in grid for handle, label in zip(*axes.get_legend_handles_labels())}
+    return list(found.values()), list(found)
 
 
 # -- of the report ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import pandas as pd
 
+from kvneox_lib.pages import turns
 from kvneox_lib.pages.report import Missing
 from kvneox_lib.pages.selecting import of_one_storage, of_ratios
 from kvneox_lib.pages.timings import corner
@@ -25,7 +26,7 @@ def front(timings: pd.DataFrame, losses: pd.DataFrame) -> pd.DataFrame:
     """This library's runs at the corner beside the loss of the same press at the same ratio. A press with a strength of
     its own has no counterpart."""
     cell, losses = of_one_storage(corner(timings)), of_one_storage(losses)
-    ours = cell[cell["engine"] == "ours"][[*SAME, "decode_tok_per_s", "kv_bytes"]].dropna(subset="compression_ratio")
+    ours = cell[cell["engine"] == "ours"].dropna(subset="compression_ratio")
     both = ours.merge(losses[[*SAME, "delta_nll"]], on=SAME)
     if (both["press"] == "no_press").all():
         raise Missing("speed", "与困惑度同样的 press 与压缩率")
@@ -33,21 +34,24 @@ def front(timings: pd.DataFrame, losses: pd.DataFrame) -> pd.DataFrame:
 
 
 def undominated(both: pd.DataFrame) -> str:
+    """One is faster than another only where the interval of their ratio says so."""
     best = [
         f"{row.press} {row.compression_ratio:g}" if row.compression_ratio else "不压缩"
-        for row in both.itertuples()
-        if not ((both["delta_nll"] <= row.delta_nll) & (both["decode_tok_per_s"] > row.decode_tok_per_s)).any()
+        for _, row in both.iterrows()
+        if not any(turns.ratio(row, other).low > 1 for _, other in both[both["delta_nll"] <= row.delta_nll].iterrows())
     ]
-    return f"{len(both)} 个配置里，{len(best)} 个没有被别的配置胜过（损失不更大而吞吐更高）：{listed(best)}。"
+    return f"{len(both)} 个配置里，{len(best)} 个没有被别的配置胜过（损失不更大，而吞吐确实更高）：{listed(best)}。"
 
 
 def spread(both: pd.DataFrame) -> str:
-    plain = both[both["press"] == "no_press"]["decode_tok_per_s"]
-    groups = both[both["press"] != "no_press"].groupby("compression_ratio")["decode_tok_per_s"]
+    """Of the presses at one ratio, and of the ratio at which the middle press is fastest beside no compression."""
+    plain, others = both[both["press"] == "no_press"], both[both["press"] != "no_press"]
     if plain.empty:
         raise Missing("speed", "no_press")
-    widest, across = (groups.max() / groups.min()).max(), groups.median().max() / plain.median()
+    groups = [group.sort_values("step_s") for _, group in others.groupby("compression_ratio")]
+    apart = max((turns.ratio(group.iloc[-1], group.iloc[0]) for group in groups), key=lambda found: found.value)
+    middle = min((group.iloc[len(group) // 2] for group in groups), key=lambda row: row.step_s)
     return (
-        f"同一压缩率下，各方法的吞吐最多相差到 {widest:.2f} 倍；吞吐最高的那个压缩率，中位数是不压缩的 {across:.2f} "
-        "倍。"
+        f"同一压缩率下，最慢与最快的方法每步用时最多相差到 {apart}；最快的那个压缩率（{middle.compression_ratio:g}）"
+        f"上居中的方法，不压缩的每步用时是它的 {turns.ratio(plain.iloc[0], middle)}。"
     )

@@ -3,7 +3,9 @@
 
 import pandas as pd
 
+from kvneox_lib.pages import turns
 from kvneox_lib.pages.report import Missing
+from kvneox_lib.pages.selecting import bits_of
 from kvneox_lib.pages.timings import at_corner, column, timed_settings
 from kvneox_lib.pages.words import ENGINES, WEIGHTS, listed
 from kvneox_lib.studies.table import STUDIES
@@ -25,13 +27,16 @@ def _protocol(runs: pd.DataFrame, names: list[str]) -> dict[str, str]:
 def precisions(runs: pd.DataFrame) -> str:
     """What each other precision is worth beside float32 at the corner, without a press."""
     cell = at_corner(runs)
-    steps = cell[cell["press"] == "no_press"].groupby(["dtype", "engine"])["step_s"].first().unstack("dtype")
-    if "float32" not in steps or len(steps.columns) < 2:
+    bare = cell[(cell["press"] == "no_press") & bits_of(cell).isna()]
+    plain = {(row["dtype"], row["engine"]): row for _, row in bare.iterrows()}
+    others = sorted({dtype for dtype, _ in plain} - {"float32"})
+    if not others or not any(dtype == "float32" for dtype, _ in plain):
         raise Missing("speed", "两种精度的对照")
     text = ""
-    for dtype in steps.columns.drop("float32"):
-        shares = (steps[dtype] / steps["float32"]).dropna()
-        words = listed(f"{ENGINES[engine]}为 {share:.2f}" for engine, share in shares.items())
+    for dtype in others:
+        both = [engine for of, engine in sorted(plain) if of == dtype and ("float32", engine) in plain]
+        shares = {engine: turns.ratio(plain[dtype, engine], plain["float32", engine]) for engine in both}
+        words = listed(f"{ENGINES[engine]}为 {share}" for engine, share in shares.items())
         text += f"不压缩时，{dtype} 与 float32 每步用时之比：{words}。"
     return text
 

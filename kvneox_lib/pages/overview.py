@@ -5,6 +5,7 @@ import json
 import pandas as pd
 
 from kvneox_lib.inputs.weights import demo_folder
+from kvneox_lib.pages import turns
 from kvneox_lib.pages.degenerate import healthy
 from kvneox_lib.pages.report import NOTEBOOKS, Missing, Records, middle_ratio, models, setting, settings
 from kvneox_lib.pages.selecting import of_one_storage, with_strength
@@ -35,7 +36,7 @@ def best_speed(speed: Records) -> str:
     return (
         f"速度：{best.model}、上下文 {best.context_tokens}、批 {best.batch_size}（{best.device_name}），压缩后每秒解码 "
         f"{best.decode_tok_per_s:.0f} 个词元（{with_strength(best)}），是不压缩的 {ENGINES[stock.engine]}的 "
-        f"{stock.step_s / best.step_s:.1f} 倍，每步用时是屋顶线所给下界的 {best.times_floor:.1f} 倍。"
+        f"{turns.ratio(stock, best)}，每步用时是屋顶线所给下界的 {best.times_floor:.1f} 倍。"
     )
 
 

@@ -1,8 +1,12 @@
 """What is said and shown of speed and memory: the runs of study `speed`, as tables and sentences."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
 
+from kvneox_lib.pages import turns
+from kvneox_lib.pages.figures import Dots
 from kvneox_lib.pages.report import Missing
 from kvneox_lib.pages.selecting import (
     and_budget,
@@ -16,6 +20,7 @@ from kvneox_lib.pages.selecting import (
 )
 from kvneox_lib.pages.words import ENGINES, listed, numbers
 
+STEP = "每步用时，本库不压缩的几倍"
 FAILURES = {"out of memory": "内存不够", "mixes the rows of a batch": "不能整批运行"}
 
 
@@ -93,7 +98,7 @@ def fastest_transformers(runs: pd.DataFrame) -> pd.Series | None:
 def variants(runs: pd.DataFrame) -> pd.Series:
     """Engine, press and ratio in words, how the context was read and what is left of it kept; the precision where there
     are several."""
-    named = runs["engine"].map(ENGINES) + "，" + _presses(runs) + _readings(runs)
+    named = runs["engine"].map(ENGINES) + "，" + press_and_strength(runs) + _readings(runs)
     return named + "，" + runs["dtype"] if several_precisions(runs) else named
 
 
@@ -114,7 +119,8 @@ def column(runs: pd.DataFrame, name: str) -> pd.Series:
     return pd.to_numeric(runs[name]) if name in runs else pd.Series(float("nan"), runs.index)
 
 
-def _presses(runs: pd.DataFrame) -> pd.Series:
+def press_and_strength(runs: pd.DataFrame) -> pd.Series:
+    """In words, with the bits in which what is left is kept."""
     strength = runs["compression_ratio"].map(lambda ratio: f" {_ratio(ratio)}" if ratio and ratio == ratio else "")
     budgets = budget_of(runs)
     strength = strength.where(budgets.isna(), budgets.map(and_budget))
@@ -189,16 +195,37 @@ def results(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([cells(timed), times(timed), total, memory(timed)], axis=1)
 
 
-def at_corners(settings: list, measured) -> pd.DataFrame:
-    """The corner of each setting at its middle ratio, one below the other, with the columns that `measured` makes of
-    runs. Machine and precision are shown where they differ."""
-    tables = []
-    for records in timed_settings(settings):
-        cell = at_middle_ratio(corner(records.frame))
-        where = {"机器": cell["device_name"], "精度": cell["dtype"], "模型": cell["model"]}
-        tables.append(pd.concat([pd.DataFrame(where), cells(cell), measured(cell)], axis=1))
-    table = pd.concat(tables, ignore_index=True)
-    return table.drop(columns=[name for name in ("机器", "精度") if table[name].nunique() == 1])
+def times_at_corner(runs: pd.DataFrame) -> pd.DataFrame:
+    """At the middle ratio, beside a step of this library without a press."""
+    cell = at_middle_ratio(at_corner(runs))
+    return pd.concat([cells(cell), times(cell), against_plain_in_words(cell)], axis=1)
+
+
+def memory_at_corner(runs: pd.DataFrame) -> pd.DataFrame:
+    cell = at_middle_ratio(at_corner(runs))
+    return pd.concat([cells(cell), memory(cell)], axis=1)
+
+
+def in_short(runs: pd.DataFrame) -> pd.DataFrame:
+    """Of `times_at_corner` the rows without a press, and in both loops the press whose step is the shortest in ours."""
+    cell = at_middle_ratio(at_corner(runs))
+    ours = cell[(cell["engine"] == "ours") & (cell["press"] != "no_press")]
+    best = ours["press"][ours["step_s"].idxmin()] if len(ours) else None
+    return times_at_corner(runs).loc[cell["press"].isin(["no_press", best])]
+
+
+def against_plain_in_words(cell: pd.DataFrame) -> pd.Series:
+    """Of runs in one precision that took turns: a step of each as a multiple of this library's without a press."""
+    plain = _plain_of_ours(cell)
+    found = [
+        "—" if plain is None or name == plain.name else str(turns.ratio(row, plain)) for name, row in cell.iterrows()
+    ]
+    return pd.Series(found, cell.index, name=STEP)
+
+
+def _plain_of_ours(cell: pd.DataFrame) -> pd.Series | None:
+    plain = cell[(cell["engine"] == "ours") & (cell["press"] == "no_press") & bits_of(cell).isna()]
+    return plain.iloc[0] if len(plain) else None
 
 
 def by_context(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -216,68 +243,111 @@ def by_context(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {title: part for title, part in panels.items() if len(part)}
 
 
-def engine_gains(runs: pd.DataFrame) -> pd.DataFrame:
-    """For each context, batch and precision at which both were timed without a press: the step of this library
-    (`plain_s`) and of transformers (`stock_s`, `static_s`, where timed); of its fastest compressed run `best` in words,
-    `best_s` and `times_floor`, and the same compression in the loop of kvpress (`kvpress_s`)."""
-    rows = []
-    for (context, batch, dtype), cell in timed_runs(runs).groupby(["context_tokens", "batch_size", "dtype"]):
-        plain = cell[(cell["press"] == "no_press") & bits_of(cell).isna()].groupby("engine")["step_s"].first()
-        if "ours" not in plain or not {"stock", "static"} & set(plain.index):
-            continue
-        row = {"context_tokens": context, "batch_size": batch, "dtype": dtype, "plain_s": plain["ours"]}
-        row |= {f"{engine}_s": plain.get(engine) for engine in ("stock", "static")}
-        rows.append(row | _best_compressed(cell))
-    columns = ["context_tokens", "batch_size", "dtype", "plain_s", "stock_s", "static_s"]
-    return pd.DataFrame(rows, columns=[*columns, "best", "best_s", "times_floor", "kvpress_s"])
+@dataclass(frozen=True)
+class Gain:
+    """At one context, batch and precision: this library without a press and transformers' own, as rows of records; of
+    compressed runs the one with the shortest step, those that nobody can tell from it, and it in the loop of kvpress.
+    """
+
+    plain: pd.Series
+    stock: dict[str, pd.Series]  # by engine, where timed
+    best: pd.Series | None
+    level: pd.DataFrame | None
+    kvpress: pd.Series | None
+
+    @property
+    def where(self) -> str:
+        return f"上下文 {self.plain.context_tokens}、批 {self.plain.batch_size}"
 
 
-def _best_compressed(cell: pd.DataFrame) -> dict:
+def engine_gains(runs: pd.DataFrame) -> list[Gain]:
+    """For each context, batch and precision at which this library and transformers were timed without a press."""
+    found = []
+    for _, cell in timed_runs(runs).groupby(["context_tokens", "batch_size", "dtype"]):
+        bare = cell[(cell["press"] == "no_press") & bits_of(cell).isna()].drop_duplicates("engine")
+        plain = {row["engine"]: row for _, row in bare.iterrows()}
+        stock = {engine: plain[engine] for engine in ("stock", "static") if engine in plain}
+        if "ours" in plain and stock:
+            found.append(Gain(plain["ours"], stock, *_best_compressed(cell)))
+    return found
+
+
+def _best_compressed(cell: pd.DataFrame) -> tuple[pd.Series | None, pd.DataFrame | None, pd.Series | None]:
     ours = cell[(cell["engine"] == "ours") & (cell["press"] != "no_press")].dropna(subset="step_s")
     if ours.empty:
-        return {}
+        return None, None, None
     best = ours.loc[ours["step_s"].idxmin()]
     theirs = cell[(cell["engine"] == "kvpress") & (cell["press"] == best.press)]
-    theirs = theirs[theirs["compression_ratio"] == best.compression_ratio]["step_s"]
-    found = {"best": with_strength(best), "best_s": best.step_s, "times_floor": best.times_floor}
-    return found | {"kvpress_s": theirs.iloc[0] if len(theirs) else None}
+    theirs = theirs[theirs["compression_ratio"] == best.compression_ratio]
+    return best, turns.level_with(best, ours), theirs.iloc[0] if len(theirs) else None
+
+
+def against_plain(settings: list) -> pd.DataFrame:
+    """The corner of each setting at its middle ratio: the step of each variant as a multiple of this library's without
+    a press in the same turns, which is left out."""
+    rows = []
+    for records in timed_settings(settings):
+        cell = at_middle_ratio(corner(records.frame))
+        plain = _plain_of_ours(cell)
+        if plain is None:
+            continue
+        others = cell.drop(index=plain.name)
+        size = f"{plain.model}，上下文 {plain.context_tokens}，批 {plain.batch_size}"
+        for name, (_, row) in zip(variants(others), others.iterrows()):
+            found = turns.ratio(row, plain)
+            told = row[["press", "compression_ratio", "device_name"]].to_dict()
+            times = {"value": found.value, "low": found.low, "high": found.high}
+            rows.append({"panel": size, "name": name, "of": row["dtype"], **told, **times})
+    if not rows:
+        raise Missing("speed", "与本库不压缩的对照")
+    return pd.DataFrame(rows)
+
+
+def step_dots(found: pd.DataFrame) -> list[Dots]:
+    """Of `against_plain`: a panel for each model and size, a mark for each precision."""
+    several = found["device_name"].nunique() > 1
+    marks = found["of"] + "，" + found["device_name"] if several else found["of"]
+    return [
+        Dots(part, STEP, even=1.0, title=panel) for panel, part in found.assign(of=marks).groupby("panel", sort=False)
+    ]
 
 
 # ---- sentences ------------------------------------------------------------------------------------------------------
 
 
-def gain_in_words(row) -> str:
-    """A row of `engine_gains`. Who compares with the slower of transformers' caches alone flatters himself."""
-    timed = {engine: getattr(row, f"{engine}_s") for engine in ("stock", "static")}
-    timed = {ENGINES[engine]: seconds for engine, seconds in timed.items() if pd.notna(seconds)}
-    times = listed(f"{name}的 {seconds / row.plain_s:.2f} 倍" for name, seconds in timed.items())
-    text = f"不压缩时，本库的解码速度是 {times}，这与压缩无关"
-    if pd.isna(row.best_s):
+def gain_in_words(gain: Gain) -> str:
+    """Who compares with the slower of transformers' caches alone flatters himself."""
+    others = [f"{ENGINES[engine]}是 {turns.ratio(row, gain.plain).in_words}" for engine, row in gain.stock.items()]
+    text = f"不压缩时，每步用时与本库之比：{listed(others)}，这与压缩无关"
+    if gain.best is None:
         return text + "。"
-    compared = min(timed, key=timed.get)
+    fastest = min(gain.stock, key=lambda engine: gain.stock[engine].step_s)
     text += (
-        f"；压缩之后最快的（{row.best}）是本库不压缩时的 {row.plain_s / row.best_s:.1f} 倍、不压缩的 {compared}的 "
-        f"{timed[compared] / row.best_s:.1f} 倍，每步用时是下界的 {row.times_floor:.1f} 倍。"
+        f"；压缩之后每步最短的是 {with_strength(gain.best)}{_and_level(gain.level)}，本库不压缩时的每步用时是它的 "
+        f"{turns.ratio(gain.plain, gain.best).in_words}，不压缩的 {ENGINES[fastest]}的是它的 "
+        f"{turns.ratio(gain.stock[fastest], gain.best).in_words}；它的每步用时是下界的 {gain.best.times_floor:.1f} 倍。"
     )
-    if pd.notna(row.kvpress_s):
-        text += f"同样的压缩在 kvpress 的循环里，每步用时是本库的 {row.kvpress_s / row.best_s:.2f} 倍。"
+    if gain.kvpress is not None:
+        text += f"同样的压缩在 kvpress 的循环里，每步用时是本库的 {turns.ratio(gain.kvpress, gain.best).in_words}。"
     return text
+
+
+def _and_level(level: pd.DataFrame) -> str:
+    return f"（{listed(press_and_strength(level))} 与它分不出快慢）" if len(level) else ""
 
 
 def gains(runs: pd.DataFrame) -> str:
     """At the corner."""
     found = engine_gains(at_corner(runs))
-    if found.empty or found["best_s"].isna().all():
+    if not found or found[0].best is None:
         raise Missing("speed", "几种实现的对照")
-    return gain_in_words(found.iloc[0])
+    return gain_in_words(found[0])
 
 
 def gains_everywhere(runs: pd.DataFrame) -> list[str]:
     several = several_precisions(runs)
-    return [
-        f"上下文 {row.context_tokens}、批 {row.batch_size}{several * f'、{row.dtype}'}：{gain_in_words(row)}"
-        for row in engine_gains(runs).itertuples()
-    ]
+    found = [(gain, f"、{gain.plain['dtype']}" if several else "") for gain in engine_gains(runs)]
+    return [f"{gain.where}{precision}：{gain_in_words(gain)}" for gain, precision in found]
 
 
 def peaks_in_words(runs: pd.DataFrame) -> str:
@@ -313,7 +383,7 @@ def smallest_cache(runs: pd.DataFrame) -> str:
     least = ours[ours["kv_bytes"] == ours["kv_bytes"].min()]
     best = least.iloc[0]
     return (
-        f"缓存实际分配的字节最少的是 {listed(_presses(least))}：{best.kv_bytes / 1e6:.1f} MB，"
+        f"缓存实际分配的字节最少的是 {listed(press_and_strength(least))}：{best.kv_bytes / 1e6:.1f} MB，"
         f"完整的上下文是 {best.kv_bytes_full / 1e6:.1f} MB。"
     )
 
@@ -326,5 +396,6 @@ def slowest_prefill(runs: pd.DataFrame) -> str:
         raise Missing("speed", "首词元用时的对照")
     plain = plain[bits_of(plain).isna()]
     slowest = scored.loc[scored["prefill_s"].idxmax()]
-    ratio = slowest.prefill_s / plain["prefill_s"].iloc[0]
-    return f"打分也要时间：首词元最慢的是 {slowest.press}，用时为不压缩的 {ratio:.2f} 倍。"
+    times = turns.ratio(slowest, plain.iloc[0], "prefill_s")
+    level = _and_level(turns.level_with(slowest, scored, "prefill_s"))
+    return f"打分也要时间：首词元最慢的是 {press_and_strength(scored)[slowest.name]}{level}，用时为不压缩的 {times}。"

@@ -115,7 +115,8 @@ def measure_speed(
     ours and in transformers' own, for each context length, batch size and precision.
 
     The variants of one context length and batch size take turns, `repeats` times; in a turn each reads the context and
-    decodes its share of `max_new_tokens`, and nothing ends early. min_new_tokens: so many in each turn at least.
+    decodes its share of `max_new_tokens`, and nothing ends early. What they took in each turn is in their records, and
+    those that took turns with each other have the same `started_at`. min_new_tokens: so many in each turn at least.
     keep_tokens: entries of each head to keep, one budget or several, in the place of compression_ratio.
     prefill_chunk, evict_while_reading, kv_bits: how ours reads the context and keeps what is left; see `generate`.
     """
@@ -131,9 +132,9 @@ def measure_speed(
         started, variants = provenance(runs.device), list(cell)
         ids = torch.randint(runs.loaded.model.config.vocab_size, (batch, length), device=runs.device)
         timings, rates = [[] for _ in variants], []
-        for _ in range(repeats):
+        for turn in range(repeats):
             rates.append(_rates(runs.device, models))
-            for run, found in zip(variants, timings):
+            for run, found in _to_and_fro(list(zip(variants, timings)), turn):
                 progress.set_postfix_str(f"{run.settings['engine']} {run.press}, {length} × {batch}")
                 found.append(_time_or_why_not(models[_precision(runs, run)], run, ids, n_turn, runs.asked))
                 progress.update()
@@ -143,6 +144,11 @@ def measure_speed(
             runs.write(run, length, started, record | _accuracy(run, lm), {})
     progress.close()
     return runs.study()
+
+
+def _to_and_fro(variants: list, turn: int) -> list:
+    """Every other turn in reverse: a machine that grows slower all the time then favours no variant."""
+    return variants[:: -1 if turn % 2 else 1]
 
 
 def for_engine(engine: str, names: list[str]) -> list[str]:

@@ -1,0 +1,188 @@
+"""What a press costs and when it has paid for itself: against times added up token by token, and tests at each."""
+
+import json
+from math import ceil, inf
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import pyplot
+
+from kvneox_lib.pages import figures, payoff
+from kvneox_lib.pages.payoff import Payoff, break_even
+from kvneox_lib.pages.report import Missing, Records
+from kvneox_lib.pages.turns import t_quantile
+
+
+def added_up(first: float, step: float, plain_first: float, plain_step: float, most: int = 10_000) -> float:
+    """The first number of tokens at which the one is no later than the other, one token after the other."""
+    pressed, plain = first, plain_first
+    for tokens in range(1, most):
+        if pressed <= plain:
+            return tokens
+        pressed, plain = pressed + step, plain + plain_step
+    return inf
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        (1.5, 0.25, 1.0, 0.5),  # the half second at a quarter a step: after two steps
+        (1.3, 0.043, 1.0, 0.05),
+        (0.9, 0.04, 1.0, 0.05),  # at once
+        (1.0, 0.05, 1.0, 0.05),
+        (1.2, 0.06, 1.0, 0.05),  # never
+    ],
+)
+def test_break_even_is_where_the_times_added_up_meet(times):
+    first, step, plain_first, plain_step = times
+    found = break_even(np.array([first - plain_first]), np.array([plain_step - step]))
+    expected = added_up(*times)
+    if first == plain_first and step == plain_step:
+        assert found.tokens == inf and expected == 1  # nothing lost, but nothing is ever saved
+    else:
+        assert (ceil(found.tokens - 1e-9) if found.tokens < inf else inf) == expected
+    assert np.isnan(found.low) and np.isnan(found.high)
+
+
+def not_contradicted(extra, saved, tokens: np.ndarray) -> np.ndarray:
+    """Student's test at each number of tokens: is extra - (tokens - 1) * saved zero on average?"""
+    left = extra[None] - (tokens[:, None] - 1) * saved[None]
+    return np.abs(left.mean(1)) <= t_quantile(len(extra) - 1) * left.std(1, ddof=1) / len(extra) ** 0.5
+
+
+@pytest.mark.parametrize(("cost", "gain"), [(0.5, 0.02), (0.5, 0.004), (0.0, 0.02), (0.5, 0.0), (0.5, -0.004)])
+def test_the_interval_is_of_all_numbers_that_the_turns_do_not_contradict(cost, gain):
+    random, grid = np.random.default_rng(3), np.linspace(1, 3000, 60_000)
+    for _ in range(20):
+        extra, saved = cost + 0.05 * random.standard_normal(5), gain + 0.004 * random.standard_normal(5)
+        found, held = break_even(extra, saved), grid[not_contradicted(extra, saved, grid)]
+        if len(held) == 0:  # beyond the grid, or nowhere
+            assert found.low > 3000 or found.high == 1 or found.low == inf
+            continue
+        assert found.low == pytest.approx(held[0], abs=0.06)
+        assert min(found.high, 3000) == pytest.approx(held[-1], abs=0.06)
+        assert found.low <= found.tokens <= found.high
+
+
+def test_the_interval_holds_the_truth_in_95_of_100():
+    """Extra and saved are of the same turns: what slows one down slows the other. The truth is 1 + 0.5 / 0.02."""
+    random, held = np.random.default_rng(0), []
+    for _ in range(3000):
+        slow = random.standard_normal(5)
+        extra = 0.5 + 0.1 * slow + 0.03 * random.standard_normal(5)
+        found = break_even(extra, 0.02 + 0.004 * slow + 0.002 * random.standard_normal(5))
+        held.append(found.low <= 26 <= found.high)
+    assert np.mean(held) == pytest.approx(0.95, abs=0.02)
+
+
+def test_what_is_sure_by_hand():
+    """A cost that is sure and a saving that is not has no end; a saving that is surely none never pays."""
+    sure = np.array([0.5, 0.51, 0.49, 0.5])
+    assert break_even(sure, np.array([0.01, -0.01, 0.02, -0.01])).high == inf
+    assert break_even(sure, np.array([0.01, -0.01, 0.02, -0.01])).low > 1
+    assert break_even(sure, np.array([-0.02, -0.021, -0.019, -0.02])) == Payoff(inf, inf, inf)
+    assert break_even(-sure, np.array([0.02, 0.021, 0.019, 0.02])) == Payoff(1, 1, 1)
+    assert break_even(-sure, np.array([0.01, -0.01, 0.02, -0.01])) == Payoff(1, 1, inf)
+    nothing = break_even(np.array([0.1, -0.1, 0.1, -0.1]), np.array([0.01, -0.01, 0.02, -0.01]))
+    assert (nothing.low, nothing.high) == (1, inf)
+    words = [one.in_words for one in (Payoff(8.2, 1, 11.5), Payoff(8.2, 3.1, inf), Payoff(inf, inf, inf))]
+    assert words == ["9 [1, 12]", "9 [4, 从不]", "从不"]
+    assert [Payoff(8.2, np.nan, np.nan).in_words, Payoff(inf, np.nan, np.nan).in_words] == ["9", "从不"]
+
+
+# ---- pages ----------------------------------------------------------------------------------------------------------
+
+SHARED = np.array([1.0, 1.3, 0.9, 1.1])  # how slow the machine was
+
+
+def run(
+    press: str, first: float, step: float, *, context=512, batch=1, engine="ours", started="t0", ratio=0.75, noise=0
+):
+    wobble = 1 + noise * np.array([1, -1, -1, 1])
+    turns = {"prefill": first * SHARED * wobble, "step": step * SHARED * wobble[::-1]}
+    found = {"press": press, "compression_ratio": 0.0 if press == "no_press" else 0.75, "engine": engine}
+    found |= {"context_tokens": context, "batch_size": batch, "dtype": "float32", "started_at": started}
+    for name, seconds in turns.items():
+        low, middle, high = np.percentile(seconds, [25, 50, 75])
+        found |= {f"{name}_s": middle, f"{name}_s_q25": low, f"{name}_s_q75": high}
+        found[f"{name}_turns_s"] = json.dumps(list(seconds))
+    return found
+
+
+@pytest.fixture
+def runs():
+    """knorm is paid for after one step, kvzip after a hundred; tova never; of random nobody can say."""
+    cheap = [run("no_press", 1.0, 0.05), run("knorm", 1.02, 0.03), run("kvzip", 3.0, 0.03), run("tova", 1.1, 0.06)]
+    other = [
+        run("random", 1.0, 0.0499, noise=0.1),
+        run("knorm", 1.0, 0.01, batch=4),
+        run("no_press", 1.0, 0.1, batch=4),
+    ]
+    long = [run("no_press", 4.0, 0.1, context=1024), run("knorm", 4.2, 0.05, context=1024)]
+    return pd.DataFrame([*cheap, *other, *long, run("no_press", 9.0, 0.4, engine="stock")])
+
+
+def test_costs_are_against_no_compression_of_the_same_cell(runs):
+    found = payoff.costs(runs).set_index(["press", "context_tokens", "batch_size"])
+    assert len(found) == 6 and found.loc[("knorm", 512, 1), "name"] == "knorm 0.75"
+    expected = {("knorm", 512, 1): (1.02, 2), ("kvzip", 512, 1): (3.0, 101), ("knorm", 512, 4): (1.0, 1)}
+    expected[("knorm", 1024, 1)] = (1.05, 5)
+    for at, (first, tokens) in expected.items():
+        assert found.loc[[at], "first"].iloc[0].value == pytest.approx(first)
+        assert found.loc[[at], "paid"].iloc[0].tokens == pytest.approx(tokens)
+    assert found.loc[[("tova", 512, 1)], "paid"].iloc[0] == Payoff(inf, inf, inf)
+    with pytest.raises(Missing, match="首词元用时的对照"):
+        payoff.costs(runs[runs["press"] != "no_press"])
+
+
+def test_the_baseline_of_the_same_turns_is_taken(runs):
+    """A press that came later has a baseline of its own: the machine has become twice as slow."""
+    later = pd.DataFrame([run("no_press", 2.0, 0.1, started="t1"), run("snapkv", 2.2, 0.05, started="t1")])
+    for frame in (pd.concat([runs, later]), pd.concat([later, runs])):
+        found = payoff.costs(frame.reset_index(drop=True)).set_index("press")
+        assert found.loc["snapkv", "first"].value == pytest.approx(1.1) and found.loc["snapkv", "first"].is_interval
+    alone = payoff.costs(pd.concat([runs, later[1:]], ignore_index=True)).set_index("press")
+    assert alone.loc["snapkv", "first"].value == pytest.approx(2.2) and not alone.loc["snapkv", "first"].is_interval
+
+
+def test_what_is_said(runs):
+    found = payoff.shown(runs)
+    assert set(found["batch_size"]) == {1}
+    said = payoff.costs_in_words(found)
+    assert said.startswith("上下文 512、批 1，4 种做法里有 3 种让首词元晚到（区间不含 1）；最慢的是 kvzip 0.75，")
+    short, long, _ = payoff.payoff_in_words(found).split("。")
+    assert short.startswith("上下文 512、批 1：2 种确实回本，从 knorm 0.75（2 [2, 2]）到 kvzip 0.75（101 [101, 101]）")
+    assert "random 0.75（" in short and short.endswith("不能断定回本；tova 0.75 每步反而更慢，从不回本")
+    assert long == "上下文 1024、批 1：确实回本的有 knorm 0.75（5 [5, 5]）个词元"
+    table = payoff.table(found).set_index(["press", "上下文×批"])["回本（词元）"]
+    assert table["kvzip 0.75", "512×1"] == "101 [101, 101]" and table["tova 0.75", "512×1"] == "从不"
+
+
+def test_records_from_before_the_turns_have_no_intervals(runs):
+    found = payoff.shown(runs.drop(columns=["prefill_turns_s", "step_turns_s"]))
+    assert "（四分位数的范围不含 1）" in payoff.costs_in_words(found)
+    assert "kvzip 0.75（101）" in payoff.payoff_in_words(found) and "没有区间" in payoff.payoff_in_words(found)
+    assert figures.dots(payoff.panels(found))
+    pyplot.close("all")
+
+
+def test_the_setting_with_most_presses_is_shown(runs):
+    few, many = (Records("speed", None, None, frame) for frame in (runs[runs["press"] != "tova"], runs))
+    bare = Records("speed", None, None, runs[runs["engine"] == "stock"])
+    assert payoff.of_most_presses([bare, few, many]) is many
+    with pytest.raises(Missing, match="speed 的 首词元用时的对照"):
+        payoff.of_most_presses([bare])
+
+
+def test_the_picture_has_every_press_where_it_was_measured(runs):
+    found = payoff.shown(runs)
+    figure = figures.dots(payoff.panels(found))
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    first, paid = ({bars.get_label(): bars.lines[0].get_xdata() for bars in axes.containers} for axes in figure.axes)
+    assert names == ["random 0.75", "knorm 0.75", "kvzip 0.75", "tova 0.75"]
+    assert first["上下文 512"] == pytest.approx([1.0, 1.02, 3.0, 1.1], abs=0.01) and len(first["上下文 1024"]) == 1
+    edge = max(paid["上下文 512"])
+    assert edge > 101 and list(paid["上下文 512"])[-1] == edge and paid["上下文 1024"] == pytest.approx([5])
+    assert "从不" in [text.get_text() for text in figure.axes[1].texts]
+    pyplot.close(figure)
