@@ -92,11 +92,49 @@ def test_an_order_is_claimed_only_where_windows_carry_it():
     hard = rng.normal(3, 1, 40)
     runs = {"random": hard, "good": hard - 0.1 + rng.normal(0, 0.01, 40), "same": hard + rng.normal(0, 0.5, 40)}
     rows = [{"press": name, "compression_ratio": 0.5, "nll_mean": value} for name in runs for value in runs[name]]
+    rows = [{**row, "document": 0} for row in rows]
     table = losses.against(pd.DataFrame(rows), "random").set_index("press")
     assert table["verdict"].to_dict() == {"good": "better", "same": ""}
     assert table.loc["good", "nll_difference"] == pytest.approx(-0.1, abs=0.01)
     swapped = losses.against(pd.DataFrame(rows), "good").set_index("press")
     assert swapped.loc["random", "verdict"] == "worse" and "good" not in swapped.index
+
+
+def of_books(n_books: int, shift: float, apart: float = 0.0) -> pd.DataFrame:
+    """Table `windows` of books of 40 windows in which a press is `shift` worse than random; in one book after the other
+    by `apart` more, though not in the mean."""
+    noise, books = np.random.default_rng(0).normal(0, 0.1, 40 * n_books), np.repeat(np.arange(n_books), 40)
+    lost = {"random": np.zeros(len(books)), "press": shift + noise + apart * (books - books.mean())}
+    rows = [
+        {"press": name, "compression_ratio": 0.5, "document": book, "nll_mean": value}
+        for name, values in lost.items()
+        for book, value in zip(books, values)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_few_books_are_spoken_of_alone_and_the_page_says_so():
+    (row,) = losses.against(of_books(3, 0.1, apart=0.1), "random").itertuples()
+    assert row.verdict == "worse" and not row.excludes_zero and row.nll_difference_ci95_low < 0
+    said = losses.reach_of_verdicts(losses.against(of_books(3, 0.1, apart=0.1), "random"))
+    assert "共 1 次比较" in said and "1 次有定论" in said and "只说这些文本" in said and "区间不含零的有 0 次" in said
+    (row,) = losses.against(of_books(8, 0.1, apart=0.1), "random").itertuples()
+    assert row.verdict == "" and row.p > 0.05  # of eight, other books are spoken of
+    assert "只说" not in losses.reach_of_verdicts(losses.against(of_books(8, 0.1), "random"))
+    assert "只说这一篇文本" in losses.reach(1) and "t 分布" in losses.reach(3) and "t 分布" not in losses.reach(8)
+
+
+def test_verdicts_over_many_are_fewer():
+    """Two hundred that differ by nothing."""
+    rng = np.random.default_rng(3)
+    rows = [
+        {"press": name, "compression_ratio": 0.5, "document": 0, "nll_mean": value}
+        for name in ["random", *(f"press {i}" for i in range(200))]
+        for value in rng.normal(0, 0 if name == "random" else 1, 50)
+    ]
+    table = losses.against(pd.DataFrame(rows), "random")
+    assert (table["p"] < 0.05).sum() >= 3 and (table["verdict"] != "").sum() == 0
+    assert losses.judged(table.nsmallest(1, "p"))["verdict"].iloc[0] != ""
 
 
 def test_presses_rise_where_the_intervals_part():
@@ -106,9 +144,10 @@ def test_presses_rise_where_the_intervals_part():
 
 
 def test_what_a_study_shows_in_words():
-    first, rise, better, verdict = losses.findings(study(), windows(9))
+    first, rise, better, verdict, reach = losses.findings(study(), windows(9))
     assert "2.0e-06 nat" in first and "2 种 press 中，1 种" in rise and "例外：random。" in rise
-    assert better.endswith("区间不含零的：think —。")
+    assert "区间不含零的：think —。" in better and "一共看了 7 次运行" in better and "约 0.2 次" in better
+    assert "共 1 次比较" in reach
     assert verdict.startswith("压缩率 0.75，") and "显著更好的有 snapkv；分不出的有 无；显著更差的有 无" in verdict
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 import kvneox_lib
 from kvneox_lib.measures import perplexity
 from kvneox_lib.measures import prefill as prefill_module
-from kvneox_lib.measures.intervals import bootstrap_ci95
+from kvneox_lib.measures.intervals import interval
 from kvneox_lib.measures.perplexity import (
     by_distance,
     continuation_nll,
@@ -193,15 +193,6 @@ def test_wrong_lengths_are_refused(demo, pages, n_context):
 # ---- figures of a run -----------------------------------------------------------------------------------------------
 
 
-def test_the_interval_of_a_mean_is_that_of_the_central_limit():
-    values = np.random.default_rng(1).normal(3, 2, 400)
-    low, high = bootstrap_ci95(values, np.ones(400))
-    half = 1.96 * values.std() / math.sqrt(400)
-    assert low == pytest.approx(values.mean() - half, abs=0.03) and high == pytest.approx(
-        values.mean() + half, abs=0.03
-    )
-
-
 def test_pairing_takes_out_what_makes_windows_differ():
     rng = np.random.default_rng(0)
     baseline = rng.normal(3, 1, (50, 1)) + rng.normal(0, 0.1, (50, 20))
@@ -212,7 +203,19 @@ def test_pairing_takes_out_what_makes_windows_differ():
     assert figures["bits_per_byte"] == pytest.approx(nats / math.log(2) / (50 * 80))
     assert figures["word_ppl"] == pytest.approx(math.exp(nats / (50 * 16)))
     assert figures["ppl"] == pytest.approx(math.exp(nats / 1000)) and figures["n_tokens"] == 1000
-    assert figures["ppl_ratio"] == pytest.approx(math.exp(0.1))
+    assert figures["ppl_ratio"] == pytest.approx(math.exp(0.1)) and figures["n_documents"] == 1
+
+
+def test_figures_and_bins_know_of_which_book_a_window_is():
+    rng, books = np.random.default_rng(0), np.repeat([0, 1, 2], [20, 12, 18])
+    nll = rng.normal(3, 1, (50, 20)) + books[:, None]
+    figures = summarize(nll, np.full(50, 80), np.full(50, 16), np.zeros_like(nll), books)
+    assert figures["n_documents"] == 3
+    ends = figures["delta_nll_ci95_low"], figures["delta_nll_ci95_high"]
+    assert ends == pytest.approx(interval(nll.mean(1), None, books).ends)
+    last = by_distance(nll, np.zeros_like(nll), books).iloc[-1]
+    ends = last["delta_nll_ci95_low"], last["delta_nll_ci95_high"]
+    assert ends == pytest.approx(interval(nll[:, 16:].mean(1), None, books).ends)
 
 
 def test_distance_bins_cover_each_token_once():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from matplotlib import pyplot
 
-from kvneox_lib.measures.intervals import wilson_ci95
+from kvneox_lib.measures.intervals import holm, wilson_ci95
 from kvneox_lib.neox.bits import GROUP, form_of, pack
 from kvneox_lib.pages import figures, storage
 from kvneox_lib.pages.report import Missing, Records
@@ -117,7 +117,8 @@ def test_who_wins_and_by_how_much(tmp_path):
     (quality,) = storage.qualities(perplexity(tmp_path))
     found = storage.verdict(quality, 1 / 4)
     assert (found.first, found.second, found.is_clear) == ("bits", "both", True)
-    assert found.ahead == pytest.approx(0.5 * 0.2 + 0.001 - 0.01, abs=1e-3) and found.low < found.ahead < found.high
+    assert found.ahead == pytest.approx(0.5 * 0.2 + 0.001 - 0.01, abs=1e-3)
+    assert found.interval.low < found.ahead < found.interval.high
     found = storage.verdict(quality, 1 / 8)
     assert (found.first, found.second) == ("both", "evict")  # 2 bits alone lose more than either
     assert found.ahead == pytest.approx(0.2 * (0.875 - 0.5) - 0.01, abs=1e-3)
@@ -126,8 +127,17 @@ def test_who_wins_and_by_how_much(tmp_path):
 def test_no_winner_is_named_where_windows_do_not_tell(tmp_path):
     (quality,) = storage.qualities(perplexity(tmp_path, noise=3.0))
     found = storage.verdict(quality, 1 / 4)
-    assert found.ahead > 0 and not found.is_clear and found.low <= 0 <= found.high
+    assert found.ahead > 0 and not found.is_clear and found.interval.low <= 0 <= found.interval.high
     assert storage.size_table(perplexity(tmp_path, noise=3.0))["胜者"].iloc[1].startswith("分不出（")
+
+
+def test_winners_are_corrected_for_all_that_the_table_shows(tmp_path):
+    found = storage.qualities(perplexity(tmp_path))
+    alone = [one for size in storage.SIZES if (one := storage.verdict(found[0], size)) and one.second]
+    together = [one for one in storage.verdicts(found).values() if one and one.second]
+    assert [one.p for one in together] == pytest.approx(holm([one.p for one in alone]))
+    said = storage.size_table_reach(perplexity(tmp_path))
+    assert f"共 {len(alone)} 次比较" in said and "只说这些文本" in said
 
 
 def test_few_windows_carry_no_verdict(tmp_path, monkeypatch):

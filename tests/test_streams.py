@@ -87,7 +87,8 @@ def test_against_recomputation(runs):
     )
     said = streams.against_recompute(streams.main(runs), samples)
     assert "高 0.250 nat（6 个词元" in said and "后者的 10.0%" in said
-    first, second = streams.compared(samples, beyond=1)
+    first, second, reach = streams.compared(samples, beyond=1)
+    assert "这 2 次比较" in reach and "只说这一篇文本" in reach
     assert first == "汇聚点加窗口（4 + 60）：每词元差 +0.250 nat（5 个词元），差的 95 % 区间 [+0.250, +0.250]，变差"
     assert second.startswith("全部保留：每词元差 -0.500 nat") and second.endswith("变好")
     assert streams.compared(samples, beyond=6) == []

@@ -15,8 +15,8 @@ from conftest import REPOSITORY
 from kvneox_lib import load_model
 from kvneox_lib.inputs.published import published
 from kvneox_lib.inputs.weights import LoadedModel
-from kvneox_lib.measures.intervals import bootstrap_ci95, mcnemar_p
-from kvneox_lib.measures.scores import beside_published
+from kvneox_lib.measures.intervals import interval, mcnemar_p, wilson_ci95
+from kvneox_lib.measures.scores import Scores, beside_published
 from kvneox_lib.pages import tasks as pages
 from kvneox_lib.pages.ranks import kendall
 from kvneox_lib.studies import tasks as studies
@@ -25,6 +25,7 @@ from kvneox_lib.studies.tasks import measure_tasks
 
 pytest.importorskip("lm_eval", reason="the extra `tasks` is not installed")
 
+METRICS = ["metric", "filter", "value", "stderr", "higher_is_better"]
 ASKED = {"model": "demo", "tasks": ["kvneox_passkey", "kvneox_copy"], "limit": 6}
 
 
@@ -73,7 +74,7 @@ def test_figures_are_of_the_documents_and_differences_are_paired(study):
         assert run["score"] == pytest.approx(mine["score"].mean())
         assert run["delta_score"] == pytest.approx(difference.mean())
         ends = run["delta_score_ci95_low"], run["delta_score_ci95_high"]
-        assert ends == pytest.approx(bootstrap_ci95(difference, np.ones(6)))
+        assert ends == pytest.approx(interval(difference, documents=np.arange(6)).ends)
         assert run["mcnemar_p"] == mcnemar_p(int((difference > 0).sum()), int((difference < 0).sum()))
         assert run["context_tokens"] == pytest.approx(mine["context_tokens"].mean(), abs=0.5)
         assert run["kept_fraction"] == pytest.approx(1.0 if run["press"] == "no_press" else 0.5, abs=0.01)
@@ -192,6 +193,41 @@ def test_a_context_that_is_too_short_for_a_press_is_an_error_or_is_counted(tmp_p
     assert told["kept_fraction"] == pytest.approx(0.5, abs=0.01)  # of what was compressed
     with pytest.raises(ValueError, match="no prompt has a context that it can compress"):
         lm.loglikelihood(requests[1:], disable_tqdm=True)
+
+
+def asked_about(texts: list[str], right: np.ndarray) -> Scores:
+    """What the harness says of questions about these texts."""
+    samples = [
+        {
+            "doc_id": i,
+            "filter": "none",
+            "acc": float(hit),
+            "doc": {"question": f"number {i}", "passage": text, "label": 1},
+        }
+        for i, (text, hit) in enumerate(zip(texts, right))
+    ]
+    metrics = pd.DataFrame([("acc", "none", right.mean(), 0.1, True)], columns=METRICS)
+    return Scores(metrics, samples, [], 0, 1)
+
+
+def test_questions_about_one_text_are_not_independent():
+    rng = np.random.default_rng(0)
+    right, plain = np.repeat(rng.random(12) < 0.5, 10), np.ones(120, bool)
+    texts = [f"a passage, and it is number {i // 10}" for i in range(120)]
+    (row,) = asked_about(texts, right).table(asked_about(texts, plain)).itertuples()
+    ends = row.delta_score_ci95_low, row.delta_score_ci95_high
+    assert ends == pytest.approx(interval(right - 1.0, None, np.arange(120) // 10).ends) and np.isnan(row.mcnemar_p)
+    apart = [f"a passage, and it is number {i} of them" for i in range(120)]
+    (row,) = asked_about(apart, right).table(asked_about(apart, plain)).itertuples()
+    assert (row.score_ci95_low, row.score_ci95_high) == wilson_ci95(int(right.sum()), 120) and row.mcnemar_p < 1e-6
+    assert row.delta_score_ci95_high - row.delta_score_ci95_low < 0.5 * (ends[1] - ends[0])
+
+
+def test_p_values_are_corrected_for_all_that_are_shown():
+    runs = pd.DataFrame({"press": ["no_press", "snapkv", "keydiff"], "mcnemar_p": [1.0, 0.03, 0.04], "kv_bits": None})
+    assert pages.corrected(runs).tolist() == pytest.approx([np.nan, 0.06, 0.06], nan_ok=True)
+    assert "2 个 McNemar p" in pages.correction(runs) and "小于 0.05 的有 0 个" in pages.correction(runs)
+    assert pages.correction(runs.iloc[:1]) == ""
 
 
 def test_mcnemar():

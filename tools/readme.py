@@ -19,8 +19,8 @@ import papermill
 from matplotlib.figure import Figure
 
 from kvneox_lib import expand_presses
+from kvneox_lib.pages import losses, streams, timings, turns, wordings
 from kvneox_lib.pages import report as reporting
-from kvneox_lib.pages import streams, timings, turns, wordings
 from kvneox_lib.pages import tasks as task_pages
 from kvneox_lib.pages.degenerate import healthy, said
 from kvneox_lib.pages.figures import dots, press_lines, use_style
@@ -107,8 +107,9 @@ def quality_table() -> str:
         shown.append(runs)
         plain = runs[runs["press"] == "no_press"].iloc[0]
         notes.append(
-            f"{text}（{plain['dataset']}）取 {plain['n_windows']:.0f} 个窗口，每个窗口上下文 {plain['context_tokens']} "
-            f"个词元，共计分 {plain['n_tokens']} 个词元，不压缩时困惑度 {plain['ppl']:.1f}"
+            f"{text}（{plain['dataset']}）取 {plain['n_windows']:.0f} 个窗口{losses.of_documents(plain)}，"
+            f"每个窗口上下文 {plain['context_tokens']} 个词元，"
+            f"共计分 {plain['n_tokens']} 个词元，不压缩时困惑度 {plain['ppl']:.1f}"
         )
         for ratio in SHOWN_RATIOS:
             columns[f"{text} {ratio:.2f}"] = _by_press(runs, ratio, "ppl_ratio")

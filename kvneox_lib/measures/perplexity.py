@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import Cache, DynamicCache
 
-from kvneox_lib.measures.intervals import bootstrap_ci95
+from kvneox_lib.measures.intervals import interval
 from kvneox_lib.measures.prefill import bits_of_each, first_position, prefill_each, store, with_delimiter
 from kvneox_lib.measures.survivors import kept_counts
 from kvneox_lib.neox.checks import check_ids
@@ -158,21 +158,29 @@ def score(model: KVNeoXForCausalLM, hidden: torch.Tensor, targets: torch.Tensor)
 
 
 @np.errstate(divide="ignore", over="ignore", invalid="ignore")
-def summarize(nll: np.ndarray, n_bytes: np.ndarray, n_words: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
+def summarize(
+    nll: np.ndarray,
+    n_bytes: np.ndarray,
+    n_words: np.ndarray,
+    baseline: np.ndarray,
+    documents: np.ndarray | None = None,
+) -> dict[str, float]:
     """The figures of a record from nll (windows, L), in nat; `baseline` is that of no compression on the same windows.
+    documents: which each window is of, in the order of the text (see `interval`); without it, all are of one.
 
     Differences are paired: most of what makes one window harder than another is in both and cancels. A figure that
     does not exist is None: those of words in text without spaces, intervals from a few windows.
     """
     n_tokens, total = np.full(len(nll), nll.shape[1]), nll.sum(1)
-    figures = {"n_windows": len(nll), "n_tokens": int(n_tokens.sum())}
+    n_documents = 1 if documents is None else len(np.unique(documents))
+    figures = {"n_windows": len(nll), "n_documents": n_documents, "n_tokens": int(n_tokens.sum())}
     for name, values, worth in (
         ("nll_mean", total, n_tokens),
         ("delta_nll", total - baseline.sum(1), n_tokens),
         ("bits_per_byte", total / np.log(2), n_bytes),
         ("nll_per_word", total, n_words),
     ):
-        low, high = bootstrap_ci95(values, worth)
+        low, high = interval(values, worth, documents).ends
         figures |= {name: values.sum() / worth.sum(), f"{name}_ci95_low": low, f"{name}_ci95_high": high}
     for name, of in (("ppl", "nll_mean"), ("ppl_ratio", "delta_nll"), ("word_ppl", "nll_per_word")):
         for end in ("", "_ci95_low", "_ci95_high"):
@@ -180,13 +188,13 @@ def summarize(nll: np.ndarray, n_bytes: np.ndarray, n_words: np.ndarray, baselin
     return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
-def by_distance(nll: np.ndarray, baseline: np.ndarray) -> pd.DataFrame:
+def by_distance(nll: np.ndarray, baseline: np.ndarray, documents: np.ndarray | None = None) -> pd.DataFrame:
     """How long the damage lasts: nll and paired difference by distance from the cut, in bins that double."""
     edges = [0, *(2**i for i in range(nll.shape[1].bit_length()) if 2**i < nll.shape[1]), nll.shape[1]]
     rows = []
     for start, end in zip(edges[:-1], edges[1:]):
         part, delta = nll[:, start:end], (nll - baseline)[:, start:end]
-        low, high = bootstrap_ci95(delta.sum(1), np.full(len(delta), end - start))
+        low, high = interval(delta.mean(1), None, documents).ends
         row = {"from_token": start + 1, "to_token": end, "nll_mean": part.mean(), "delta_nll": delta.mean()}
         rows.append(row | {"delta_nll_ci95_low": low, "delta_nll_ci95_high": high})
     return pd.DataFrame(rows)

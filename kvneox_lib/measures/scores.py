@@ -12,7 +12,7 @@ import pandas as pd
 
 from kvneox_lib.inputs.published import REVISION, far_from_published, published
 from kvneox_lib.inputs.weights import LoadedModel
-from kvneox_lib.measures.intervals import bootstrap_ci95, mcnemar_p, wilson_ci95
+from kvneox_lib.measures.intervals import interval, mcnemar_p, wilson_ci95
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ class Scores:
         rows = []
         for row in self.metrics.itertuples():
             mine, theirs = (scores.by_document(row.metric, row.filter) for scores in (self, baseline))
-            rows.append(_beside(mine, theirs) if _mean_to(row.value, mine) else {})
+            texts = _texts_of(self.chosen(row.filter))
+            rows.append(_beside(mine, theirs, texts) if _mean_to(row.value, mine) else {})
         return pd.concat([self.metrics, pd.DataFrame(rows, columns=COMPARED)], axis=1)
 
     def figures(self, table: pd.DataFrame, with_press: bool) -> dict:
@@ -146,13 +147,23 @@ COMPARED = ("score_ci95_low", "score_ci95_high", "delta_score", "delta_score_ci9
 COMPARED += ("mcnemar_p",)
 
 
-def _beside(mine: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
-    """How sure the mean is, and its difference to another one of the same documents."""
-    ones, difference = np.ones(len(mine)), mine - theirs
-    right_or_wrong = {*np.unique(mine), *np.unique(theirs)} <= {0.0, 1.0}
-    ends = wilson_ci95(int(mine.sum()), len(mine)) if right_or_wrong else bootstrap_ci95(mine, ones)
+def _beside(mine: np.ndarray, theirs: np.ndarray, texts: np.ndarray) -> dict[str, float]:
+    """How sure the mean is, and its difference to another one of the same documents. Wilson's interval and McNemar's
+    test take documents to be independent, so that they are not asked where some are about the same text."""
+    difference = mine - theirs
+    right_or_wrong = {*np.unique(mine), *np.unique(theirs)} <= {0.0, 1.0} and len(np.unique(texts)) == len(texts)
+    ends = wilson_ci95(int(mine.sum()), len(mine)) if right_or_wrong else interval(mine, None, texts).ends
     p = mcnemar_p(int((difference > 0).sum()), int((difference < 0).sum())) if right_or_wrong else math.nan
-    return dict(zip(COMPARED, (*ends, difference.mean(), *bootstrap_ci95(difference, ones), p)))
+    return dict(zip(COMPARED, (*ends, difference.mean(), *interval(difference, None, texts).ends, p)))
+
+
+def _texts_of(samples: list[dict]) -> np.ndarray:
+    """The number of the text that each document is about: several questions may be about one. That text is the longest
+    of the document's fields."""
+    fields = [[value for value in one.get("doc", {}).values() if isinstance(value, str)] for one in samples]
+    longest = [max(texts, key=len, default="") or number for number, texts in enumerate(fields)]
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(longest))}
+    return np.array([numbers[text] for text in longest])
 
 
 def _mean_to(value: float, values: np.ndarray) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kvneox_lib.measures.intervals import bootstrap_ci95
+from kvneox_lib.measures.intervals import FEW_DOCUMENTS, comparison, holm, interval
 from kvneox_lib.pages import degenerate, figures
 from kvneox_lib.pages.degenerate import healthy
 from kvneox_lib.pages.report import Missing
@@ -29,6 +29,46 @@ LOW, HIGH = "delta_nll_ci95_low", "delta_nll_ci95_high"
 DELTA = "nll 与不压缩之差（nat）"
 
 
+# ---- of what an interval speaks -----------------------------------------------------------------------------------
+
+
+def of_documents(run: pd.Series, of: int | None = None) -> str:
+    """From how many texts the windows are, `of` so many; nothing in records from before that was counted."""
+    n = pd.to_numeric(run.get("n_documents", np.nan))
+    return "" if pd.isna(n) else f"（取自 {n:.0f} 篇文本{'' if of in (None, n) else f'，共有 {of} 篇'}）"
+
+
+def reach(n_documents: int) -> str:
+    """Of what intervals over windows speak, in words."""
+    if n_documents == 1:
+        return "区间由自助法得到，相邻的窗口成块抽取；文本只有一篇，这段区间只说这一篇文本。"
+    drawn = f"区间由自助法得到：先抽文本（共 {n_documents} 篇），再在每篇里成块抽取相邻的窗口"
+    if n_documents <= FEW_DOCUMENTS:
+        return f"{drawn}；文本这样少，区间按 t 分布放宽。"
+    return f"{drawn}。"
+
+
+def reach_of_verdicts(verdicts: pd.DataFrame) -> str:
+    """Of what the verdicts of `against` speak, and over how many they are corrected."""
+    tested = verdicts.dropna(subset="p")
+    if tested.empty:
+        return ""
+    said = (tested["verdict"] != "").sum()
+    text = f"表里共 {len(tested)} 次比较，好与差按 Holm 法对这 {len(tested)} 次一起校正（p < 0.05），{said} 次有定论。"
+    few = tested[tested["n_documents"] <= FEW_DOCUMENTS]
+    if few.empty:
+        return text
+    several = few["n_documents"].max() > 1
+    text += "文本不到六篇时，定论只说这些文本：窗口成块抽取，文本不抽。"
+    if not several:
+        return text
+    several = tested[tested["n_documents"] > 1]
+    return text + (
+        f"若问别的文本（连文本一起抽，按 t 分布放宽），有几篇文本的 {len(several)} 次比较里，"
+        f"区间不含零的有 {several['excludes_zero'].sum()} 次，未经校正。"
+    )
+
+
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 
@@ -38,7 +78,9 @@ def described(study) -> str:
     titles = "、".join(map(plain, filter(None, study.text.titles))) if len(study.text.titles) <= 3 else ""
     return (
         f"{model_of(study.loaded)}，文本 **{plain(study.text.name)}**"
-        f"{titles and f'（{titles}）'}，{first.n_windows} 个窗口，每个窗口上下文 {first.context_tokens} 个词元，"
+        f"{titles and f'（{titles}）'}，{first.n_windows} 个窗口"
+        f"{of_documents(first, len(study.text.documents))}，"
+        f"每个窗口上下文 {first.context_tokens} 个词元，"
         f"共计分 {first.n_tokens} 个词元；{machine_of(first)}。"
     )
 
@@ -126,7 +168,11 @@ def findings(runs: pd.DataFrame, windows: pd.DataFrame) -> list[str]:
             f"{row.press} {number(row.compression_ratio, '.2f')}{and_storage(row.kv_bits)}"
             for row in better.itertuples()
         )
-        lines.append(f"值得再看一眼，比不压缩还好且区间不含零的：{which}。")
+        n = len(runs[runs["press"] != "no_press"])
+        lines.append(
+            f"值得再看一眼，比不压缩还好且区间不含零的：{which}。"
+            f"一共看了 {n} 次运行，即使都没有差别，碰巧也会有约 {n * 0.025:.1f} 次。"
+        )
     return lines + _against_random(windows)
 
 
@@ -140,7 +186,7 @@ def _against_random(windows: pd.DataFrame) -> list[str]:
             f"压缩率 {ratio:.2f}，与随机淘汰逐窗口相比：显著更好的有 {better}；分不出的有 {unclear}；"
             f"显著更差的有 {worse}。"
         )
-    return lines
+    return lines + ([reach_of_verdicts(found)] if lines else [])
 
 
 def highest_losses(runs: pd.DataFrame) -> list[str]:
@@ -160,22 +206,32 @@ def highest_losses(runs: pd.DataFrame) -> list[str]:
 
 def against(table: pd.DataFrame, other: str) -> pd.DataFrame:
     """Each press against `other` at the same ratio, window by window: `nll_difference` with its 95 % interval, and
-    `verdict`: better or worse where the interval leaves out zero, else "" (no order can be claimed).
+    `verdict`, see `judged`. `excludes_zero`: whether that interval does.
 
     `table` is the study's table `windows`; its windows are the same for every run. Degenerate runs are left out.
     """
     rows, table = [], healthy(of_one_storage(table))
     for ratio, part in table.groupby("compression_ratio"):
-        by_press = {name: runs["nll_mean"].to_numpy() for name, runs in part.groupby("press")}
+        by_press = dict(iter(part.groupby("press")))
         for name in by_press.keys() - {other} if other in by_press else ():
-            difference = by_press[name] - by_press[other]
-            low, high = bootstrap_ci95(difference, np.ones(len(difference)))
-            verdict = "better" if high < 0 else "worse" if low > 0 else ""
-            row = {"press": name, "compression_ratio": ratio, "nll_difference": difference.mean(), "verdict": verdict}
-            rows.append(row | {"nll_difference_ci95_low": low, "nll_difference_ci95_high": high})
-    columns = ["press", "compression_ratio", "nll_difference", "verdict"]
-    columns += ["nll_difference_ci95_low", "nll_difference_ci95_high"]
-    return pd.DataFrame(rows, columns=columns).sort_values(["compression_ratio", "nll_difference"], ignore_index=True)
+            documents = by_press[name]["document"].to_numpy()
+            difference = by_press[name]["nll_mean"].to_numpy() - by_press[other]["nll_mean"].to_numpy()
+            found, decides = interval(difference, None, documents), comparison(difference, documents)
+            row = {"press": name, "compression_ratio": ratio, "nll_difference": difference.mean(), "p": decides.p}
+            row |= {"nll_difference_ci95_low": found.low, "nll_difference_ci95_high": found.high}
+            excludes_zero = found.low > 0 or found.high < 0
+            rows.append(row | {"excludes_zero": excludes_zero, "n_documents": found.n_documents})
+    columns = ["press", "compression_ratio", "nll_difference", "p", "nll_difference_ci95_low"]
+    columns += ["nll_difference_ci95_high", "excludes_zero", "n_documents"]
+    table = pd.DataFrame(rows, columns=columns).sort_values(["compression_ratio", "nll_difference"], ignore_index=True)
+    return judged(table)
+
+
+def judged(table: pd.DataFrame) -> pd.DataFrame:
+    """With `verdict`, better or worse where p leaves no doubt after Holm's correction over all rows, else "" (no order
+    can be claimed). A page that shows several tables as one puts them together and judges them anew."""
+    sure, lower = holm(table["p"].to_numpy(dtype=float)) < 0.05, table["nll_difference"] < 0
+    return table.assign(verdict=np.where(sure, np.where(lower, "better", "worse"), ""))
 
 
 def of_one_book(windows: pd.DataFrame) -> pd.DataFrame:

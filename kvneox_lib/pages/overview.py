@@ -83,7 +83,8 @@ def protocol_of_perplexity(wiki: Records) -> str:
         f"**困惑度。** 每个窗口的前 {run.context_length} 个词元是上下文，由 press 压缩；后 {run.continuation_length} "
         "个是续文，接着读压缩后的缓存，位置从真实长度续起。续文的第一个词元由预填充预测，不计分。短文实验共 "
         f"{run.n_windows} 个窗口、{run.n_tokens} 个计分的词元。"
-        "差值都是同一窗口上压缩与不压缩之差，区间是对窗口做自助法得到的 95 % 区间。"
+        "差值都是同一窗口上压缩与不压缩之差，区间是自助法得到的 95 % 区间：相邻的窗口彼此相像，所以先抽文本，"
+        "再在每篇里成块抽取窗口（@sec-books 写明各实验的文本有几篇）。"
         f"对照在前 {run.control_windows} 个窗口上做一次教师强制。"
     )
 

@@ -144,7 +144,7 @@ def same_cost(*texts: Records) -> str:
 
 
 def against_random(*texts: Records) -> pd.DataFrame:
-    """`losses.against` random, of one text after the other, which `实验` names."""
+    """`losses.against` random, of one text after the other, which `实验` names; judged together."""
     parts = []
     for records in texts:
         names = pressed(records)["press"].unique()
@@ -155,7 +155,20 @@ def against_random(*texts: Records) -> pd.DataFrame:
         if found.empty:
             raise Missing(records.study, "与 random 压缩率相同的 press")
         parts.append(found.assign(实验=STUDY_NAMES[records.study]))
-    return pd.concat(parts)
+    return losses.judged(pd.concat(parts, ignore_index=True))
+
+
+def reach_of_verdicts(*texts: Records) -> str:
+    return losses.reach_of_verdicts(against_random(*texts))
+
+
+def reach(*texts: Records) -> str:
+    """Of what the intervals of each study speak."""
+    parts = []
+    for records in texts:
+        n = records.table("windows", press="no_press")["document"].nunique()
+        parts.append(f"{STUDY_NAMES[records.study]}：{losses.reach(n)}")
+    return "".join(parts)
 
 
 def verdict_table(*texts: Records) -> pd.DataFrame:

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from kvneox_lib.measures.intervals import bootstrap_ci95
+from kvneox_lib.measures.intervals import FEW_DOCUMENTS, Interval, comparison, holm, interval
 from kvneox_lib.neox.bits import BITS, GROUP, Form
 from kvneox_lib.pages import figures
 from kvneox_lib.pages.report import Missing, Records, sources
@@ -38,13 +38,14 @@ class Kind:
     shown: str  # of a record, with its interval
     table: str
     value: str  # in that table, a row for each of the units that are drawn anew for an interval
-    unit: tuple[str, ...]
+    unit: tuple[str, ...]  # in the order of the text
     less_is_better: bool
     label: str
     measured_in: str = ""
+    of: str | None = None  # of the columns of a unit that which says what several of them belong to
 
 
-_NLL = Kind("delta_nll", "windows", "nll_mean", ("document", "position"), True, "nll 之差（nat）", " nat")
+_NLL = Kind("delta_nll", "windows", "nll_mean", ("document", "position"), True, "nll 之差（nat）", " nat", "document")
 KINDS = {
     "wikitext_ppl": _NLL,
     "pg19_ppl": _NLL,
@@ -67,6 +68,12 @@ class Quality:
         """What is shown of the cache as it is."""
         found = self.configurations
         return float(found.loc[found["way"] == "", "shown"].iloc[0])
+
+    @property
+    def documents(self) -> np.ndarray:
+        """What each unit belongs to; those that belong to nothing are each for itself."""
+        of = self.kind.of
+        return np.arange(len(self.losses)) if of is None else self.losses.index.get_level_values(of).to_numpy()
 
     def compressed(self) -> pd.DataFrame:
         return self.configurations[self.configurations["way"] != ""]
@@ -173,12 +180,12 @@ class Verdict:
     first: str
     second: str | None = None  # where there is one
     ahead: float = np.nan
-    low: float = np.nan
-    high: float = np.nan
+    interval: Interval | None = None
+    p: float = np.nan  # that of the interval, or after correction for being one of many
 
     @property
     def is_clear(self) -> bool:
-        return self.low > 0
+        return self.p < 0.05
 
 
 def best_within(quality: Quality, size: float) -> pd.DataFrame:
@@ -195,7 +202,15 @@ def verdict(quality: Quality, size: float) -> Verdict | None:
         return Verdict(best["way"].iloc[0]) if len(best) else None
     (first, second), ways = best.index[:2], best["way"]
     ahead = quality.losses[second] - quality.losses[first]
-    return Verdict(*ways.iloc[:2], float(ahead.mean()), *bootstrap_ci95(ahead.to_numpy(), np.ones(len(ahead))))
+    found = comparison(ahead.to_numpy(), quality.documents)
+    return Verdict(*ways.iloc[:2], float(ahead.mean()), found, found.p)
+
+
+def verdicts(qualities: list[Quality]) -> dict[tuple[str, float], Verdict | None]:
+    """By quality and size, corrected for all of them together."""
+    found = {(quality.name, size): verdict(quality, size) for quality in qualities for size in SIZES}
+    corrected = holm(np.array([np.nan if one is None else one.p for one in found.values()]))
+    return {key: one and replace(one, p=float(p)) for (key, one), p in zip(found.items(), corrected)}
 
 
 def front(points: pd.DataFrame, x: str) -> pd.DataFrame:
@@ -221,13 +236,24 @@ def by_size(*several: Records) -> Figure:
 
 def size_table(*several: Records) -> pd.DataFrame:
     """For each quality and size the best of each way, and how far the first is ahead of the next."""
-    return pd.DataFrame([_row(quality, size) for quality in qualities(*several) for size in SIZES])
+    found = qualities(*several)
+    won = verdicts(found)
+    return pd.DataFrame([_row(quality, size, won[quality.name, size]) for quality in found for size in SIZES])
 
 
-def _row(quality: Quality, size: float) -> dict:
+def size_table_reach(*several: Records) -> str:
+    """Over how many comparisons the winners of that table are corrected, and of what they speak."""
+    found = qualities(*several)
+    n = sum(one is not None and not np.isnan(one.p) for one in verdicts(found).values())
+    few = [quality.name for quality in found if len(np.unique(quality.documents)) <= FEW_DOCUMENTS]
+    text = f"表里共 {n} 次比较，胜者按 Holm 法一起校正（p < 0.05）。"
+    return text + (f"{listed(few)}的文本只有一篇或几篇，胜者只说这些文本。" if few else "")
+
+
+def _row(quality: Quality, size: float, won: Verdict | None) -> dict:
     best = best_within(quality, size)
     cells = {words: _cell(quality, best[best["way"] == way], way) for way, words in WAYS.items()}
-    return {"衡量": quality.name, "大小": fraction(size), **cells, "胜者": _won(quality, verdict(quality, size))}
+    return {"衡量": quality.name, "大小": fraction(size), **cells, "胜者": _won(quality, won)}
 
 
 def _cell(quality: Quality, best: pd.DataFrame, way: str) -> str:
@@ -239,7 +265,7 @@ def _cell(quality: Quality, best: pd.DataFrame, way: str) -> str:
 
 def _loss(quality: Quality, run: str) -> str:
     losses = quality.losses[run].to_numpy()
-    low, high = bootstrap_ci95(losses, np.ones(len(losses)))
+    low, high = interval(losses, None, quality.documents).ends
     row = pd.Series({"loss": losses.mean() + 0.0, "loss_ci95_low": low, "loss_ci95_high": high})  # no minus zero
     return with_interval(row, "loss")
 
@@ -253,7 +279,8 @@ def _won(quality: Quality, found: Verdict | None) -> str:
 
 
 def _ahead(quality: Quality, found: Verdict) -> str:
-    row = pd.Series({"ahead": found.ahead, "ahead_ci95_low": found.low, "ahead_ci95_high": found.high})
+    low, high = found.interval.ends
+    row = pd.Series({"ahead": found.ahead, "ahead_ci95_low": low, "ahead_ci95_high": high})
     return with_interval(row, "ahead") + quality.kind.measured_in
 
 
@@ -347,7 +374,9 @@ def first_page_bits(*several: Records) -> str:
     """Which way wins where a quarter, and where an eighth, of float32's bytes is allowed, and below what only eviction
     goes."""
     found = qualities(*several)
-    text = "".join(_winners(found, size) for size in (1 / 4, 1 / 8))
+    of_windows = [quality for quality in found if quality.kind.of]
+    won = verdicts(of_windows) | verdicts([quality for quality in found if not quality.kind.of])  # as the two tables do
+    text = "".join(_winners(found, won, size) for size in (1 / 4, 1 / 8))
     shares = pd.concat([_shares(quality, "bits") for quality in found])
     return text + (f"单靠量化最少要 float32 的 {shares.min():.3f}，再小只有淘汰，或淘汰并量化。" if len(shares) else "")
 
@@ -356,13 +385,13 @@ def _shares(quality: Quality, way: str) -> pd.Series:
     return quality.configurations.loc[quality.configurations["way"] == way, "share"]
 
 
-def _winners(found: list[Quality], size: float) -> str:
-    verdicts = [(quality, one) for quality in found if (one := verdict(quality, size)) and one.second]
+def _winners(found: list[Quality], won: dict, size: float) -> str:
+    two = [(quality, one) for quality in found if (one := won[quality.name, size]) and one.second]
     parts = []
     for way, words in WAYS.items():
-        won = [f"{of.name}（{_ahead(of, one)}）" for of, one in verdicts if one.is_clear and one.first == way]
+        won = [f"{of.name}（{_ahead(of, one)}）" for of, one in two if one.is_clear and one.first == way]
         parts += [f"{words}胜在{'、'.join(won)}"] if won else []
-    level = listed([of.name for of, one in verdicts if not one.is_clear], "")
+    level = listed([of.name for of, one in two if not one.is_clear], "")
     told = "（括号里是比次好的做法少损失多少）" if parts else ""
     parts += [f"最好的两种做法分不出高下的有{level}"] if level else []
     return f"缓存只许有 float32 的 {fraction(size)} 时{told}，{'；'.join(parts)}。" if parts else ""

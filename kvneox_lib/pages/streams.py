@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kvneox_lib.measures.intervals import bootstrap_ci95
+from kvneox_lib.measures.intervals import holm, interval
 from kvneox_lib.measures.sinks import EARLIEST
 from kvneox_lib.pages.figures import heat_maps, note, press_lines
 from kvneox_lib.pages.report import SETTING, Missing
@@ -111,7 +111,8 @@ def loss_by_sinks(runs: pd.DataFrame, column: str = "nll_mean") -> pd.DataFrame:
 
 def compare_at_samples(table: pd.DataFrame, beyond: int) -> pd.DataFrame:
     """Each reading against recomputation on the same tokens, those after the first `beyond`: `difference` in nat with
-    its 95 % interval, `low` and `high`, over `n` tokens. `table` is the study's table `samples`."""
+    its 95 % interval, `low` and `high`, and `p`, over `n` tokens. `table` is the study's table `samples`; it is of one
+    text, and so are the intervals."""
     rows, table = [], table[table["position"] >= beyond]
     exact = table[table["press"] == "recompute"].set_index("position")["nll"]
     exact = exact[~exact.index.duplicated()]
@@ -119,10 +120,10 @@ def compare_at_samples(table: pd.DataFrame, beyond: int) -> pd.DataFrame:
         difference = (part.set_index("position")["nll"] - exact).dropna().to_numpy()
         if press == "recompute" or not len(difference):
             continue
-        low, high = bootstrap_ci95(difference, np.ones(len(difference)))
+        found = interval(difference)
         row = {"press": press, "n_sink": n_sink, "window": window, "difference": difference.mean()}
-        rows.append(row | {"low": low, "high": high, "n": len(difference)})
-    return pd.DataFrame(rows, columns=["press", "n_sink", "window", "difference", "low", "high", "n"])
+        rows.append(row | {"low": found.low, "high": found.high, "p": found.p, "n": len(difference)})
+    return pd.DataFrame(rows, columns=["press", "n_sink", "window", "difference", "low", "high", "p", "n"])
 
 
 def block_differences(running: pd.DataFrame, one: str, other: str) -> pd.DataFrame:
@@ -191,18 +192,20 @@ def _interval(low: float, high: float) -> str:
 
 
 def _ends(differences: pd.Series) -> tuple[float, float]:
-    return bootstrap_ci95(differences.to_numpy(), np.ones(len(differences)))
+    return interval(differences.to_numpy()).ends
 
 
 def compared(samples: pd.DataFrame, beyond: int) -> list[str]:
-    """`compare_at_samples` in words."""
-    lines = []
-    for row in compare_at_samples(samples, beyond).itertuples():
-        verdict = f"{_interval(row.low, row.high)}，" + (
-            "变差" if row.low > 0 else "变好" if row.high < 0 else "看不出差别"
-        )
+    """`compare_at_samples` in words, corrected for being several."""
+    lines, found = [], compare_at_samples(samples, beyond)
+    for row, p in zip(found.itertuples(), holm(found["p"])):
+        told = "看不出差别" if not p < 0.05 else "变差" if row.difference > 0 else "变好"
+        verdict = f"{_interval(row.low, row.high)}，{told}"
         label = READINGS[row.press] + ("" if row.press == "dense" else f"（{int(row.n_sink)} + {int(row.window)}）")
         lines.append(f"{label}：每词元差 {row.difference:+.3f} nat（{row.n} 个词元），{verdict}")
+    if found["p"].notna().any():
+        tests = found["p"].notna().sum()
+        lines.append(f"好坏按 Holm 法对这 {tests} 次比较一起校正；相邻的词元成块抽取，文本只有一篇，只说这一篇文本")
     return lines
 
 

@@ -5,10 +5,12 @@ from functools import partial
 
 import pandas as pd
 
+from kvneox_lib.measures.intervals import holm
 from kvneox_lib.pages.degenerate import healthy, said
 from kvneox_lib.pages.ranks import kendall
 from kvneox_lib.pages.report import Missing, found_in
 from kvneox_lib.pages.selecting import (
+    bits_of,
     budget_column,
     middle_ratio,
     of_one_storage,
@@ -108,10 +110,31 @@ def beside_others(runs: pd.DataFrame, others: dict[str, pd.Series], ratio: float
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
+def _changed(runs: pd.DataFrame) -> pd.Series:
+    """Not the cache as it is."""
+    return (runs["press"] != "no_press") | bits_of(runs).notna()
+
+
+def corrected(runs: pd.DataFrame) -> pd.Series:
+    """McNemar's p by run, corrected for all that are shown."""
+    p = pd.to_numeric(runs["mcnemar_p"]).where(_changed(runs))
+    return pd.Series(holm(p.to_numpy(dtype=float)), runs.index)
+
+
+def correction(runs: pd.DataFrame) -> str:
+    """Over how many."""
+    found = corrected(runs).dropna()
+    if found.empty:
+        return ""
+    return (
+        f"表里有 {len(found)} 个 McNemar p，校正后的 p 按 Holm 法对它们一起校正，"
+        f"小于 0.05 的有 {(found < 0.05).sum()} 个。"
+    )
+
+
 def score_table(runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
-    for _, row in runs.iterrows():
-        changed = row["press"] != "no_press" or pd.notna(row.get("kv_bits"))
+    for (_, row), changed, p in zip(runs.iterrows(), _changed(runs), corrected(runs)):
         rows.append(
             {
                 "任务": named(row["dataset"]),
@@ -122,6 +145,7 @@ def score_table(runs: pd.DataFrame) -> pd.DataFrame:
                 "得分": with_interval(row, "score", 2),
                 "与不压缩之差": with_interval(row, "delta_score", 2) if changed else "—",
                 "McNemar p": number(row["mcnemar_p"], ".2g") if changed else "—",
+                "校正后的 p": number(p, ".2g"),
             }
         )
     table = pd.DataFrame(rows)

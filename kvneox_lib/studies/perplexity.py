@@ -107,7 +107,8 @@ def measure_perplexity(
             behaved = figures_of_each(runs.loaded.model, cut.input_ids[:1, :context_length], presses)
         seconds = (time.perf_counter() - clock) / len(group)
         for run, result, control_nll, behaviour in zip(group, scored, control, behaved):
-            figures = summarize(result.nll, cut.n_bytes.numpy(), cut.n_words.numpy(), baseline.nll)
+            documents = cut.document.numpy()
+            figures = summarize(result.nll, cut.n_bytes.numpy(), cut.n_words.numpy(), baseline.nll, documents)
             kept = result.kept / context_length  # (layers, heads)
             figures |= behaviour | {
                 "kept_fraction": float(kept.mean()),
@@ -118,7 +119,7 @@ def measure_perplexity(
             }
             tables = {
                 "windows": _window_table(cut, result.nll, baseline.nll),
-                "distance": by_distance(result.nll, baseline.nll),
+                "distance": by_distance(result.nll, baseline.nll, documents),
                 "heads": head_table(kept=kept),
             }
             runs.write(run, context_length, started, figures, tables)

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from kvneox_lib.inputs.windows import first_tokens
 from kvneox_lib.measures.clock import Clock
-from kvneox_lib.measures.intervals import bootstrap_ci95
+from kvneox_lib.measures.intervals import interval
 from kvneox_lib.measures.perplexity import read_on, teacher_forced_nll
 from kvneox_lib.measures.sinks import EARLIEST, sink_attention
 from kvneox_lib.measures.streaming import StreamingDecoder, recomputed_nll, streaming_nll
@@ -202,14 +202,14 @@ def _running(nll: np.ndarray, positions: np.ndarray, size: int) -> pd.DataFrame:
 
 
 def _figures(nll: np.ndarray, positions: np.ndarray, lm: KVNeoXForCausalLM, reading: Reading) -> dict:
-    """Of all tokens, and of those within and beyond the trained length; intervals over blocks of 256 tokens, or over
-    tokens where they lie apart."""
+    """Of all tokens, and of those within and beyond the trained length; intervals over runs of pieces of 256 tokens,
+    or of tokens where they lie apart; they speak of this text."""
     n_read, figures = int(positions[-1]) + 1, {"n_tokens": len(nll)}
     size = 1 if reading.method == "recompute" else BLOCK
     inside = positions < lm.config.max_position_embeddings
     for name, part in (("", nll), ("within_", nll[inside]), ("beyond_", nll[~inside])):
         blocks = np.array_split(part, max(1, len(part) // size)) if len(part) else []
-        low, high = bootstrap_ci95(np.array([b.sum() for b in blocks]), np.array([len(b) for b in blocks]))
+        low, high = interval(np.array([b.sum() for b in blocks]), np.array([len(b) for b in blocks])).ends
         mean = part.mean() if len(part) else np.nan
         figures[f"{name}nll_mean"] = mean
         figures |= {f"{name}ppl{end}": np.exp(x) for end, x in (("", mean), ("_ci95_low", low), ("_ci95_high", high))}
