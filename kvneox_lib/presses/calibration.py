@@ -8,8 +8,11 @@ kept in a cache folder, keyed by the weights; all are in the dimension order of 
 import ast
 import hashlib
 import importlib.util
+import math
+import time
 import warnings
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,6 +32,7 @@ DOCSTRINGS_OF = (
 )
 WINDOW, MAX_WINDOWS, N_SINK = 1024, 24, 4
 DUO_SINK, DUO_RECENT, DUO_DISTANCE = 64, 256, 500
+SETTINGS = f"{DOCSTRINGS_OF} {WINDOW} {MAX_WINDOWS} {N_SINK} {DUO_DISTANCE}"
 
 
 @dataclass(frozen=True)
@@ -39,30 +43,54 @@ class QueryStatistics:
     covariance: torch.Tensor  # (L, H, D, D) of the same
     direction: torch.Tensor  # (L, H, D) main direction of rotated queries, on the side of their mean
     reach: torch.Tensor  # (L, H) in [0, 1]: how far back the mean query looks, the retrieval score of DuoAttention
+    seconds: float = math.nan  # that measuring them took
 
 
 def query_statistics(model) -> QueryStatistics:
     """The statistics of `model`, computed once and then read from the cache folder."""
-    path = cache_folder() / f"query-statistics-{_fingerprint(model)}.safetensors"
+
+    def measure() -> dict[str, torch.Tensor]:
+        found = vars(_measure(model, _calibration_windows(model)))
+        return {name: value.contiguous() for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+    found = calibrated(model, "query-statistics", SETTINGS, measure)
+    return QueryStatistics(**found.tensors, seconds=found.seconds)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    tensors: dict[str, torch.Tensor]
+    seconds: float  # that measuring took, when it was done on this kind of device
+
+
+def calibrated(model, what: str, settings: str, measure: Callable[[], dict[str, torch.Tensor]]) -> Calibration:
+    """What `measure` finds out about `model`, done once for these weights and then read from the cache folder.
+
+    settings: all that the result depends on besides the weights.
+    """
+    path = cache_folder() / f"{what}-{_fingerprint(model, f'{settings} {model.device.type}')}.safetensors"
     try:
-        return QueryStatistics(**load_file(path))
-    except (OSError, SafetensorError, TypeError):
+        tensors = load_file(path)
+        return Calibration(tensors, float(tensors.pop("seconds")))
+    except (OSError, SafetensorError, KeyError):
         pass  # not there, or damaged
     refuse_attached(model)  # what is kept must be of the model alone
+    clock = time.perf_counter()
     with torch.inference_mode(False), torch.no_grad():
-        statistics = _measure(model, _calibration_windows(model))
-    tensors = {f.name: getattr(statistics, f.name).contiguous() for f in fields(statistics)}
+        tensors = measure()
+    seconds = time.perf_counter() - clock
+    content = save({**tensors, "seconds": torch.tensor(seconds, dtype=torch.float64)})
     try:
-        write_atomically(path, lambda file: file.write(save(tensors)))
+        write_atomically(path, lambda file: file.write(content))
     except OSError as error:  # a cache that cannot be written costs time, not the run
-        said = f"query statistics are not cached: {error}; set KVNEOX_CACHE to a folder that can be written"
-        warnings.warn(said, stacklevel=2)
-    return statistics
+        said = f"{what.replace('-', ' ')} are not cached: {error}; set KVNEOX_CACHE to a folder that can be written"
+        warnings.warn(said, stacklevel=3)
+    return Calibration(tensors, seconds)
 
 
-def _fingerprint(model) -> str:
+def _fingerprint(model, settings: str = SETTINGS) -> str:
     """A name for these weights: a thousand values of every parameter, and the settings of the measurement."""
-    digest = hashlib.sha256(f"{DOCSTRINGS_OF} {WINDOW} {MAX_WINDOWS} {N_SINK} {DUO_DISTANCE}".encode())
+    digest = hashlib.sha256(settings.encode())
     for path, module in model.named_modules():
         with align_module_device(module):  # brings weights here that accelerate keeps elsewhere
             for name, parameter in module.named_parameters(prefix=path, recurse=False):
@@ -153,8 +181,10 @@ class CalibratedQFilter(QFilterPress):
     """Q-Filter: a key is worth its projection on the main direction of the queries."""
 
     def post_init_from_model(self, model):
+        statistics = query_statistics(model)
+        self.calibration_s = statistics.seconds
         # QFilterPress scores a key by *minus* its product with the filter
-        self.q_filters = -query_statistics(model).direction.to(model.device, model.dtype)
+        self.q_filters = -statistics.direction.to(model.device, model.dtype)
 
 
 @dataclass
@@ -168,6 +198,7 @@ class CalibratedExpectedAttention(ExpectedAttentionStatsPress):
 
     def post_init_from_model(self, model):
         statistics = query_statistics(model)
+        self.calibration_s = statistics.seconds
         self.mu = statistics.mean.to(model.device, model.dtype)
         self.cov = statistics.covariance.to(model.device, model.dtype)
 
@@ -179,7 +210,8 @@ class CalibratedDuoAttention(DuoAttentionPress):
     on_the_fly_scoring: bool = field(init=False, default=True)
 
     def post_init_from_model(self, model):
-        reach = query_statistics(model).reach.numpy()
+        statistics = query_statistics(model)
+        self.calibration_s, reach = statistics.seconds, statistics.reach.numpy()
         self.sink_size, self.recent_size = DUO_SINK, DUO_RECENT
         streaming = np.argsort(reach, axis=None)[: round(reach.size * self.head_compression_ratio)]
         mask = np.zeros(reach.size, dtype=bool)

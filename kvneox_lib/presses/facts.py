@@ -113,6 +113,12 @@ def decoding_part(press: BasePress | None) -> BasePress | None:
     return press if acts(press) == "decoding" else None
 
 
+def calibration_seconds(press: BasePress | None) -> float | None:
+    """How long a used press measured its model before the first context, if it does so."""
+    parts = () if press is None else parts_of(press)
+    return next((part.calibration_s for part in parts if hasattr(part, "calibration_s")), None)
+
+
 def rows_independent(press: BasePress | None) -> bool:
     """Whether a row of a batch is compressed as it would be alone; if not, rows must be run one by one."""
     return press is None or not _is(press, MIXES_ROWS)

@@ -14,6 +14,7 @@ from kvpress import BasePress
 
 from kvneox_lib.presses.applying import left_as_found
 from kvneox_lib.presses.calibration import CalibratedDuoAttention, CalibratedExpectedAttention, CalibratedQFilter
+from kvneox_lib.presses.copying import CopyingHeadsPress
 
 
 class TidyKVCompose(K.KVComposePress):
@@ -157,8 +158,8 @@ def _nest(parts: tuple[type[BasePress], ...], options: list[dict]) -> BasePress:
     outer, *rest = parts
     if not rest:
         return outer(**options[0])
-    if outer is K.ComposedPress:
-        return outer([part(**own) for part, own in zip(rest, options[1:])])
+    if outer in (K.ComposedPress, CopyingHeadsPress):
+        return outer([part(**own) for part, own in zip(rest, options[1:])], **options[0])
     if outer is K.PrefillDecodingPress:
         prefilling, decoding, scorer = rest
         return outer(prefilling(**options[1]), decoding(base_press=scorer(**options[3]), **options[2]))
@@ -199,6 +200,7 @@ ROWS = [
     PressRow("qfilter", (CalibratedQFilter,), "arXiv:2503.02812", "按键在查询主方向上的投影打分（统计量由本库算出）"),
     PressRow("expected_attention_stats", (CalibratedExpectedAttention,), "arXiv:2510.00636", "期望注意力，查询统计量离线算出"),
     PressRow("duo_attention", (CalibratedDuoAttention,), "arXiv:2410.10819", "流式头只留汇聚点与近窗，检索头全留", {"head_compression_ratio": 0.5}, strength="head_compression_ratio"),
+    PressRow("copying_heads", (CopyingHeadsPress, K.KeyDiffPress, K.SnapKVPress), "", "抄写的头先分预算（KeyDiff 打分），其余的头只留一点（SnapKV 打分）", {"window_size": 32}),
     PressRow("think", (K.ThinKPress,), "arXiv:2407.21018", "裁剪键的通道而非位置（置零，不省内存）", {"key_channel_compression_ratio": 0.5}, strength="key_channel_compression_ratio"),
     PressRow("simlayerkv", (K.SimLayerKVPress,), "arXiv:2410.13846", "“懒惰”的层只留开头与最近", {"lazy_threshold": 0.5, "n_recent": 256}, strength="lazy_threshold"),
     PressRow("finch", (K.FinchPress,), "arXiv:2408.00167", "按上下文之后的问题打分，键重新旋转到连续位置"),

@@ -16,6 +16,7 @@ from kvneox_lib.measures.chunks import check_reading
 from kvneox_lib.measures.degenerate import figures_of_each
 from kvneox_lib.measures.perplexity import Scored, by_distance, score_each, summarize, teacher_forced_nll
 from kvneox_lib.presses.by_name import expand_presses
+from kvneox_lib.presses.facts import calibration_seconds
 from kvneox_lib.studies import arguments as may_be
 from kvneox_lib.studies.plan import (
     Planned,
@@ -117,6 +118,8 @@ def measure_perplexity(
                 "control_delta_nll": control_nll - still,
                 "run_s": seconds,
             }
+            calibrated = calibration_seconds(presses[group.index(run)])
+            figures |= {} if calibrated is None else {"calibration_s": calibrated}
             tables = {
                 "windows": _window_table(cut, result.nll, baseline.nll),
                 "distance": by_distance(result.nll, baseline.nll, documents),
