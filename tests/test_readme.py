@@ -24,7 +24,7 @@ from matplotlib import pyplot
 
 from kvneox_lib.pages import figures
 from kvneox_lib.pages.report import Missing
-from kvneox_lib.studies import explore, perplexity, recall, records, speed, streaming, tasks
+from kvneox_lib.studies import explore, heads, perplexity, recall, records, speed, streaming, tasks
 
 sys.path.insert(0, str(REPOSITORY / "tools"))
 import readme  # noqa: E402
@@ -155,6 +155,7 @@ MEASURE = {
     "05_recall": recall.measure_recall,
     "06_explore": explore.record_exploration,
     "07_tasks": tasks.measure_tasks,
+    "08_heads": heads.measure_heads,
 }
 SMALLER = {  # whatever the line says
     "model": "demo",
@@ -163,6 +164,7 @@ SMALLER = {  # whatever the line says
     **{"n_keys": 4, "keys_per_context": 4, "depths": [0.1, 0.3, 0.6, 0.9]},
     **{"window": 60, "max_tokens": 600, "dense_limit": 512, "recompute_samples": 4, "ablation_sinks": [0]},
     **{"ablation_sizes": [64], "sample_tokens": 8, "tasks": ["kvneox_copy"], "limit": 2},
+    **{"search_keys": 4, "control_draws": 1, "window_context": 160},
 }
 
 

@@ -72,23 +72,6 @@ def test_the_digits_that_matter(runs):
     assert "留下数字的 25%，在关键处留下 10%。观察窗口里是正文" in retrieval.elsewhere(runs)
 
 
-def test_the_order_by_loss_is_another(runs):
-    losses = pd.DataFrame(
-        {"press": ["snapkv", "knorm", "tova"], "compression_ratio": 0.75, "delta_nll": [0.1, 0.2, 0.0]}
-    )
-    said = retrieval.against_losses(runs, losses)
-    assert "2 种方法" in said and "秩相关是 -1.00" in said and "损失最小的 snapkv，检索准确率是 0.00" in said
-    assert "检索最好的 knorm，损失排在第 2" in said
-    for low, high in ((0.08, 0.12), (None, None)):
-        books = losses.assign(delta_nll_ci95_low=low, delta_nll_ci95_high=high)
-        if low is None:
-            with pytest.raises(Missing, match="pg19_ppl 的 snapkv 的区间"):
-                retrieval.diluted(runs, books)
-        else:
-            said = retrieval.diluted(runs, books)
-            assert "由 0.10 升到 1.00 nat" in said and "只多 0.0009 nat" in said and "半宽是 0.0200 nat" in said
-
-
 def test_tables_of_keys_and_heads():
     keys = pd.DataFrame({"press": ["no_press", "streaming_llm", "streaming_llm"], "compression_ratio": [0.0, 0.5, 0.5]})
     keys = keys.assign(query_aware=False, depth=0.1499, correct=[True, True, False], digits_kept=[1.0, 1.0, 0.0])

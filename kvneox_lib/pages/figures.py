@@ -4,6 +4,7 @@ The Chinese font is one that the machine has, else the one that the package mplf
 """
 
 import importlib.util
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -296,6 +297,37 @@ def _first_of_each(grid) -> tuple[list, list]:
     """Handles and labels of a legend for several panels."""
     found = {label: handle for axes in grid for handle, label in zip(*axes.get_legend_handles_labels())}
     return list(found.values()), list(found)
+
+
+def bar_panels(panels: dict[str, pd.DataFrame], *, xlabel: str, share: bool = False) -> Figure:
+    """Panels of bars from left to right, with lines from `low` to `high`: under the name of each `group` its bars, each
+    named at its side by `bar`, one name in one colour. share: from 0 to 1, on one scale."""
+    names = list(dict.fromkeys(name for frame in panels.values() for name in frame["bar"]))
+    colours = dict(zip(names, itertools.cycle(seaborn.color_palette("colorblind"))))
+    most = max(len(frame) + frame["group"].nunique() for frame in panels.values())
+    figure, grid = pyplot.subplots(1, len(panels), figsize=(7.4, 0.2 * most + 0.9), squeeze=False)
+    for axes, (title, frame) in zip(grid.flat, panels.items()):
+        ticks = []
+        for group, rows in frame.groupby("group", sort=False):
+            ticks.append(group)
+            for row in rows.itertuples():
+                value = 0.0 if pd.isna(row.value) else row.value
+                ends = [[max(0.0, value - row.low)], [max(0.0, row.high - value)]] if pd.notna(row.low) else None
+                error = {"elinewidth": 1, "capsize": 1.5, "ecolor": "0.2"}
+                axes.barh(len(ticks), value, height=0.8, color=colours[row.bar], xerr=ends, error_kw=error)
+                ticks.append(row.bar)
+        axes.set_yticks(range(len(ticks)), ticks, fontsize=7)
+        for label in axes.get_yticklabels():
+            if label.get_text() in set(frame["group"]):
+                label.set(fontsize=8, color="black", backgroundcolor="0.9")
+        axes.invert_yaxis()
+        axes.grid(False, axis="y")
+        axes.tick_params(axis="x", labelsize=8)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(xlabel, fontsize=9)
+        if share:
+            axes.set_xlim(-0.02, 1.04)
+    return figure
 
 
 # -- of the report ----------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ def best_recall(recall: Records) -> str:
     outside = healthy(of_one_storage(recall.runs(query_aware=False, compression_ratio=ratio)))
     outside = outside.set_index("press")["accuracy"]
     return (
-        f"检索：困惑度看不见的损失，口令检索看得见。压缩率 {ratio:.2f}、压缩时还不知道问题，{len(outside)} 种方法中"
+        f"检索：压缩率 {ratio:.2f}、压缩时还不知道问题，{len(outside)} 种方法中"
         f"准确率最高的是 {outside.idxmax()}（{outside.max():.2f}），有 {(outside < 0.05).sum()} 种答对不到二十分之一。"
     )
 
@@ -112,7 +112,7 @@ def can_say(*studies: Records) -> str:
     return (
         f"质量的数字来自{models(*studies)}。"
         "它们能说明：测量方法测到了东西没有（@sec-artefact 的对照，@sec-books 的曲线）；损失从哪里来"
-        "（@sec-distance 的近处与远处，@sec-copying 的抄写的头）；困惑度为什么看不见检索的失败（@sec-blind）。"
+        "（@sec-distance 的近处与远处，@sec-heads 的抄写的头）；检索的失败在困惑度里有多大（@sec-blind）。"
     )
 
 

@@ -19,6 +19,7 @@ STUDY_NAMES = {
     "streaming": "流式",
     "recall": "检索",
     "tasks": "任务",
+    "heads": "抄写的头",
     "explore": "看一看",
 }
 CONTROL = "教师强制（对照）"

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvneox_lib.studies import adapter, explore, perplexity, recall, speed, streaming, tasks
+from kvneox_lib.studies import adapter, explore, heads, perplexity, recall, speed, streaming, tasks
 from kvneox_lib.studies.arguments import defaults_of, values_matter
 from kvneox_lib.studies.plan import FOUND_BY, OF_A_GRID, PLACES
 
@@ -65,6 +65,7 @@ ROWS = [
     StudyRow(
         "tasks", "07_tasks", tasks.measure_tasks, tasks.plan, axes=(*_GRID, "dataset", "question"), has_baseline=True
     ),
+    StudyRow("heads", "08_heads", heads.measure_heads, heads.plan, has_baseline=True),
     StudyRow("explore", "06_explore", explore.record_exploration, explore.plan),
 ]
 STUDIES = {row.name: row for row in ROWS}
