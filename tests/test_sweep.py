@@ -44,7 +44,7 @@ def texts(tmp_path, monkeypatch):
     for name in ("wikitext-2-v1", "gutenberg-pre1919"):
         (tmp_path / "texts" / name).mkdir(parents=True)
     monkeypatch.setenv("KVNEOX_TEXTS", str(tmp_path / "texts"))
-    wanted = (REPOSITORY / "params" / "demo-checkpoints.yaml").read_text(encoding="utf-8")
+    wanted = (REPOSITORY / "params" / "demo-wordings.yaml").read_text(encoding="utf-8")
     for step in set(re.findall(r"\bstep\d+\b", wanted)):
         (tmp_path / "demo" / step).mkdir(parents=True)
         shutil.copy(demo_folder() / "config.json", tmp_path / "demo" / step)
@@ -175,7 +175,7 @@ def test_reference_declares_the_committed_records(monkeypatch):
         (folder / study / f"{name}.json").as_posix()
         for study in studies
         for name, record in records.all_records(REPOSITORY / folder / study).items()
-        if record.get("revision") is None  # of checkpoints, which demo-checkpoints.yaml declares where they are at hand
+        if record.get("revision") is None  # of checkpoints, which demo-wordings.yaml declares where they are at hand
     }
     assert len(committed) > 400
     assert committed <= wanted

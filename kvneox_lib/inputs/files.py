@@ -6,6 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
@@ -42,8 +43,9 @@ def make_ready(folder: Path) -> None:
     """Make the folder, and learn before any work whether it can be written. What a killed process was writing goes."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob(".*.tmp"):
-        if time.time() - path.stat().st_mtime > LEFT_BEHIND:
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process has just written it to its end
+            if time.time() - path.stat().st_mtime > LEFT_BEHIND:
+                path.unlink()
     tempfile.TemporaryFile(dir=folder).close()
 
 
