@@ -173,7 +173,7 @@ def test_pages_name_degenerate_runs_and_rank_the_others():
     assert "lagkv，压缩率 0.9（留下的条目里 100% 是在同分者中随意取的，留下的与 streaming_llm 完全相同）" in named
     assert windows.endswith("窗口占了一半以上：snapkv，压缩率 0.9 时占 63%。")
     assert list(retrieval.at_middle_ratio(runs, "问题在外").index) == ["random", "snapkv", "tova"]
-    compared = against(pd.concat([runs] * 6), "random")
+    compared = against(pd.concat([runs] * 6).assign(document=0), "random")
     assert set(compared["press"]) == {"snapkv", "tova"}
     scored = runs.assign(dataset="kvneox_copy", question="outside", score=runs["accuracy"])
     assert "lagkv" not in tasks.at_middle_ratio(scored, "outside").index

@@ -1,7 +1,7 @@
 """How sure a mean, a ratio or a share is.
 
 Windows of a book are not independent of each other: neighbours are alike, and all of them are by one author. `interval`
-says what follows from that; `bootstrap_ci95` is for things that are independent.
+says what follows from that.
 """
 
 import math
@@ -197,17 +197,6 @@ def holm(p_values: np.ndarray) -> np.ndarray:
 
 
 # ---- what is independent --------------------------------------------------------------------------------------------
-
-
-def bootstrap_ci95(numerator: np.ndarray, denominator: np.ndarray, n_resamples: int = 2000) -> tuple[float, float]:
-    """95 % interval of sum(numerator) / sum(denominator) over things that are independent of each other, drawn with
-    replacement, always the same draws. Of fewer than 5 no interval can be had: NaN."""
-    n = len(numerator)
-    if n < 5:
-        return math.nan, math.nan
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=n_resamples)  # (resamples, windows) counts
-    low, high = np.percentile((drawn @ numerator) / (drawn @ denominator), [2.5, 97.5])
-    return float(low), float(high)
 
 
 def mcnemar_p(gained: int, lost: int) -> float:

@@ -49,7 +49,7 @@ _NLL = Kind("delta_nll", "windows", "nll_mean", ("document", "position"), True, 
 KINDS = {
     "wikitext_ppl": _NLL,
     "pg19_ppl": _NLL,
-    "recall": Kind("accuracy", "keys", "correct", ("name", "depth"), False, "准确率"),
+    "recall": Kind("accuracy", "keys", "correct", ("context", "name"), False, "准确率", of="context"),
     "tasks": Kind("score", "documents", "score", ("doc_id",), False, "得分"),
 }
 
@@ -374,8 +374,10 @@ def first_page_bits(*several: Records) -> str:
     """Which way wins where a quarter, and where an eighth, of float32's bytes is allowed, and below what only eviction
     goes."""
     found = qualities(*several)
-    of_windows = [quality for quality in found if quality.kind.of]
-    won = verdicts(of_windows) | verdicts([quality for quality in found if not quality.kind.of])  # as the two tables do
+    of_windows = [quality for quality in found if quality.kind == _NLL]
+    won = verdicts(of_windows) | verdicts(
+        [quality for quality in found if quality.kind != _NLL]
+    )  # as the two tables do
     text = "".join(_winners(found, won, size) for size in (1 / 4, 1 / 8))
     shares = pd.concat([_shares(quality, "bits") for quality in found])
     return text + (f"单靠量化最少要 float32 的 {shares.min():.3f}，再小只有淘汰，或淘汰并量化。" if len(shares) else "")
