@@ -70,6 +70,12 @@ class Choice:
         """As if the press acted in these heads only: others keep everything."""
         return self.kept | ~heads[:, None, :, None]
 
+    def of_size(self, n_kept: torch.Tensor) -> torch.Tensor:
+        """`kept`, grown or shrunk by score to so many (layers, batch, heads) in each head."""
+        n = self.scores.shape[-1]
+        order = _places(_places(self.scores) + n * self.kept.long())
+        return order >= n - n_kept[..., None]
+
     def _chosen_anew(self, preference: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
         """By preference (T,), then whether it was kept, then by score; as many in each head as before."""
         n = self.scores.shape[-1]
@@ -164,7 +170,7 @@ def read_after(model: KVNeoXForCausalLM, cache: CompactCache, read: torch.Tensor
 class Condition:
     """What is done to what a press keeps."""
 
-    digits: str = "as_is"  # or "kept", "dropped", or "lent": these heads keep what another press keeps
+    digits: str = "as_is"  # or "kept", "dropped", or "lent": these heads keep what another press would, as many
     heads: str = "none"  # in which that is done: a name of a group
 
 
@@ -214,7 +220,7 @@ def _kept_under(condition: Condition, own: Choice, lent: Choice | None, digits: 
         return own.kept
     heads = groups[condition.heads]
     if condition.digits == "lent":
-        return torch.where(heads[:, None, :, None], lent.kept, own.kept)
+        return torch.where(heads[:, None, :, None], lent.of_size(own.kept.sum(-1)), own.kept)
     changed = own.with_positions if condition.digits == "kept" else own.without_positions
     return changed(digits, heads)
 

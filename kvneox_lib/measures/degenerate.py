@@ -22,6 +22,7 @@ from kvneox_lib.neox.hooks import in_turn
 from kvneox_lib.neox.modeling import KVNeoXForCausalLM
 from kvneox_lib.presses.applying import check_context
 from kvneox_lib.presses.budget import ratio_at
+from kvneox_lib.presses.copying import CopyingHeadsPress
 from kvneox_lib.presses.facts import keep_tokens_of, parts_of, ratio_owner
 
 MOST_TIED = 0.1  # of the entries kept; a few ties are made by rounding, and by ranks that repeat
@@ -99,12 +100,28 @@ def _behaviour(model: KVNeoXForCausalLM, input_ids: torch.Tensor, press, kept: t
         counts = kept_counts(prefill(model, input_ids, press))
     scored, cuts = _calls_of_layers(press, calls, config.num_hidden_layers, config.num_attention_heads, n_tokens)
     n_kept = float(counts.float().mean())
+    copying = next((part for part in parts_of(press) if isinstance(part, CopyingHeadsPress)), None)
+    if copying is not None:
+        return _of_copying_heads(copying, kept[:, 0].cpu(), asked_share(press, n_tokens))
     return Behaviour(
         tied_share=_mean([_tied(call, _is(press, FROM_THE_BOTTOM)) for call in cuts]),
         fixed_share=_mean([_fixed(call, n_kept, _is(press, OF_CHUNKS)) for call in scored]),
         kept_share=n_kept / n_tokens,
         asked_share=asked_share(press, n_tokens),
         same_as=None if kept is None else _same_as(kept[:, 0], press),
+    )
+
+
+def _of_copying_heads(press: CopyingHeadsPress, kept: torch.Tensor, asked: float | None) -> Behaviour:
+    """kept: (layers, heads, T). Fixed is the window of the second press, in the heads that do not copy."""
+    window = press.presses[1].window_size
+    in_window = kept[..., -window:].sum(-1)[~press.copying].sum()
+    return Behaviour(
+        tied_share=None,
+        fixed_share=float(in_window / kept.sum()),
+        kept_share=float(kept.float().mean()),
+        asked_share=asked,
+        same_as=_same_as(kept, press) if press.copying.any() else f"snapkv with a window of {window}",
     )
 
 

@@ -66,11 +66,13 @@ def interval(
     values = np.asarray(values, dtype=float)
     weights = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=float)
     sizes, order = _layout(len(values), documents)
-    several = len(sizes) > 1
-    beyond = beyond and several
+    n_documents = len(sizes)
+    beyond = beyond and n_documents > 1
+    if not beyond and 1 in sizes:  # documents of a single window cannot be drawn from: they are drawn as one
+        sizes, order = _layout(len(values), _singles_together(documents))
     total, share = weights.sum(), values.sum() / weights.sum() if len(values) else math.nan
     if len(values) < FEWEST or not (math.isfinite(share) and np.isfinite(values).all()):
-        return Interval(math.nan, math.nan, math.nan, len(sizes), beyond)
+        return Interval(math.nan, math.nan, math.nan, n_documents, beyond)
     residuals, weights = (values - share * weights)[order], weights[order]  # their sum is zero
     drawn, half = (_windows_drawn(sizes, length) for length in (block, max(1, block // 2)))
     within, shorter = (one.counts @ (residuals * one.widened) / total for one in (drawn, half))
@@ -95,7 +97,7 @@ def interval(
     else:
         low, high = share + np.percentile(moved / drawn_weight, [2.5, 97.5]) * (quantile / NORMAL)
     p = student_p(abs(share) / error, freedom) if error > 0 else float(share == 0)
-    return Interval(float(low), float(high), p, len(sizes), beyond)
+    return Interval(float(low), float(high), p, n_documents, beyond)
 
 
 def comparison(values: np.ndarray, documents: np.ndarray | None = None) -> Interval:
@@ -112,6 +114,11 @@ def _layout(n: int, documents: np.ndarray | None) -> tuple[tuple[int, ...], np.n
         return (n,) if n else (), np.arange(n)
     _, numbers, sizes = np.unique(np.asarray(documents), return_inverse=True, return_counts=True)
     return tuple(sizes.tolist()), np.argsort(numbers, kind="stable")
+
+
+def _singles_together(documents: np.ndarray) -> np.ndarray:
+    _, numbers, sizes = np.unique(np.asarray(documents), return_inverse=True, return_counts=True)
+    return np.where(sizes[numbers] == 1, len(sizes), numbers)
 
 
 @dataclass(frozen=True)

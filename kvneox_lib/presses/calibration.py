@@ -32,6 +32,7 @@ DOCSTRINGS_OF = (
 )
 WINDOW, MAX_WINDOWS, N_SINK = 1024, 24, 4
 DUO_SINK, DUO_RECENT, DUO_DISTANCE = 64, 256, 500
+SHAPING = ("rope_parameters", "hidden_act", "use_parallel_residual", "layer_norm_eps", "max_position_embeddings")
 SETTINGS = f"{DOCSTRINGS_OF} {WINDOW} {MAX_WINDOWS} {N_SINK} {DUO_DISTANCE}"
 
 
@@ -89,8 +90,9 @@ def calibrated(model, what: str, settings: str, measure: Callable[[], dict[str, 
 
 
 def _fingerprint(model, settings: str = SETTINGS) -> str:
-    """A name for these weights: a thousand values of every parameter, and the settings of the measurement."""
-    digest = hashlib.sha256(settings.encode())
+    """A name for this model: how it rotates and adds, a thousand values of every parameter, and the settings of the
+    measurement."""
+    digest = hashlib.sha256(f"{settings} {[getattr(model.config, name, None) for name in SHAPING]}".encode())
     for path, module in model.named_modules():
         with align_module_device(module):  # brings weights here that accelerate keeps elsewhere
             for name, parameter in module.named_parameters(prefix=path, recurse=False):

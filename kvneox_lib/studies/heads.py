@@ -25,10 +25,11 @@ from kvneox_lib.measures.causes import (
 )
 from kvneox_lib.measures.intervals import interval, share_ci95
 from kvneox_lib.measures.recall import copy_attention
+from kvneox_lib.presses.applying import check_press
 from kvneox_lib.presses.by_name import expand_presses, make_press, ratio_for
 from kvneox_lib.presses.copying import copying_scores
 from kvneox_lib.studies import arguments as may_be
-from kvneox_lib.studies.plan import Planned, at_ratios, fitting_context
+from kvneox_lib.studies.plan import Planned, at_ratios, fitting_context, one_after_the_other
 from kvneox_lib.studies.provenance import provenance
 from kvneox_lib.studies.runs import Runs, Study, head_table
 
@@ -90,6 +91,10 @@ def measure_heads(
     runs = Runs(measure_heads, plan, locals())
     for name in expand_presses([*_names(press), lender]):
         check_choosing(_made(runs, Planned(name, 0.5)))
+    for group in one_after_the_other(runs.planned):
+        with runs.presses(group):
+            for run in group:
+                check_press(_lender(runs, run, lender), runs.loaded.model)
     context_length, window_context = runs.context_length(), runs.planned[0].settings["window_context"]
     keys = {"n_keys": n_keys, "keys_per_context": keys_per_context, "context_length": context_length}
     samples = _samples(runs, **keys, seed=seed)

@@ -74,7 +74,14 @@ def identity(asked: dict, planned: Planned, turned_out: dict) -> dict:
     as it turned out."""
     kept = {name: value for name, value in asked.items() if name not in (*OF_A_GRID, *PLACES, *FOUND_BY)}
     of_the_run = {"press": planned.press, "compression_ratio": planned.ratio, **planned.settings}
+    if planned.is_press:
+        of_the_run["press_options"] = options_of(planned.press)
     return {**kept, **turned_out, **of_the_run}
+
+
+def options_of(press: str) -> str | None:
+    """Defaults of ours: where they change, what was measured before is of another press."""
+    return " ".join(f"{name}={value}" for name, value in sorted(press_row(press).defaults.items())) or None
 
 
 def declared(measure: Callable, plan: Callable, asked: dict) -> list[str]:

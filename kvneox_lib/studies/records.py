@@ -33,13 +33,13 @@ KNOWN_IN_TABLES = ("press", "compression_ratio", "query_aware", "n_sink", "windo
 KNOWN_IN_TABLES += ("keep_tokens", "template", "degenerate")
 # Parameters that came later, and what records from before them were measured at.
 CAME_LATER = {"kv_bits": None, "prefill_chunk": None, "evict_while_reading": False, "keep_tokens": None}
-CAME_LATER |= {"revision": None, "template": "passkey", "n_distractors": 0}
+CAME_LATER |= {"revision": None, "template": "passkey", "n_distractors": 0, "press_options": None}
 # Cells of a packed file that stay text, whatever they look like.
 TEXTS = (
     *("run_id", "model", "revision", "weights", "dataset", "press", "source", "device", "dtype", "engine", "failure"),
     *("weights_id", "text_sha256", "attn_implementation", "depths", "template", "table_rows"),
     *("question", "cut", "metric", "filter", "context_rule", "task_version", "documents_sha256", "lm_eval_version"),
-    "degenerate",
+    *("degenerate", "press_options"),
     *(name for name in PROVENANCE if name != "git_dirty"),
 )
 LONGEST_ID = 150  # a file name may have 255 bytes; the names of tables come after it

@@ -124,6 +124,7 @@ def measure_streaming(
         started, clock = provenance(runs.device), time.perf_counter()
         positions, nll = _read_all(lm, ids, reading, rerotate, dense_limit, sampled)
         figures = _figures(nll, positions, lm, reading)
+        may_draw = min(lm.config.max_position_embeddings, ids.shape[1]) > max(EARLIEST, reading.n_sink)
         at = np.isin(positions, sampled)
         tables = {"samples": pd.DataFrame({"position": positions[at], "nll": nll[at]})}
         tables["running"] = _running(nll, positions, BLOCK if reading.method != "recompute" else SAMPLES_A_BLOCK)
@@ -133,7 +134,7 @@ def measure_streaming(
         if reading.timed and reading.method in ("window", "sinks") and sample_tokens:
             torch.manual_seed(seed)
             tables["sample"] = _sample(runs.loaded, ids[:, :PROMPT], reading, rerotate, sample_tokens)
-        if reading.timed and reading.method == "sinks":
+        if reading.timed and reading.method == "sinks" and reading.n_sink and may_draw:
             tables["sinks"], found = _sinks(lm, ids, reading.n_sink)
             figures |= found
         figures["run_s"] = time.perf_counter() - clock
