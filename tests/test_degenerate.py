@@ -193,7 +193,7 @@ def test_every_phrase_has_its_words():
 def test_ratios_and_budgets_do_not_meet():
     runs = table().assign(keep_tokens=[None, None, None, 128, None])
     assert list(of_ratios(runs)["press"]) == ["no_press", "random", "snapkv", "tova"]
-    assert with_strength(next(runs[runs["press"] == "lagkv"].itertuples())) == "lagkv，每头 128 条"
+    assert with_strength(next(runs[runs["press"] == "lagkv"].itertuples())) == "lagkv，每头 128 个条目"
     assert budget_column(runs)["每头条目"] == ["—", "—", "—", "128", "—"] and budget_column(table()) == {}
     assert strength_axis(runs)[0] == "keep_tokens" and strength_axis(table())[0] == "compression_ratio"
 

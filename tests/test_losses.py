@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot
 
-from kvneox_lib.pages import losses, quality
+from kvneox_lib.pages import losses, overview, quality
 from kvneox_lib.pages import report as reporting
 from kvneox_lib.pages.selecting import at_ratio, left_out_of_figures, middle_ratio, of_one_storage
 from kvneox_lib.pages.shapes import cache_shares
@@ -190,7 +190,7 @@ def test_near_and_far_weigh_each_bin_by_its_tokens():
     found = losses.near_and_far(pd.DataFrame(rows))
     assert found.near == pytest.approx((2 * 0.4 + 14 * 0.2) / 16) and found.far == pytest.approx(0.2)
     assert (found.from_token, found.to_token) == (17, 40)
-    assert "头 16 个计分的词元每个损失 0.225 nat，第 17–40 个每个损失 0.200 nat，是前者的 89%" in losses.lasting(
+    assert "前 16 个计分的词元每个损失 0.225 nat，第 17–40 个每个损失 0.200 nat，是前者的 89%" in losses.lasting(
         pd.DataFrame(rows), 0.5
     )
 
@@ -225,6 +225,24 @@ def test_texts_are_compared_at_what_both_have():
         quality.rising(records("wikitext_ppl", study()[:1]))
     with pytest.raises(reporting.Missing, match="多个压缩率的区间"):
         quality.rising(records("wikitext_ppl", study(None)))
+
+
+def test_intervals_from_before_dependence_are_not_said_to_know_of_it():
+    figures = {"context_length": 8, "continuation_length": 4, "n_windows": 6, "n_tokens": 18, "control_windows": 1}
+    before = records("wikitext_ppl", study().assign(**figures))
+    now = records("wikitext_ppl", before.frame.assign(n_documents=1))
+    mixed = records("wikitext_ppl", now.frame.assign(n_documents=[None, *[1] * (len(now.frame) - 1)]))
+    assert [quality.knows_dependence(each) for each in (before, now, mixed)] == [False, True, False]
+    assert "没有考虑窗口来自哪篇文本、与哪些相邻" in quality.reach(before)
+    assert "先抽文本" in overview.protocol_of_perplexity(now)
+    for each in (before, mixed):
+        assert "先抽" not in overview.protocol_of_perplexity(each) and "彼此独立的" in overview.protocol_of_perplexity(
+            each
+        )
+    keys = records("recall", pd.DataFrame({"context_length": [64], "n_keys": 4}))
+    assert "把每个口令都当作独立的" in overview.protocol_of_recall(keys)
+    contexts = records("recall", keys.frame.assign(n_contexts=2))
+    assert "同一段上下文里的口令不当作彼此独立的" in overview.protocol_of_recall(contexts)
 
 
 def test_an_infinite_perplexity_is_named():

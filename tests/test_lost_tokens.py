@@ -1,5 +1,7 @@
 """What pages say of the trial and of losses follows from the tables, and says so when the tables do not carry it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,11 +9,12 @@ import pytest
 from kvneox_lib.pages import figures, heads, lost_tokens, orders
 from kvneox_lib.pages.ranks import rank_correlation, rank_correlation_ci95
 from kvneox_lib.pages.report import Missing, Records
+from kvneox_lib.studies.records import write_table
 
 GROUPS = ("copying", "control 1", "control 2", "others")
 
 
-def trial(bare: dict, pressed: dict, n_contexts: int = 10) -> pd.DataFrame:
+def trial(bare: dict, pressed: dict, n_contexts: int = 40) -> pd.DataFrame:
     """Of 4 keys in each context; each a share of them that is recalled under a condition."""
     rows = []
     for press, ratio, shares in (("no_press", 0.0, bare), ("snapkv", 0.5, pressed), ("snapkv", 0.9, pressed)):
@@ -33,33 +36,46 @@ def test_draws_of_control_heads_are_one_condition():
     table = heads.tried(trial(BARE, PRESSED)).set_index(["press", "compression_ratio", "digits", "group"])
     assert table.index[0][0] == "no_press" and table.index.is_unique
     control = table.loc["no_press", 0.0, "dropped", "control"]
-    assert (control["value"], control["n_keys"], control["n_draws"]) == (0.75, 80, 2)
+    assert (control["value"], control["n_keys"], control["n_draws"]) == (0.75, 320, 2)
     assert control["low"] < 0.75 < control["high"]
     assert table.loc["snapkv", 0.9, "kept", "copying"]["kept"] == pytest.approx(0.1)
 
 
 def test_sentences_of_the_trial():
-    table = trial(BARE, PRESSED)
+    table = trial(BARE | {("dropped", "control 2"): 1}, PRESSED)
     said = heads.necessary(table)
-    assert "准确率 1.00 [" in said and "（抽签 2 次）0.75 [" in said and said.endswith("抄写的头是必要的。")
+    assert "准确率 1.00 [" in said and "（抽签 2 次）1.00 [" in said and said.endswith("抄写的头是必要的。")
     said = heads.sufficient(table)
-    assert said.startswith("snapkv 0.9 准确率 0.00 [") and said.endswith("抄写的头是充分的。") and "0.5" not in said
+    assert said.startswith("snapkv 0.9 准确率 0.00 [") and "snapkv 0.5" not in said
+    assert said.endswith("在抄写的头里留住数字是充分的。")
     runs = pd.DataFrame({"lender": ["keydiff", "keydiff"]})
-    assert "改留 keydiff 在同一压缩率下所留的位置，准确率：snapkv 0.9 由 0.00 变为 0.75" in heads.lent(runs, table)
+    assert "改留 keydiff 在同一压缩率下所留的条目，准确率：snapkv 0.9 由 0.00 变为 0.75" in heads.lent(runs, table)
 
 
 def test_what_the_trial_does_not_carry_is_not_said():
     no_cause = {condition: 0.5 for condition in BARE}
     table = trial(no_cause, {**PRESSED, ("kept", "others"): 1})
     assert heads.necessary(table).endswith("不足以说抄写的头是必要的。")
-    assert heads.sufficient(table).endswith("不足以说抄写的头是充分的。")
-    without = {("as_is", "none"): 1, ("dropped", "others"): 0}  # a model in which no head copies
-    with pytest.raises(Missing, match="抄写的头"):
-        heads.necessary(trial(without, {("as_is", "none"): 0}))
-    with pytest.raises(Missing):
-        heads.sufficient(trial(without, {("as_is", "none"): 0}))
+    assert heads.sufficient(table).endswith("不足以说在抄写的头里留住数字是充分的。")
+    weakened = trial(BARE, PRESSED)  # dropped from a group of other heads, digits are missed there too
+    assert heads.necessary(weakened).endswith("但这还不足以说没有它们就答不出，别处的却不碍事。")
+    half = trial({**BARE, ("dropped", "copying"): 0.5, ("dropped", "control 2"): 1}, PRESSED)
+    assert "损害更大" in heads.necessary(half) and "必要" not in heads.necessary(half)
+    little = trial(BARE, {**PRESSED, ("kept", "copying"): 0.25})  # more than nothing, but no answer
+    assert heads.sufficient(little).endswith("不足以说在抄写的头里留住数字是充分的。")
+
+
+def test_a_model_in_which_none_or_all_heads_copy_is_not_tried():
+    none = trial({("as_is", "none"): 1, ("dropped", "others"): 0}, {("as_is", "none"): 0})
+    every = trial({("as_is", "none"): 1, ("dropped", "copying"): 0}, {("as_is", "none"): 0})
+    for sentence in (heads.necessary, heads.sufficient, lambda table: heads.lent(pd.DataFrame(), table)):
+        assert sentence(none) == heads.NONE_COPY and sentence(every) == heads.ALL_COPY
+    figures.use_style()
+    assert heads.trial_bars(none)
     found = pd.DataFrame({"layer": [0, 0], "head": [0, 1], "copies": False, "copy_attention": [0.01, 0.02]})
     assert "没有抄写的头：投得最多的头也只有 0.020" in heads.found(found)
+    every = found.assign(copies=True, copy_attention_tried=[0.5, 0.6])
+    assert heads.found(every).endswith("这些头的注意力最低 0.50。")
 
 
 def test_the_figure_and_the_table_show_the_same_conditions():
@@ -72,6 +88,34 @@ def test_the_figure_and_the_table_show_the_same_conditions():
     assert len(left.patches) == 4 and len(right.patches) == 6
 
 
+def records_of(tmp_path, of_trial: pd.DataFrame, of_losses: pd.DataFrame) -> Records:
+    """Packed as a study would write them: one run of each press."""
+    runs = []
+    for (press, ratio), part in of_trial.groupby(["press", "compression_ratio"], dropna=False, sort=False):
+        run = {"run_id": f"{press} {ratio}", "press": press, "compression_ratio": ratio, "dataset": "a text"}
+        write_table(tmp_path, run["run_id"], "trial", part.drop(columns=["press", "compression_ratio"]))
+        lost = of_losses[of_losses["press"] == press]
+        lost = lost[lost["compression_ratio"].eq(ratio) | lost["compression_ratio"].isna()]
+        if len(lost):
+            table = lost.drop(columns=["press", "compression_ratio", "dataset"])
+            write_table(tmp_path, run["run_id"], "losses", table)
+        runs.append(run | {"n_heads": 24, "n_copying_heads": 4, "path": str(tmp_path / f"{run['run_id']}.json")})
+    return Records("heads", tmp_path, tmp_path, pd.DataFrame(runs))
+
+
+@pytest.mark.parametrize(("ratio", "words"), [(0.9, "压缩率 0.90"), (np.nan, "各按自己的强度")])
+def test_the_first_page_names_the_text_and_the_strength(tmp_path, ratio, words):
+    table = trial(BARE, PRESSED)
+    table = table[table["compression_ratio"] != 0.5].replace({"compression_ratio": {0.9: ratio}})
+    lost = losses()
+    lost = lost[lost["press"] == "snapkv"].assign(compression_ratio=ratio)
+    said = heads.first_page(records_of(tmp_path, table, lost))
+    assert "由 1.00 变为 0.00，从其余全部头里去掉则是 1.00。" in said
+    assert f"在 a text 上，{words}，snapkv 在困惑度里的损失主要来自" in said
+    no_heads = trial({("as_is", "none"): 1, ("dropped", "others"): 0}, {("as_is", "none"): 0})
+    assert heads.first_page(records_of(tmp_path / "none", no_heads, lost)).endswith(heads.NONE_COPY)
+
+
 def losses(**changed) -> pd.DataFrame:
     """Ten windows of 100 tokens of two presses. Copying heads: one token in a hundred loses 4 nat, seen far away."""
     rows = []
@@ -79,7 +123,8 @@ def losses(**changed) -> pd.DataFrame:
         for name, loss in (("copying", copying), ("others", others), ("all", copying + others)):
             for window in range(10):
                 lost = {"n_tokens_lost": 1, "loss_lost": 4.0} if name != "others" else {"n_tokens_lost": 0}
-                known = {"press": press, "compression_ratio": 0.75, "heads": name, "document": 0, "position": window}
+                known = {"press": press, "compression_ratio": 0.75, "heads": name, "dataset": "a text"}
+                known |= {"document": 0, "part": 0, "position": window}
                 row = {"n_tokens": 100, "loss": loss, "n_tokens_gained": 0, "loss_gained": 0.0, "loss_lost": 0.0}
                 seen = {"n_tokens_far": 20, "loss_far": loss, "n_tokens_near": 10, "loss_near": 0.0}
                 rows.append({**known, **row, **lost, **seen, "n_tokens_new": 70, "loss_new": 0.0})
@@ -94,14 +139,15 @@ def test_a_loss_taken_apart_sums_up():
     parts = lost_tokens.lost_by_heads(losses())
     assert np.allclose(parts.loc[parts["value"] > 0, ["part_far", "part_near", "part_new"]].sum(1), 1)
     said = lost_tokens.decomposed(losses())
+    assert said.startswith("在 a text 上，压缩率 0.75，以多付")
     assert "snapkv 的 $p$ 是 1.00%，$c$ 是 4.00 nat，$p c$ 是 0.0400 nat，而 $\\Delta$ 是 0.0400 nat" in said
 
 
 def test_whose_loss_it_is():
     assert "2 种方法在困惑度里的损失都主要来自抄写的头" in lost_tokens.by_heads(losses())
-    assert "2 种方法里，困惑度的损失主要来自抄写的头丢掉的位置的有 1 种" in lost_tokens.by_heads(losses(others=9.0))
-    assert lost_tokens.by_tokens(losses()).endswith("损失集中在极少数的词元上。")
-    assert lost_tokens.by_tokens(losses(others=9.0)).endswith("集中在这样的词元上的有 1 种。")
+    assert lost_tokens.by_heads(losses(others=9.0)).endswith("抄写的头丢掉的条目的有 1 种（snapkv）。")
+    assert lost_tokens.by_tokens(losses()).endswith("损失的一半以上仍在这样的词元上。")
+    assert lost_tokens.by_tokens(losses(others=9.0)).endswith("在这样的词元上的有 1 种。")
     assert "远处出现过的 20%、只在近处出现过的 10%、没有出现过的 70%" in lost_tokens.by_seen(losses())
     assert lost_tokens.by_seen(losses()).endswith("本可以照抄的词元付得最多。")
     figures.use_style()
@@ -109,6 +155,69 @@ def test_whose_loss_it_is():
     assert [bar.get_width() for bar in left.patches] == [0.04, 0.0, 0.04, 0.04, 0.005, 0.045]
     shown = lost_tokens.loss_table(losses())
     assert shown["它们占损失"].tolist()[:3] == ["100%", "—", "100%"]  # a loss of zero has no parts
+    with pytest.raises(Missing, match="表 losses"):  # of no compression alone
+        lost_tokens.loss_table(losses().iloc[:0][["press", "compression_ratio"]])
+
+
+def noise() -> pd.DataFrame:
+    """Of snapkv: in every window two tokens change by much, now for the worse and now for the better."""
+    table = losses()
+    table = table[table["press"] == "snapkv"].reset_index(drop=True)
+    sign = np.where(table["position"] % 2, 1.0, -1.0)
+    for which, share in (("", 1.0), ("_lost", 1.0 * (sign > 0)), ("_gained", 1.0 * (sign < 0)), ("_far", 1.0)):
+        table[f"loss{which}"], table[f"n_tokens{which}"] = 8 * sign * share, table[f"n_tokens{which}"]
+    return table.assign(n_tokens_lost=2 * (sign > 0), n_tokens_gained=2 * (sign < 0), loss=table["loss"] + 0.01)
+
+
+def test_a_loss_that_may_be_none_has_no_parts_and_no_cause():
+    """Those that lose much are chosen by it: of noise, they would carry far more than all of what is left of it."""
+    table = noise()
+    (row,) = lost_tokens._whole(table).itertuples()
+    assert row.low < 0 < row.value and row.part_lost > 100 and not row.sure
+    said = lost_tokens.by_tokens(table)
+    assert "少付这么多的也有 1.0%（损失与零分不开，不谈占比）" in said and said.endswith("）。")
+    assert "占损失" not in said and "占全部损失" not in lost_tokens.by_seen(table)
+    assert lost_tokens.whose(table) == "snapkv 的损失与零分不开，说不上来自哪些头。"
+    with pytest.raises(Missing, match="损失不是零"):
+        lost_tokens.decomposed(table)
+    both = pd.concat([losses()[losses()["press"] == "knorm"], table])
+    assert "（至少一半" in lost_tokens.whose(both) and "snapkv 的损失本身与零分不开" in lost_tokens.whose(both)
+
+
+def test_what_gains_as_much_is_set_against_what_loses():
+    table = losses()
+    table[["n_tokens_gained", "loss_gained"]] = 1, -3.0  # of 4 nat lost in a window 3 come back
+    said = lost_tokens.by_tokens(table[table["press"] == "snapkv"])
+    assert "snapkv 1.0%，占损失的 100%（少付 2 nat 以上的有 1.0%，抵去 75%）" in said
+    assert said.endswith("1 种方法里，损失有一半以上在这样的词元上的有 0 种。")
+
+
+def test_mostly_is_asked_window_by_window():
+    """Both make as much in the mean, and the copying heads more in some windows only: nothing can be said."""
+    table = losses(others=3.9)
+    wobble = 3 * (-1.0) ** table["position"]
+    table["loss"] += wobble.where((table["heads"] == "copying") & (table["press"] == "knorm"), 0.0)
+    said = lost_tokens.whose(table)
+    assert "2 种方法里" in said and said.endswith("的有 1 种（snapkv）。")
+
+
+def test_presses_with_a_strength_of_their_own_have_no_ratio():
+    own = losses().assign(compression_ratio=np.nan)
+    for sentence in (lost_tokens.by_heads, lost_tokens.decomposed):
+        assert "各按自己的强度，" in sentence(own) and "nan" not in sentence(own)
+
+
+def test_texts_are_compared_under_one_protocol(tmp_path):
+    found = []
+    for name, length in (("one", 1024), ("two", 1024), ("three", 512)):
+        records = records_of(tmp_path / name, trial(BARE, PRESSED), losses().assign(compression_ratio=0.9))
+        records.frame["dataset"] = name
+        known = {"model": "demo", "weights_id": "a", "context_length": 1536, "continuation_length": 256}
+        found.append(replace(records, frame=records.frame.assign(window_context=length, **known)))
+    assert [one.frame["dataset"].iloc[0] for one in lost_tokens.of_one_protocol(found)] == ["one", "two"]
+    table = lost_tokens.loss_by_text(found)
+    assert table["文本"].tolist() == ["one", "two"] and set(table["压缩率"]) == {"0.9"}
+    assert table["在所有头里"].tolist() == ["0.0400 [0.0400, 0.0400]"] * 2
 
 
 # ---- orders ---------------------------------------------------------------------------------------------------------

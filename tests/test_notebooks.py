@@ -168,10 +168,11 @@ def test_tasks_notebook(tmp_path):
 @pytest.mark.slow
 def test_heads_notebook(tmp_path):
     asked = {**TEXT, "context_length": 400, "n_keys": 10, "window_context": 192, "continuation_length": 48}
+    asked |= {"keys_per_context": 1}  # of few contexts intervals are too wide for a verdict
     notebook = run("08_heads", tmp_path, **asked, max_windows=6, output_dir=str(tmp_path / "out"))
     text = said(notebook)
     assert "模型 **demo**（权重：bundled）" in text and "个头里抄写的有" in text
-    assert "抄写的头是必要的" in text and "抄写的头是充分的" in text
+    assert "抄写的头是必要的" in text and "在抄写的头里留住数字是充分的" in text
     assert "压缩率 0.90，每词元多付：" in text and "三类每词元多付的 nat" in text
     assert len(records.load_records(tmp_path / "out")) == 1 + 2 * 2 and "5 份记录" in text
     pictures = [output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in str(output)]

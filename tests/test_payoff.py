@@ -31,6 +31,7 @@ def added_up(first: float, step: float, plain_first: float, plain_step: float, m
         (1.3, 0.043, 1.0, 0.05),
         (0.9, 0.04, 1.0, 0.05),  # at once
         (1.0, 0.05, 1.0, 0.05),
+        (0.9, 0.06, 1.0, 0.05),  # at the first token, and not for long
         (1.2, 0.06, 1.0, 0.05),  # never
     ],
 )
@@ -38,10 +39,7 @@ def test_break_even_is_where_the_times_added_up_meet(times):
     first, step, plain_first, plain_step = times
     found = break_even(np.array([first - plain_first]), np.array([plain_step - step]))
     expected = added_up(*times)
-    if first == plain_first and step == plain_step:
-        assert found.tokens == inf and expected == 1  # nothing lost, but nothing is ever saved
-    else:
-        assert (ceil(found.tokens - 1e-9) if found.tokens < inf else inf) == expected
+    assert (ceil(found.tokens - 1e-9) if found.tokens < inf else inf) == expected
     assert np.isnan(found.low) and np.isnan(found.high)
 
 
@@ -84,6 +82,9 @@ def test_what_is_sure_by_hand():
     assert break_even(sure, np.array([-0.02, -0.021, -0.019, -0.02])) == Payoff(inf, inf, inf)
     assert break_even(-sure, np.array([0.02, 0.021, 0.019, 0.02])) == Payoff(1, 1, 1)
     assert break_even(-sure, np.array([0.01, -0.01, 0.02, -0.01])) == Payoff(1, 1, inf)
+    slower = np.array([-0.02, -0.021, -0.019, -0.02])
+    assert break_even(-sure, slower) == Payoff(1, 1, 1)  # ahead at the first token, whatever comes
+    assert break_even(np.array([-0.1, 0.1, -0.2, 0.1]), slower) == Payoff(1, 1, inf)  # or perhaps not
     nothing = break_even(np.array([0.1, -0.1, 0.1, -0.1]), np.array([0.01, -0.01, 0.02, -0.01]))
     assert (nothing.low, nothing.high) == (1, inf)
     words = [one.in_words for one in (Payoff(8.2, 1, 11.5), Payoff(8.2, 3.1, inf), Payoff(inf, inf, inf))]
@@ -159,10 +160,21 @@ def test_what_is_said(runs):
     assert table["kvzip 0.75", "512×1"] == "101 [101, 101]" and table["tova 0.75", "512×1"] == "从不"
 
 
+def test_what_is_ahead_at_first_and_behind_later_does_not_pay(runs):
+    early = pd.concat([runs, pd.DataFrame([run("lagkv", 0.9, 0.06)])], ignore_index=True)
+    for frame in (early, early.drop(columns=["prefill_turns_s", "step_turns_s"])):
+        short = payoff.payoff_in_words(payoff.shown(frame)).split("。")[0]
+        assert "lagkv 0.75 首词元看不出比不压缩晚，但每步更慢" in short and "lagkv 0.75（" not in short
+
+
 def test_records_from_before_the_turns_have_no_intervals(runs):
     found = payoff.shown(runs.drop(columns=["prefill_turns_s", "step_turns_s"]))
     assert "（四分位数的范围不含 1）" in payoff.costs_in_words(found)
-    assert "kvzip 0.75（101）" in payoff.payoff_in_words(found) and "没有区间" in payoff.payoff_in_words(found)
+    short = payoff.payoff_in_words(found).split("。")[0]
+    assert short.startswith(
+        "上下文 512、批 1：按中位数回本所需的词元数：knorm 0.75（2）、kvzip 0.75（101）；从不回本："
+    )
+    assert "tova 0.75" in short.split("从不回本：")[1] and short.endswith("（没有区间）")
     assert figures.dots(payoff.panels(found))
     pyplot.close("all")
 

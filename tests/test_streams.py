@@ -109,6 +109,8 @@ def test_how_many_sinks():
     said = streams.how_many(runs)
     assert "看见 64 个词元时，损失最低的是 4 个汇聚点（2.500），最高的是 0 个（3.000）" in said
     assert "看见 256 个词元时，损失最低的是 0 个汇聚点" in said
+    level = runs.assign(nll_mean=runs["nll_mean"].where(runs["n_sink"] + runs["window"] != 256, 2.0001))
+    assert "看见 256 个词元时，2 种汇聚点数的损失都是 2.000。" in streams.how_many(level)
     shown = streams.sinks_and_sizes(runs)
     assert list(zip(shown["press"], shown["size"]))[:2] == [("0 个汇聚点", 64), ("0 个汇聚点", 256)]
     assert shown["ppl_ci95_low"].dtype == float  # a figure subtracts it
@@ -139,7 +141,7 @@ SINKS["first"] = SINKS["several"] / 2
 def test_what_the_first_tokens_draw_and_what_dropping_them_costs():
     runs = streams.main(pd.DataFrame([reading("sinks", 4, 60, **sunk()), reading("window", 0, 64)]))
     said = streams.sinks_draw(runs, SINKS)
-    assert "4 段各 2048 个词元" in said and "20.00% 的注意力给第一个词元、30.00% 给头 4 个" in said
+    assert "4 段各 2048 个词元" in said and "20.00% 的注意力给第一个词元、30.00% 给开头 4 个" in said
     assert "0.25% 与 1.00%" in said and "第 0 层第 1 头（60.00%）；4 个头里有 2 个" in said
     worse = pd.concat([running("sinks", [1.0] * 6), running("window", [1.5, 1.6, 1.4, 1.5, 1.5, 1.5])])
     said = streams.sinks_explain(runs, SINKS, worse)
@@ -161,5 +163,5 @@ def test_without_a_run_with_sinks_nothing_is_said_of_them():
     (axes,) = streams.sink_maps(SINKS.iloc[:0]).axes
     assert "没有量" in axes.texts[0].get_text()
     panels = streams.sink_maps(SINKS).axes[:2]
-    assert [panel.get_title() for panel in panels] == ["第一个词元", "头 4 个词元"]
+    assert [panel.get_title() for panel in panels] == ["第一个词元", "开头 4 个词元"]
     assert panels[1].images[0].get_array().tolist() == [[0.01, 0.6], [0.5, 0.09]]

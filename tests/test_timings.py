@@ -74,7 +74,7 @@ def test_bits_are_variants_and_the_baseline_is_as_it_is(runs):
     gain, before = timings.engine_gains(more)[0], timings.engine_gains(runs)[0]
     assert gain.plain["step_s"] == before.plain["step_s"] == 0.02 and gain.best["kv_bits"] == 4
     assert before.best["step_s"] == 0.010 and gain.kvpress["step_s"] == before.kvpress["step_s"] == 0.04
-    assert "每步最短的是 snapkv，压缩率 0.75，4 位，" in timings.gains(more)
+    assert "每步最短的是 snapkv 0.75，4 位，" in timings.gains(more)
     assert "snapkv 0.75，4 位：0.0 MB" in timings.smallest_cache(more)
     assert "用时为不压缩的 4.00 倍" in timings.slowest_prefill(more)
     ours, _ = timings.by_context(more).values()
@@ -111,7 +111,7 @@ def test_gains_by_hand(runs):
     said = timings.gains(runs)
     for words in (
         "transformers（DynamicCache）是 2.50 倍（2.05–3.06）、transformers（StaticCache）是 1.50 倍（1.23–1.83），这",
-        "每步最短的是 snapkv，压缩率 0.75，本库不压缩时的每步用时是它的 2.00 倍（",
+        "每步最短的是 snapkv 0.75，本库不压缩时的每步用时是它的 2.00 倍（",
         "不压缩的 transformers（StaticCache）的是它的 3.00 倍（",
         "下界的 2.0 倍",
         "本库的 4.00 倍（",
@@ -144,7 +144,7 @@ def test_ratios_are_of_turns_and_who_is_fastest_is_said_only_of_who_is(runs):
     said = timings.gains(in_turns(runs))
     assert "是 2.50 倍 [2.50, 2.50]、" in said and "本库的 4.00 倍 [4.00, 4.00]" in said and "分不出" not in said
     level = timings.gains(in_turns(runs, knorm=np.array([0.3, 1.2, 0.6, 0.5])))
-    assert "每步最短的是 snapkv，压缩率 0.75（knorm 0.50 与它分不出快慢）" in level
+    assert "每步最短的是 snapkv 0.75（knorm 0.50 与它分不出快慢）" in level
     assert "是 1.50 倍 [1.50, 1.50]，这" in timings.gains(in_turns(runs[runs["engine"] != "stock"]))
     jumping = in_turns(runs, no_press=np.array([0.4, 2.5, 1.9, 0.5]))
     assert "的是它的 3.00" not in timings.gains(jumping) and "，分不出快慢" in timings.gains(jumping)

@@ -6,11 +6,15 @@ What each loses in perplexity, in recall and in tasks when as much is kept, from
 import contextlib
 import math
 
+import numpy as np
 import pandas as pd
 
+from kvneox_lib.measures.intervals import FEW_DOCUMENTS, comparison, holm
 from kvneox_lib.pages import retrieval, tasks
+from kvneox_lib.pages.degenerate import healthy, is_degenerate, said
 from kvneox_lib.pages.report import Missing, Records, found_in
 from kvneox_lib.pages.selecting import of_one_storage
+from kvneox_lib.pages.storage import KINDS
 from kvneox_lib.pages.words import listed, machine_of, number, with_interval
 from kvneox_lib.presses.by_name import make_press
 from kvneox_lib.presses.copying import DRAWS, REPEATED
@@ -18,6 +22,7 @@ from kvneox_lib.presses.copying import DRAWS, REPEATED
 OURS = "copying_heads"
 BESIDE = (OURS, "kvzip", "adakv_snapkv", "keydiff", "snapkv", "duo_attention")  # the last has a strength of its own
 DIGITS = {"delta_nll": 3, "accuracy": 2, "score": 2}
+UNCALIBRATED = ("adakv_snapkv", "keydiff", "snapkv")  # of BESIDE, those that know nothing of a model beforehand
 
 
 # ---- which runs -----------------------------------------------------------------------------------------------------
@@ -25,7 +30,11 @@ DIGITS = {"delta_nll": 3, "accuracy": 2, "score": 2}
 
 def measured(wiki: Records, books: Records, recall: Records, task_runs: Records) -> pd.DataFrame:
     """A row for each of BESIDE at each ratio and each thing that was measured of it (`measure`): `value` with its
-    interval, `gain`, its sign turned where less is better, and `kept_fraction`. Questions come after compression."""
+    interval, and `kept_fraction`. Questions come after compression. Without degenerate runs."""
+    return healthy(_all_measured(wiki, books, recall, task_runs))
+
+
+def _all_measured(wiki: Records, books: Records, recall: Records, task_runs: Records) -> pd.DataFrame:
     parts = []
     for records in (wiki, books, recall, task_runs):
         with contextlib.suppress(Missing):  # a study that nobody has run says nothing
@@ -37,7 +46,7 @@ def measured(wiki: Records, books: Records, recall: Records, task_runs: Records)
 
 def _measures_of(records: Records) -> list[pd.DataFrame]:
     runs = records.runs()
-    runs = found_in(records.study, runs[runs["press"].isin(BESIDE)], OURS)
+    runs = found_in(records.study, runs[runs["press"].isin(BESIDE)], OURS).assign(study=records.study)
     if records.study == "tasks":
         of_tasks = tasks.in_mode(runs, "outside").groupby("dataset", sort=False)
         return [_measure(part, tasks.named(task), "score") for task, part in of_tasks]
@@ -48,37 +57,64 @@ def _measures_of(records: Records) -> list[pd.DataFrame]:
 
 def _measure(runs: pd.DataFrame, name: str, column: str) -> pd.DataFrame:
     ends = {end: pd.to_numeric(runs[f"{column}{end}"]) for end in ("", "_ci95_low", "_ci95_high")}
-    found = runs[["press", "compression_ratio", "kept_fraction"]].assign(measure=name, digits=DIGITS[column])
-    sign = -1 if column == "delta_nll" else 1
-    found = found.assign(**{f"value{end}": values for end, values in ends.items()}, gain=sign * ends[""])
-    low, high = (sign * ends[end] for end in ("_ci95_low", "_ci95_high"))
-    return found.assign(least=low.where(low <= high, high), most=high.where(low <= high, low))
+    kept = ["press", "compression_ratio", "kept_fraction", "study", "run_id"]
+    found = runs[[*kept, *(name for name in ("degenerate",) if name in runs)]].assign(measure=name)
+    return found.assign(digits=DIGITS[column], **{f"value{end}": values for end, values in ends.items()})
 
 
 def at_equal_ratios(found: pd.DataFrame) -> pd.DataFrame:
-    """Each other press beside OURS, wherever both were measured at one ratio: `verdict` is "better" or "worse" where
-    the interval of OURS lies on one side of the other's, else ""."""
+    """Of `measured`: each other press beside OURS, wherever both were measured at one ratio."""
     found = found.dropna(subset="compression_ratio")
     ours, others = found[found["press"] == OURS], found[found["press"] != OURS]
-    both = ours.merge(others, on=["compression_ratio", "measure"], suffixes=("", "_other"))
-    better, worse = both["least"] > both["most_other"], both["most"] < both["least_other"]
-    return both.assign(verdict=better.map({True: "better", False: ""}).where(~worse, "worse"))
+    return ours.merge(others, on=["compression_ratio", "measure", "study"], suffixes=("", "_other"))
+
+
+def compared(*records: Records) -> pd.DataFrame:
+    """Each pair of `at_equal_ratios` on the windows, keys or documents that both were measured on: `ahead`, by how much
+    OURS is better in the mean, `p` after Holm's correction for all pairs together, over how many `documents`, and
+    `verdict`, "better" or "worse" where that p is below 0.05, else "". Pairs of too few units to tell are left
+    out."""
+    by_study, rows = {one.study: one for one in records}, []
+    pairs = at_equal_ratios(measured(*records))
+    for pair in pairs.itertuples():
+        ahead, documents = _ahead(by_study[pair.study], pair.run_id, pair.run_id_other)
+        p = comparison(ahead, documents).p
+        rows.append({"ahead": ahead.mean() if len(ahead) else np.nan, "p": p, "documents": len(set(documents))})
+    found = pd.concat([pairs, pd.DataFrame(rows, columns=["ahead", "p", "documents"])], axis=1).dropna(subset="p")
+    found = found.assign(p=holm(found["p"].to_numpy(dtype=float)))
+    sure = np.where(found["ahead"] > 0, "better", "worse")
+    return found.assign(verdict=np.where(found["p"] < 0.05, sure, ""))
+
+
+def _ahead(records: Records, ours: str, other: str) -> tuple[np.ndarray, np.ndarray]:
+    """Unit by unit, and the document that each is of."""
+    kind = KINDS[records.study]
+    try:
+        one, two = (
+            records.table(kind.table, run_id=run).set_index(list(kind.unit))[kind.value].astype(float)
+            for run in (ours, other)
+        )
+    except Missing:
+        return np.array([]), np.array([])
+    ahead = ((two - one) if kind.less_is_better else (one - two)).dropna()
+    of = np.arange(len(ahead)) if kind.of is None else ahead.index.get_level_values(kind.of).to_numpy()
+    return ahead.to_numpy(), of
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 
 def table(wiki: Records, books: Records, recall: Records, task_runs: Records) -> pd.DataFrame:
-    """What most is kept by comes first."""
-    found = measured(wiki, books, recall, task_runs)
+    """What most is kept by comes first; a degenerate run has a dash, and `not_ranked` says why."""
+    found = _all_measured(wiki, books, recall, task_runs)
     found = found.assign(
         strength=found["compression_ratio"].map(lambda ratio: "自定" if pd.isna(ratio) else f"{ratio:g}")
     )
     rows = {}
     for (press, strength), part in found.groupby(["press", "strength"]):
-        said = {row["measure"]: with_interval(row, "value", row["digits"]) for _, row in part.iterrows()}
+        shown = {row["measure"]: with_interval(row, "value", row["digits"]) for _, row in healthy(part).iterrows()}
         kept = {"实际保留": _span(part["kept_fraction"])}
-        rows[press, strength] = {"press": press, "压缩率": strength, **kept, **said}, part["kept_fraction"].mean()
+        rows[press, strength] = {"press": press, "压缩率": strength, **kept, **shown}, part["kept_fraction"].mean()
     ordered = sorted(rows.values(), key=lambda row: (-round(row[1], 2), BESIDE.index(row[0]["press"])))
     columns = ["press", "压缩率", "实际保留", *found["measure"].unique()]
     return pd.DataFrame([row for row, _ in ordered], columns=columns).fillna("—")
@@ -93,13 +129,37 @@ def _span(kept: pd.Series) -> str:
 # ---- sentences ------------------------------------------------------------------------------------------------------
 
 
+def not_ranked(*records: Records) -> str:
+    """Why there are dashes; nothing where there are none."""
+    parts = []
+    for one in records:
+        with contextlib.suppress(Missing):
+            runs = of_one_storage(one.runs())
+            parts.append(runs[runs["press"].isin(BESIDE) & is_degenerate(runs)])
+    return "".join(said(pd.concat(parts))) if parts else ""
+
+
+def same_heads(causes: Records) -> str:
+    """How many of the heads that random tokens find are those that say the passkeys: table `heads` of study `heads`."""
+    heads, threshold = causes.table("heads", press="no_press"), make_press(OURS).threshold
+    if "repeated_tokens" not in heads:
+        raise Missing(causes.study, "repeated_tokens")
+    found, copying = heads["repeated_tokens"] >= threshold, heads["copies"].astype(bool)
+    if not found.any():
+        return f"{len(heads)} 个头里，按随机词元一个也没有找到；@sec-heads 按口令找到的有 {copying.sum()} 个。"
+    return (
+        f"按随机词元找到的 {found.sum()} 个头里，有 {(found & copying).sum()} 个就是 @sec-heads 的抄写的头"
+        f"（按口令找到的共 {copying.sum()} 个）。"
+    )
+
+
 def criterion() -> str:
     """The settings of the press, as the row of the registry has them."""
     press = make_press(OURS)
     window = press.presses[1].window_size
     even = math.log(2) / REPEATED  # the mean of 1 / (number of keys seen), over the second reading
     return (
-        f"词元有 {REPEATED} 个（短的模型按其训练长度），抽 {DRAWS} 次；"
+        f"词元有 {REPEATED} 个（训练长度不足 {2 * REPEATED} 的，取其一半），抽 {DRAWS} 次；"
         f"平均的注意力达到 {press.threshold:g} 的算抄写的头，"
         f"各处一样看的头只有 {even:.4f}。每个头至少留 {press.floor} 个条目（平分也不到它的两倍时，留平分的一半），"
         f"SnapKV 的观察窗口是 {window} 个词元；超出的预算按这份注意力的大小在抄写的头之间分，"
@@ -122,26 +182,29 @@ def beside_snapkv(wiki: Records, books: Records, recall: Records, task_runs: Rec
     return f"{OURS} 与单用 SnapKV，缓存一样大：{'；'.join(parts)}。"
 
 
-def verdicts(wiki: Records, books: Records, recall: Records, task_runs: Records) -> str:
+def verdicts(*records: Records) -> str:
     """How often it is ahead, and every place where it is not."""
-    pairs = at_equal_ratios(measured(wiki, books, recall, task_runs))
-    pairs = found_in(wiki.study, pairs, f"与 {OURS} 压缩率相同的方法")
+    pairs = found_in(records[0].study, compared(*records), f"与 {OURS} 压缩率相同、可以配对的方法")
     worse = pairs[pairs["verdict"] == "worse"]
     where = listed(
         f"{row.press_other}（{row.measure}，压缩率 {row.compression_ratio:g}）" for row in worse.itertuples()
     )
     better, level = ((pairs["verdict"] == verdict).sum() for verdict in ("better", ""))
+    few = pairs.loc[pairs["documents"] <= FEW_DOCUMENTS, "measure"].unique()
     return (
-        f"与其余方法在同一压缩率下逐项相比，共 {len(pairs)} 对：{OURS} 的区间整个在更好一边的 {better} 对，区间相交、"
-        f"分不出高下的 {level} 对，整个在更差一边的 {len(worse)} 对" + (f"，即不如 {where}。" if len(worse) else "。")
+        f"与其余方法在同一压缩率下、同样的窗口（口令、文档）上逐项相比，共 {len(pairs)} 对，按 Holm 法一起校正"
+        f"（p < 0.05）：{OURS} 更好的 {better} 对，分不出高下的 {level} 对，更差的 {len(worse)} 对"
+        + (f"，即不如 {where}。" if len(worse) else "。")
+        + (f"{listed(few)}的文本只有一篇或几篇，好坏只说这些文本。" if len(few) else "")
     )
 
 
 def still_lost(wiki: Records, books: Records, recall: Records, task_runs: Records) -> str:
     """What it costs all the same, beside a whole cache."""
     found = measured(wiki, books, recall, task_runs)
-    losses = found[(found["press"] == OURS) & found["measure"].isin(tasks.LOSSES.values())].dropna(subset="most")
-    harmed = found_in(wiki.study, losses, f"{OURS} 的区间")[losses["most"] < 0]
+    losses = found[(found["press"] == OURS) & found["measure"].isin(tasks.LOSSES.values())]
+    losses = losses.dropna(subset="value_ci95_low")
+    harmed = found_in(wiki.study, losses, f"{OURS} 的区间")[losses["value_ci95_low"] > 0]
     if harmed.empty:
         return f"与不压缩相比，{OURS} 测过的 {len(losses)} 处损失里没有区间全在零以上的。"
     where = listed(
@@ -180,7 +243,7 @@ def uneven(records: Records) -> str:
     above = heads["kept"] > heads["kept"].mean() + 1e-9
     rich, others = heads.loc[above, "kept"], heads.loc[~above, "kept"]
     if rich.empty:
-        return f"压缩率 {ratio:g}：各头留下的一样多，这个模型没有找到抄写的头，{OURS} 就是 SnapKV。"
+        return f"压缩率 {ratio:g} 时，各头留下的一样多，没有哪个头多分到预算。"
     return (
         f"压缩率 {ratio:g} 时，{len(heads)} 个头里 {len(rich)} 个各留上下文的 {rich.min():.0%} 到 {rich.max():.0%}，"
         f"占全部缓存的 {rich.sum() / heads['kept'].sum():.0%}；其余每个头只留 {others.mean():.1%}。"
@@ -189,12 +252,20 @@ def uneven(records: Records) -> str:
 
 def calibrating(records: Records) -> str:
     """What is measured of a model once, before the first context."""
-    frame = records.runs()
-    times = pd.to_numeric(frame["calibration_s"]) if "calibration_s" in frame else pd.Series(float("nan"), frame.index)
-    runs = frame.assign(calibration_s=times).dropna(subset="calibration_s")
-    runs = found_in(records.study, runs[runs["press"].isin(BESIDE)], "calibration_s").drop_duplicates("press")
-    said = listed(f"{row.press} {number(row.calibration_s, '.1f')} 秒" for row in runs.itertuples())
-    return (
-        f"校准对每个模型只做一次：{said}（{machine_of(runs.iloc[0])}）。kvzip 不校准，但每读一段上下文都要再复述一遍；"
-        "其余几种什么也不用先量。"
+    runs = records.runs()
+    runs = runs[runs["press"].isin(BESIDE)]
+    times = pd.to_numeric(runs["calibration_s"]) if "calibration_s" in runs else pd.Series(float("nan"), runs.index)
+    timed = runs.assign(calibration_s=times).dropna(subset="calibration_s").drop_duplicates("press")
+    timed, there = (
+        found_in(records.study, timed, "calibration_s"),
+        [name for name in BESIDE if name in set(runs["press"])],
     )
+    told = listed(f"{row.press} {number(row.calibration_s, '.1f')} 秒" for row in timed.itertuples())
+    text = f"校准对每个模型只做一次：{told}（{machine_of(timed.iloc[0])}）。"
+    untold = [name for name in there if name not in (*timed["press"], *UNCALIBRATED, "kvzip")]
+    if untold:
+        text += f"{listed(untold)} 也要校准，用时没有记下。"
+    if "kvzip" in there:
+        text += "kvzip 不校准，但每读一段上下文都要再复述一遍。"
+    without = [name for name in there if name in UNCALIBRATED]
+    return text + (f"{listed(without)} 不用校准。" if without else "")

@@ -6,15 +6,15 @@ from matplotlib.figure import Figure
 from kvneox_lib.inputs.weights import LoadedModel
 from kvneox_lib.measures.causes import LEAST_ATTENTION, OF_THE_MOST
 from kvneox_lib.pages import figures
-from kvneox_lib.pages.lost_tokens import whose
-from kvneox_lib.pages.report import Missing, Records, found_in, settings
-from kvneox_lib.pages.selecting import middle_ratio
+from kvneox_lib.pages.lost_tokens import at_which_ratio, of_text, whose
+from kvneox_lib.pages.report import Missing, Records, found_in, say, settings
 from kvneox_lib.pages.words import listed
 from kvneox_lib.studies.heads import recall_of
 
 GROUPS = {"copying": "抄写的头", "control": "同样多的别的头", "others": "其余全部头"}
 DONE = {"dropped": "去掉", "kept": "留住", "lent": "借用"}
 AS_IS = "原样"
+NONE_COPY, ALL_COPY = "这个模型没有抄写的头，试验不做。", "这个模型的头全都抄写，没有别的头可以对照，试验不做。"
 
 
 # ---- the trial ------------------------------------------------------------------------------------------------------
@@ -83,7 +83,11 @@ def _hardest(table: pd.DataFrame) -> pd.DataFrame:
 def _press_in_words(row) -> str:
     if row.press == "no_press":
         return "不压缩"
-    return row.press if pd.isna(row.compression_ratio) else f"{row.press} {row.compression_ratio:g}"
+    return f"{row.press}{_ratio(row)}"
+
+
+def _ratio(row) -> str:
+    return "" if pd.isna(row.compression_ratio) else f" {row.compression_ratio:g}"
 
 
 def found(heads: pd.DataFrame) -> str:
@@ -94,48 +98,57 @@ def found(heads: pd.DataFrame) -> str:
         most = heads["copy_attention"].max()
         return f"按“{rule}”的标准，{len(heads)} 个头里没有抄写的头：投得最多的头也只有 {most:.3f}。"
     names = listed([f"第 {row.layer} 层第 {row.head} 头（{row.copy_attention:.2f}）" for row in copying.itertuples()])
-    rest = heads[~heads["copies"].astype(bool)]["copy_attention_tried"].max()
+    rest = heads[~heads["copies"].astype(bool)]["copy_attention_tried"]
+    beside = f"，其余各头最高 {rest.max():.2f}" if len(rest) else ""
     return (
         f"{len(heads)} 个头里抄写的有 {len(copying)} 个：{names}。标准是{rule}；在找头时没有用过的口令上，"
-        f"这些头的注意力最低 {copying['copy_attention_tried'].min():.2f}，其余各头最高 {rest:.2f}。"
+        f"这些头的注意力最低 {copying['copy_attention_tried'].min():.2f}{beside}。"
     )
 
 
 def necessary(trial: pd.DataFrame) -> str:
-    """Of no compression."""
+    """Of no compression. Heads are necessary where without their digits less than half is recalled, and as much as ever
+    without those of other heads."""
     shares = _by_condition(tried(trial), "no_press")
+    if untried := _untried(shares):
+        return untried
     whole, without = shares.loc["as_is", "none"], _there(shares, "dropped", "copying")
     control, others = (_there(shares, "dropped", group) for group in ("control", "others"))
     text = (
         f"不压缩时准确率 {_share(whole)}。只从抄写的头里去掉数字，准确率 {_share(without)}；从同样多的别的头里去掉"
         f"（抽签 {control.n_draws} 次）{_share(control)}；从其余全部头里去掉 {_share(others)}。"
     )
-    if without.high < min(control.low, others.low):
-        return text + "缺了抄写的头里的数字就答不出，缺了别处的却几乎不碍事：对答出口令，抄写的头是必要的。"
-    return text + "几种去法的区间有重叠，这些提问不足以说抄写的头是必要的。"
+    if not without.high < min(control.low, others.low):
+        return text + "几种去法的区间有重叠，这些提问不足以说抄写的头是必要的。"
+    if without.high < 0.5 and whole.low <= min(control.high, others.high):
+        return text + "缺了抄写的头里的数字，就连一半也答不出；缺了别处的，看不出变差：对答出口令，抄写的头是必要的。"
+    return text + "去掉抄写的头里的数字损害更大，但这还不足以说没有它们就答不出，别处的却不碍事。"
 
 
 def sufficient(trial: pd.DataFrame) -> str:
-    """Of the presses that do not find the keys, each at its highest ratio."""
+    """Of the presses that do not find the keys, each at its highest ratio. Heads are sufficient where with their digits
+    at least half is recalled, and less than half with those of all others. What else the others keep is what the press
+    kept: that they need not see anything is not tried."""
     table, parts, enough = _hardest(tried(trial)), [], []
+    if untried := _untried(_by_condition(table, "no_press")):
+        return untried
     for press in dict.fromkeys(table["press"]):
         shares = _by_condition(table, press)
         own = shares.loc["as_is", "none"]
         if press == "no_press" or own.value >= 0.5 or ("kept", "copying") not in shares.index:
             continue
         given, others = shares.loc["kept", "copying"], _there(shares, "kept", "others")
-        enough.append(given.low > max(own.high, others.high))
-        ratio = "" if pd.isna(own.compression_ratio) else f" {own.compression_ratio:g}"
+        enough.append(given.low >= 0.5 > max(own.high, others.high))
         parts.append(
-            f"{press}{ratio} 准确率 {_share(own)}；预算不变，只在抄写的头里留住数字，{_share(given)}；"
+            f"{press}{_ratio(own)} 准确率 {_share(own)}；预算不变，只在抄写的头里留住数字，{_share(given)}；"
             f"只在其余全部头里留住，{_share(others)}"
         )
     if not parts:
         raise Missing("heads", "压缩后答不出一半的 press")
     verdict = (
-        "只要抄写的头还看得见数字就答得出，别的头看不看得见都无所谓：对答出口令，抄写的头是充分的。"
+        "只在抄写的头里留住数字，就答得出大半；只在其余的头里留住则不行：对答出口令，在抄写的头里留住数字是充分的。"
         if all(enough)
-        else "并非每种方法都因此答得出，这些提问不足以说抄写的头是充分的。"
+        else "并非每种方法都因此答得出大半，这些提问不足以说在抄写的头里留住数字是充分的。"
     )
     return f"{'。'.join(parts)}。{verdict}"
 
@@ -143,6 +156,8 @@ def sufficient(trial: pd.DataFrame) -> str:
 def lent(runs: pd.DataFrame, trial: pd.DataFrame) -> str:
     """Of the presses whose copying heads kept what another press keeps."""
     table = _hardest(tried(trial))
+    if untried := _untried(_by_condition(table, "no_press")):
+        return untried
     parts = []
     for press in dict.fromkeys(table["press"]):
         shares = _by_condition(table, press)
@@ -150,17 +165,25 @@ def lent(runs: pd.DataFrame, trial: pd.DataFrame) -> str:
             own, borrowed = shares.loc["as_is", "none"], shares.loc["lent", "copying"]
             swapped = _there(shares, "lent", "others")
             parts.append(
-                f"{press} {own.compression_ratio:g} 由 {own.value:.2f} 变为 {borrowed.value:.2f}"
+                f"{press}{_ratio(own)} 由 {own.value:.2f} 变为 {borrowed.value:.2f}"
                 f"（反过来，只有其余的头改留，{swapped.value:.2f}）"
             )
     lender = runs["lender"].dropna().unique()
     if not parts or len(lender) != 1:
         raise Missing("heads", "lent 的条件")
-    return f"只让抄写的头改留 {lender[0]} 在同一压缩率下所留的位置，准确率：{'；'.join(parts)}。"
+    return f"只让抄写的头改留 {lender[0]} 在同一压缩率下所留的条目，准确率：{'；'.join(parts)}。"
 
 
 def _by_condition(table: pd.DataFrame, press: str) -> pd.DataFrame:
     return found_in("heads", table[table["press"] == press], press).set_index(["digits", "group"])
+
+
+def _untried(shares: pd.DataFrame) -> str:
+    """Of the conditions without a press: why there are none to compare; nothing where there are."""
+    groups = set(shares.index.get_level_values("group"))
+    if "copying" not in groups:
+        return NONE_COPY
+    return "" if "others" in groups else ALL_COPY
 
 
 def _there(shares: pd.DataFrame, digits: str, group: str) -> pd.Series:
@@ -196,16 +219,19 @@ def trial_bars_of(loaded: LoadedModel) -> Figure:
 def cause_of(loaded: LoadedModel) -> str:
     records = of_model(loaded)
     trial = records.table("trial")
-    return necessary(trial) + sufficient(trial) + "\n\n" + records.source
+    told = dict.fromkeys(say(sentence, trial) for sentence in (necessary, sufficient))  # why nothing was tried, once
+    return "".join(told) + "\n\n" + records.source
 
 
 def first_page(records: Records) -> str:
     trial, losses = records.table("trial"), records.table("losses")
     shares, run = _by_condition(tried(trial), "no_press"), records.run(press="no_press")
+    found = f"原因：{run.n_heads:.0f} 个头里抄写的有 {run.n_copying_heads:.0f} 个"
+    if untried := _untried(shares):
+        return f"{found}；{untried}"
     whole, without = shares.loc["as_is", "none"], _there(shares, "dropped", "copying")
     others = _there(shares, "dropped", "others")
     return (
-        f"原因：{run.n_heads:.0f} 个头里抄写的有 {run.n_copying_heads:.0f} 个；不压缩，只从这些头里去掉数字，"
-        f"口令准确率由 {whole.value:.2f} 变为 {without.value:.2f}，从其余全部头里去掉则是 {others.value:.2f}。"
-        f"压缩率 {middle_ratio(losses):.2f}，{whose(losses)}"
+        f"{found}；不压缩，只从这些头里去掉数字，口令准确率由 {whole.value:.2f} 变为 {without.value:.2f}，"
+        f"从其余全部头里去掉则是 {others.value:.2f}。{of_text(losses)}，{at_which_ratio(losses)}，{whose(losses)}"
     )

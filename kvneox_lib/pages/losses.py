@@ -318,7 +318,7 @@ def lasting(table: pd.DataFrame, ratio: float | None) -> str:
     found = near_and_far(shown)
     share = f"，是前者的 {found.far / found.near:.0%}" if found.near > 0 else ""
     return (
-        f"压缩率 {ratio:.2f}，各方法平均：切口之后头 16 个计分的词元每个损失 {found.near:.3f} nat，第 "
+        f"压缩率 {ratio:.2f}，各方法平均：切口之后前 16 个计分的词元每个损失 {found.near:.3f} nat，第 "
         f"{found.from_token}–{found.to_token} 个每个损失 {found.far:.3f} nat{share}。"
         "续文取多长会影响平均损失：比较两份结果，先要看计分的范围是否一样。"
     )

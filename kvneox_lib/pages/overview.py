@@ -5,7 +5,7 @@ import json
 import pandas as pd
 
 from kvneox_lib.inputs.weights import demo_folder
-from kvneox_lib.pages import turns
+from kvneox_lib.pages import quality, turns
 from kvneox_lib.pages.degenerate import healthy
 from kvneox_lib.pages.report import NOTEBOOKS, Missing, Records, middle_ratio, models, setting, settings
 from kvneox_lib.pages.selecting import of_one_storage, with_strength
@@ -33,10 +33,14 @@ def best_speed(speed: Records) -> str:
     if ours.empty or stock is None:
         raise Missing(speed.study, "本库与 transformers 的对照")
     best = ours.loc[ours["step_s"].idxmin()]
+    times = turns.ratio(stock, best)
+    said = (
+        str(times) if times.is_interval else f"{times.value:.2f} 倍"
+    )  # quartiles would be read as an interval of 95 %
     return (
         f"速度：{best.model}、上下文 {best.context_tokens}、批 {best.batch_size}（{best.device_name}），压缩后每秒解码 "
         f"{best.decode_tok_per_s:.0f} 个词元（{with_strength(best)}），是不压缩的 {ENGINES[stock.engine]}的 "
-        f"{turns.ratio(stock, best)}，每步用时是屋顶线所给下界的 {best.times_floor:.1f} 倍。"
+        f"{said}，每步用时是屋顶线所给下界的 {best.times_floor:.1f} 倍。"
     )
 
 
@@ -79,21 +83,25 @@ def demo_model() -> str:
 
 def protocol_of_perplexity(wiki: Records) -> str:
     run = wiki.run(press="no_press")
+    drawn = "相邻的窗口彼此相像，所以先抽文本，再在每篇里成块抽取窗口（@sec-books 写明各实验的文本有几篇）。"
+    if not quality.knows_dependence(wiki):
+        drawn = "这些记录的区间把窗口当作彼此独立的。"
     return (
         f"**困惑度。** 每个窗口的前 {run.context_length} 个词元是上下文，由 press 压缩；后 {run.continuation_length} "
         "个是续文，接着读压缩后的缓存，位置从真实长度续起。续文的第一个词元由预填充预测，不计分。短文实验共 "
         f"{run.n_windows} 个窗口、{run.n_tokens} 个计分的词元。"
-        "差值都是同一窗口上压缩与不压缩之差，区间是自助法得到的 95 % 区间：相邻的窗口彼此相像，所以先抽文本，"
-        "再在每篇里成块抽取窗口（@sec-books 写明各实验的文本有几篇）。"
+        f"差值都是同一窗口上压缩与不压缩之差，区间是自助法得到的 95 % 区间：{drawn}"
         f"对照在前 {run.control_windows} 个窗口上做一次教师强制。"
     )
 
 
 def protocol_of_recall(recall: Records) -> str:
     run = recall.run()
+    counted = "n_contexts" in recall.frame and recall.frame["n_contexts"].notna().all()
+    keys = "同一段上下文里的口令不当作彼此独立的" if counted else "这些记录把每个口令都当作独立的"
     return (
         f"\n\n**检索。** 在 {run.context_length} 个词元的上下文里藏几句口令，压缩之后再问；{run.n_keys} 个口令，"
-        "五位数字的每个词元都是模型的首选才算答对。区间是 Wilson 95 % 区间，同一段上下文里的口令不当作彼此独立的。"
+        f"五位数字的每个词元都是模型的首选才算答对。区间是 Wilson 95 % 区间，{keys}。"
     )
 
 

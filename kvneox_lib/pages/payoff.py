@@ -45,7 +45,7 @@ def break_even(extra_s: np.ndarray, saved_s: np.ndarray) -> Payoff:
     """From what each turn took more until the first token, and less for each one after it. The interval holds every
     number of tokens at which the turns do not contradict, at 95 %, that both ways took as long (Fieller's)."""
     extra, saved = float(np.mean(extra_s)), float(np.mean(saved_s))
-    tokens = 1 + max(extra, 0.0) / saved if saved > 0 else inf
+    tokens = 1.0 if extra <= 0 else 1 + extra / saved if saved > 0 else inf
     if len(extra_s) < 2:
         return Payoff(tokens, nan, nan)
     return Payoff(tokens, *_fieller(np.asarray(extra_s), np.asarray(saved_s)))
@@ -62,8 +62,9 @@ def _fieller(extra: np.ndarray, saved: np.ndarray) -> tuple[float, float]:
         extra.mean() ** 2 - scale * extra_var,
     )
     root = max(linear**2 - square * constant, 0.0) ** 0.5
-    if square > 0 and saved.mean() < 0:
-        return inf, inf  # each step takes longer for sure
+    if square > 0 and saved.mean() < 0:  # each step takes longer for sure: it is ahead at the first token or never
+        is_sure = constant > 0
+        return (inf if is_sure and extra.mean() > 0 else 1.0), (1.0 if is_sure and extra.mean() < 0 else inf)
     if square > 0:
         return tuple(1 + max((linear + sign * root) / square, 0.0) for sign in (-1, 1))
     if constant <= 0 or extra.mean() < 0:  # no cost is sure, and no saving
@@ -187,11 +188,13 @@ def payoff_in_words(found: pd.DataFrame) -> str:
 def _paid_in_words(cell: pd.DataFrame) -> str:
     words = {row["name"]: f"{row['name']}（{row['paid'].in_words}）" for _, row in cell.iterrows()}
     if not _has_intervals(cell):
-        return f"按中位数，{listed(words.values())} 个词元之后回本，没有区间"
+        return _paid_by_medians(cell)
     tokens = cell.set_index("name")["paid"].map(lambda paid: paid.tokens)
     sure = tokens[[isfinite(paid.high) for paid in cell["paid"]]].sort_values(kind="stable")
     never = tokens[[isinf(paid.low) for paid in cell["paid"]]]
-    rest = tokens.drop(sure.index).drop(never.index)
+    slower = [row["name"] for _, row in cell.iterrows() if row["step"].low > 1 and row["name"] not in never.index]
+    sure = sure.drop(slower, errors="ignore")
+    rest = tokens.drop([*sure.index, *never.index, *slower])
     parts = []
     if len(sure) > 1:
         parts.append(f"{len(sure)} 种确实回本，从 {words[sure.index[0]]}到 {words[sure.index[-1]]}个词元")
@@ -201,7 +204,26 @@ def _paid_in_words(cell: pd.DataFrame) -> str:
         parts.append(f"{listed(words[name] for name in rest.index)} 每步省下的时间小于误差，不能断定回本")
     if len(never):
         parts.append(f"{listed(never.index)} 每步反而更慢，从不回本")
-    return "；".join(parts)
+    return "；".join([*parts, *_ahead_at_first(slower)])
+
+
+def _ahead_at_first(names: list[str]) -> list[str]:
+    """Of presses that have nothing to pay back, and whose steps take longer all the same."""
+    return [f"{listed(names)} 首词元看不出比不压缩晚，但每步更慢，生成得多了就落后"] if names else []
+
+
+def _paid_by_medians(cell: pd.DataFrame) -> str:
+    after, never, slower = [], [], []
+    for _, row in cell.iterrows():
+        if isinf(row["paid"].tokens):
+            never.append(row["name"])
+        elif row["step"].value > 1:
+            slower.append(row["name"])
+        else:
+            after.append(f"{row['name']}（{row['paid'].in_words}）")
+    parts = [f"按中位数回本所需的词元数：{listed(after)}"] if after else []
+    parts += [f"从不回本：{listed(never)}"] if never else []
+    return "；".join([*parts, *_ahead_at_first(slower)]) + "（没有区间）"
 
 
 def _has_intervals(found: pd.DataFrame) -> bool:

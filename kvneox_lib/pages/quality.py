@@ -166,9 +166,19 @@ def reach(*texts: Records) -> str:
     """Of what the intervals of each study speak."""
     parts = []
     for records in texts:
-        n = records.table("windows", press="no_press")["document"].nunique()
-        parts.append(f"{STUDY_NAMES[records.study]}：{losses.reach(n)}")
+        if knows_dependence(records):
+            told = losses.reach(records.table("windows", press="no_press")["document"].nunique())
+        else:
+            told = "区间只对窗口做自助法，没有考虑窗口来自哪篇文本、与哪些相邻。"
+        parts.append(f"{STUDY_NAMES[records.study]}：{told}")
     return "".join(parts)
+
+
+def knows_dependence(records: Records) -> bool:
+    """Whether all intervals in these records draw documents and neighbours together; from before they did, nobody
+    counted the documents."""
+    runs = records.runs()
+    return "n_documents" in runs and bool(runs["n_documents"].notna().all())
 
 
 def verdict_table(*texts: Records) -> pd.DataFrame:

@@ -52,7 +52,7 @@ def of_ratios(runs: pd.DataFrame) -> pd.DataFrame:
 
 def and_budget(budget) -> str:
     """After a name."""
-    return "" if pd.isna(budget) else f"，每头 {budget:.0f} 条"
+    return "" if pd.isna(budget) else f"，每头 {budget:.0f} 个条目"
 
 
 def budget_column(runs: pd.DataFrame) -> dict[str, list[str]]:

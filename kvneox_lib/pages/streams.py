@@ -173,7 +173,7 @@ def sink_maps(table: pd.DataFrame) -> Figure:
     """Table `sinks`: the attention that the first token and the first few draw, by layer and head."""
     if table.empty:
         return note("没有“汇聚点加窗口”这种读法的记录，投向开头的注意力没有量")
-    several = f"头 {int(table['n_sink'].iloc[0])} 个词元"
+    several = f"开头 {int(table['n_sink'].iloc[0])} 个词元"
     shown = {"第一个词元": table["first"], several: table["several"]}
     panels = pd.concat([table.assign(press=name, share=values) for name, values in shown.items()])
     return heat_maps(panels, "layer", "head", "share", ylabel="层", xlabel="头", label="所得的注意力")
@@ -246,8 +246,8 @@ def sinks_draw(runs: pd.DataFrame, table: pd.DataFrame) -> str:
     n, most = int(run.n_sink), table.loc[table["several"].idxmax()]
     return (
         f"在 {run.sink_windows:.0f} 段各 {run.sink_window_tokens:.0f} 个词元里，第 {max(EARLIEST, n)} 个以后的查询平均"
-        f"把 {run.attention_to_first:.2%} 的注意力给第一个词元、{run.attention_to_sinks:.2%} 给头 {n} 个；"
-        f"若对看得见的词元一视同仁，是 {run.even_to_first:.2%} 与 {run.even_to_sinks:.2%}。给头 {n} 个最多的是第 "
+        f"把 {run.attention_to_first:.2%} 的注意力给第一个词元、{run.attention_to_sinks:.2%} 给开头 {n} 个；"
+        f"若对看得见的词元一视同仁，是 {run.even_to_first:.2%} 与 {run.even_to_sinks:.2%}。给开头 {n} 个最多的是第 "
         f"{most['layer']:.0f} 层第 {most['head']:.0f} 头（{most['several']:.2%}）；{len(table)} 个头里有 "
         f"{(table['several'] >= 0.5).sum()} 个把至少一半给了它们。"
     )
@@ -258,7 +258,7 @@ def sinks_explain(runs: pd.DataFrame, table: pd.DataFrame, running: pd.DataFrame
     run = by_press(runs)["sinks"]
     low, high = _ends(block_differences(running, "window", "sinks")["difference"])
     drawn = run.attention_to_sinks / run.even_to_sinks
-    what = f"这个模型给头 {run.n_sink:.0f} 个词元的注意力是一视同仁时的 {drawn:.2g} 倍"
+    what = f"这个模型给开头 {run.n_sink:.0f} 个词元的注意力是一视同仁时的 {drawn:.2g} 倍"
     costs = "去掉它们的代价与零分不开" if low <= 0 <= high else f"去掉它们，每个词元的损失{'高' if low > 0 else '低'}"
     if pd.isna(low):
         return f"{what}。"
@@ -295,11 +295,18 @@ def how_many(runs: pd.DataFrame) -> str:
     if table.shape[1] < 2 or table.empty:
         raise Missing("streaming", "不同的汇聚点数")
     parts = [
-        f"看见 {size:.0f} 个词元时，损失最低的是 {row.idxmin():.0f} 个汇聚点（{row.min():.3f}），最高的是 "
-        f"{row.idxmax():.0f} 个（{row.max():.3f}）"
+        f"看见 {size:.0f} 个词元时，{_best_and_worst(row)}"
         for size, row in (table.iloc[[0, -1]] if len(table) > 1 else table).iterrows()
     ]
     return f"{'；'.join(parts)}。"
+
+
+def _best_and_worst(row: pd.Series) -> str:
+    """By the number of sinks."""
+    low, high = f"{row.min():.3f}", f"{row.max():.3f}"
+    if low == high:
+        return f"{len(row)} 种汇聚点数的损失都是 {low}"
+    return f"损失最低的是 {row.idxmin():.0f} 个汇聚点（{low}），最高的是 {row.idxmax():.0f} 个（{high}）"
 
 
 def growth(cost: pd.DataFrame) -> str:

@@ -16,7 +16,6 @@ from kvneox_lib.pages.selecting import (
     middle_ratio,
     of_ratios,
     pressed,
-    with_strength,
 )
 from kvneox_lib.pages.words import ENGINES, listed, numbers
 
@@ -323,7 +322,7 @@ def gain_in_words(gain: Gain) -> str:
         return text + "。"
     fastest = min(gain.stock, key=lambda engine: gain.stock[engine].step_s)
     text += (
-        f"；压缩之后每步最短的是 {with_strength(gain.best)}{_and_level(gain.level)}，本库不压缩时的每步用时是它的 "
+        f"；压缩之后每步最短的是 {_named(gain.best)}{_and_level(gain.level)}，本库不压缩时的每步用时是它的 "
         f"{turns.ratio(gain.plain, gain.best).in_words}，不压缩的 {ENGINES[fastest]}的是它的 "
         f"{turns.ratio(gain.stock[fastest], gain.best).in_words}；它的每步用时是下界的 {gain.best.times_floor:.1f} 倍。"
     )
@@ -334,6 +333,10 @@ def gain_in_words(gain: Gain) -> str:
 
 def _and_level(level: pd.DataFrame) -> str:
     return f"（{listed(press_and_strength(level))} 与它分不出快慢）" if len(level) else ""
+
+
+def _named(run: pd.Series) -> str:
+    return press_and_strength(run.to_frame().T).iloc[0]
 
 
 def gains(runs: pd.DataFrame) -> str:
