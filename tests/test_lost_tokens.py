@@ -257,5 +257,31 @@ def test_orders_that_agree_and_orders_that_do_not(tmp_path):
     mixed = records("recall", tmp_path, accuracy=[0.5, 0.1, 0.9, 0.3, 0.8, 0.0, 0.6, 0.2])
     assert orders.in_words(mixed, loss).endswith("所以不能拿一个代替另一个。")
     assert orders.order_table(mixed, loss)["准确率不到 0.05 的"].tolist() == [1]
+    nothing = records("recall", tmp_path, accuracy=[0.0] * 8)
+    with pytest.raises(Missing, match="与 pg19_ppl 共有的几种方法"):  # all alike: no order, and no row of nan
+        orders.orders(loss, nothing)
+    both = Records("recall", tmp_path, tmp_path, pd.concat([good.frame, nothing.frame.assign(compression_ratio=0.9)]))
+    losses_of_both = pd.concat([loss.frame, loss.frame.assign(compression_ratio=0.9)])
+    found = orders.orders(Records("pg19_ppl", tmp_path, tmp_path, losses_of_both), both)
+    assert found["compression_ratio"].tolist() == [0.5]
     with pytest.raises(Missing, match="recall 的 与 pg19_ppl 共有的几种方法"):
         orders.orders(loss, Records("recall", tmp_path, tmp_path, good.frame.assign(compression_ratio=0.25)))
+
+
+def test_a_degenerate_run_has_no_rank(tmp_path):
+    """Seven presses agree; the eighth, best in loss and worst in recall, did not do what its name says."""
+    loss = records("pg19_ppl", tmp_path, delta_nll=[0.1 * i for i in range(7)] + [-1.0])
+    recall = records("recall", tmp_path, accuracy=[0.9 - 0.1 * i for i in range(7)] + [0.0])
+    assert orders.orders(loss, recall)["rho"].iloc[0] < 0.5
+    marked = recall.frame.assign(degenerate=[None] * 7 + ["tied 0.900"])
+    (row,) = orders.orders(loss, Records("recall", tmp_path, tmp_path, marked)).itertuples()
+    assert row.n_presses == 7 and row.rho == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("lows", "ending"), [([0.1, 0.2, -0.1], "多数压缩率上它们大体一致。"), ([0.1, -0.2, -0.1], "代替另一个。")]
+)
+def test_a_verdict_on_orders_counts_before_it_says_that_nothing_is_known(lows, ending):
+    table = pd.DataFrame({"rho": [0.5] * 3, "low": lows, "high": [0.9] * 3})
+    said = orders._verdict(table)
+    assert said.endswith(ending) and f"为正者 {sum(low > 0 for low in lows)} 个" in said

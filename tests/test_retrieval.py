@@ -72,6 +72,13 @@ def test_the_digits_that_matter(runs):
     assert "留下数字的 25%，在关键处留下 10%。观察窗口里是正文" in retrieval.elsewhere(runs)
 
 
+def test_degenerate_runs_are_not_compared_with_what_was_kept(runs):
+    marked = runs.assign(degenerate=None)
+    compressed = (marked["press"] != "no_press") & ~marked["query_aware"]
+    marked.loc[marked[compressed].index[0], "degenerate"] = "tied 0.500"
+    assert len(retrieval.with_digits(marked, "问题在外")) == len(retrieval.with_digits(runs, "问题在外")) - 1
+
+
 def test_tables_of_keys_and_heads():
     keys = pd.DataFrame({"press": ["no_press", "streaming_llm", "streaming_llm"], "compression_ratio": [0.0, 0.5, 0.5]})
     keys = keys.assign(query_aware=False, depth=0.1499, correct=[True, True, False], digits_kept=[1.0, 1.0, 0.0])
@@ -80,8 +87,12 @@ def test_tables_of_keys_and_heads():
     assert "留下的 1 次提问答对 100%，全部淘汰的 1 次答对 0%" in retrieval.edge(keys)
     heads = pd.DataFrame({"layer": [0, 0, 1, 1], "head": [0, 1, 0, 1], "copy_attention": [0.1, 0.4, 0.8, 0.3]})
     heads = heads.assign(press="no_press", compression_ratio=0.0, digits_kept=1.0)
-    said = "4 个头里，注意力至少有最大者一半的只有 2 个：第 1 层第 0 头（0.80）、第 0 层第 1 头（0.40），"
+    rule = "说出数字时投给该数字的注意力不低于 0.1，也不低于最高者的 50%"
+    said = f"4 个头里抄写的（{rule}）有 2 个：第 1 层第 0 头（0.80）、第 0 层第 1 头（0.40），"
     assert retrieval.copying(heads) == f"{said}合占全部抄写注意力的 75%。"
+    little = heads.assign(copy_attention=heads["copy_attention"] / 100)  # half of the most is no measure then
+    assert retrieval.copying_heads(little).empty
+    assert "4 个头里没有抄写的头" in retrieval.copying(little) and "最高的也只有 0.01" in retrieval.copying(little)
     both = pd.concat([heads, heads.assign(press="knorm", compression_ratio=0.5, digits_kept=[0.0, 0.5, 1.0, None])])
     shares = retrieval.head_shares(both).groupby("press", sort=False)["share"].apply(list).to_dict()
     assert shares == {"注意力": [0.1, 0.4, 0.8, 0.3], "knorm": [0.0, 0.5, 1.0]}

@@ -25,7 +25,8 @@ def put(root, revision=None, model="demo", accuracy=1.0, attention=0.9, **change
     have, the first head copies with that attention."""
     originals = {}
     for name, record in all_records(REFERENCE / "recall").items():
-        if record["compression_ratio"] in (0.0, 0.5) and not record["query_aware"] and record.get("kv_bits") is None:
+        usual = record["model"] == "demo" and record["device"] == "cpu" and record.get("kv_bits") is None
+        if usual and record["compression_ratio"] in (0.0, 0.5) and not record["query_aware"]:
             originals.setdefault(record["press"], (name, record))
     folder = root / "results" / "recall"
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,11 +73,11 @@ def test_when_the_heads_appear(states):
     found = suite.of_training("recall", states)
     heads = suite.heads_of(found, suite.step)
     assert suite.chosen_heads(heads) == [(0, 0)]  # the second has a quarter of it
-    assert "是在第 4000 步 1 个" in suite.heads_appear(heads)  # 0.3 is less than half of 0.9
+    assert "最早见于：第 4000 步 1 个" in suite.heads_appear(heads)  # 0.3 is less than half of 0.9
     put(states, "step2000", attention=0.46, accuracy=0.9)
     heads = suite.heads_of(suite.of_training("recall", states), suite.step)
     said = suite.heads_appear(heads)
-    assert "是在第 2000 步 1 个" in said and "第 100 步是 0.02，第 4000 步是 0.90" in said
+    assert "最早见于：第 2000 步 1 个" in said and "在第 100 步是 0.02，在第 4000 步是 0.90" in said
     lines = suite.head_lines(heads).axes[0].lines
     assert [line.get_label() for line in lines] == ["0-0", "其余"]
     assert lines[0].get_ydata().tolist() == [0.02, 0.3, 0.46, 0.9]
@@ -88,11 +89,44 @@ def test_from_when_on_presses_differ(states):
     runs = suite.runs_of(suite.of_training("recall", states), suite.step)
     said = suite.differing(runs, "准确率", "第 {} 步")  # 0.5 apart at full accuracy, intervals of ± 0.05
     assert "压缩率 0.50 时" in said and "demo 在 3 处中的 2 处（第 1000 步、第 4000 步）" in said
-    assert "demo 从第 4000 步起答对过半（最后 0.81）" in suite.recall_appears(runs)
+    assert "demo 第一次答对过半是在第 4000 步（最后一个状态 0.81）" in suite.recall_appears(runs)
     with pytest.raises(Missing, match="no_press"):
         suite.recall_appears(runs[runs["press"] != "no_press"])
     figure = suite.lines("训练步数", runs, by_model=True)
     assert [axes.get_title() for axes in figure.axes] == ["demo 口令准确率"]
+
+
+def test_a_model_in_which_no_head_copies_is_not_said_to_have_some(tmp_path):
+    """The head that looks most looks far too little: half of that is no measure."""
+    for revision, attention in {"step1": 0.001, "step2": 0.004}.items():
+        put(tmp_path, revision, attention=attention)
+    heads = suite.heads_of(suite.of_training("recall", tmp_path), suite.step).assign(model="demo")
+    assert suite.chosen_heads(heads) == []
+    assert suite.heads_appear(heads).endswith("最后没有抄写的头。")
+    assert "demo 没有抄写的头（最大 0.01）" in suite.head_shares(heads[heads["at"] == 2])  # those of `put` look at 0.01
+    assert [line.get_label() for line in suite.head_lines(heads).axes[0].lines] == ["其余"]
+    runs = suite.runs_of(suite.of_training("recall", tmp_path), suite.step)
+    assert suite.overview("训练步数", runs, runs, heads)["抄写的头"].str.startswith("0/").all()
+
+
+def test_degenerate_runs_are_neither_drawn_nor_ranked(states):
+    runs = suite.runs_of(suite.of_training("recall", states), suite.step).assign(degenerate=None)
+    runs.loc[runs["press"] == "keydiff", "degenerate"] = "tied 0.500"
+    assert set(suite.pressed(runs)["press"]) == {"snapkv"}
+    assert "3 处中的 0 处" in suite.differing(runs, "准确率", "第 {} 步")
+    with pytest.raises(Missing):
+        suite.same_order(runs, "准确率")
+    assert set(suite.lines("步", runs).axes[0].get_legend_handles_labels()[1]) == {"no_press", "snapkv"}
+    with pytest.raises(Missing, match="有压缩率的 press"):
+        suite.differing(runs[runs["press"] == "no_press"], "准确率", "第 {} 步")
+
+
+def test_the_source_of_many_states_is_one_sentence(states):
+    found = suite.of_training("recall", states)
+    text = suite.source(lambda study: found, "recall")
+    assert text.count("来源：") == 1 and "，9 份记录；模型 demo（预训练的权重），训练途中的 3 个状态；" in text
+    assert suite.source(lambda study: suite.of_sizes(study, states), "recall") == "检索：还没有记录。"
+    assert "pythia-checkpoints" in suite.of_others_alone(found, "pythia-checkpoints")
 
 
 def test_sizes_of_pythia_smallest_first(tmp_path):
@@ -108,7 +142,7 @@ def test_sizes_of_pythia_smallest_first(tmp_path):
     table = suite.overview("参数（百万）", runs, runs, heads)
     assert table["不压缩的准确率"].tolist() == ["0.45", "0.90", "0.72"]
     assert table["压缩后准确率最高的"].tolist() == ["keydiff（0.30）", "keydiff（0.60）", "keydiff（0.48）"]
-    assert table["至少有它一半的头"].str.startswith("1/").all()
+    assert table["抄写的头"].str.startswith("1/").all()
 
 
 def test_millions_are_those_of_the_models():

@@ -8,7 +8,7 @@ from kvneox_lib.inputs.text import load_text
 from kvneox_lib.measures.intervals import share_ci95
 from kvneox_lib.measures.recall import recall_accuracy
 from kvneox_lib.pages import figures, wordings
-from kvneox_lib.pages.report import Missing
+from kvneox_lib.pages.report import Missing, Records
 from kvneox_lib.pages.selecting import of_one_wording, wordings_left_out
 from kvneox_lib.presses.by_name import make_press
 from kvneox_lib.studies.plan import declared
@@ -142,27 +142,92 @@ def test_tables_by_wording(runs):
     assert grid.index.tolist() == ["passkey（训练过）", "account（训练过）", "telephone（未训练）"]
     assert grid.loc["telephone（未训练）"].tolist() == [0.6, 0.1, 0.0]
     assert wordings.wording_intervals(runs).iloc[1].tolist() == [
-        *("account（训练过）", "0.80 [0.70, 0.90]", "0.50 [0.40, 0.60]", "0.60 [0.50, 0.70]"),
+        *("demo-wordings", "account（训练过）", "0.80 [0.70, 0.90]", "0.50 [0.40, 0.60]", "0.60 [0.50, 0.70]"),
     ]
     figure = figures.share_grids(wordings.grids(runs), ylabel="说法", label="准确率")
     shown = [text.get_text() for text in figure.axes[0].texts]
     assert shown == ["1.00", ".90", ".10", ".80", ".50", ".60", ".60", ".10", ".00"]
 
 
+def test_wordings_are_compared_with_as_many_keys_beside_each_other(runs):
+    """As many runs of the first wording have 25 keys in a context, or more; all of the others have 5."""
+    crowd = runs[(runs["template"] == "passkey") & (runs["keys_per_context"] == 5) & (runs["n_distractors"] == 0)]
+    crowd = crowd.assign(keys_per_context=25, accuracy=0.0)
+    (grid,) = wordings.grids(pd.concat([crowd, crowd, runs])).values()
+    assert grid.loc["passkey（训练过）"].tolist() == [1.0, 0.9, 0.1]
+    tied = pd.concat([crowd, crowd.assign(keys_per_context=5)])
+    assert set(of_one_wording(tied)["keys_per_context"]) == {5}
+
+
+def test_without_a_press_or_without_the_baseline_there_is_something_to_say(runs):
+    bare, compressed = (runs[(runs["press"] == "no_press") == is_bare] for is_bare in (True, False))
+    assert {name: list(grid) for name, grid in wordings.grids(bare).items()} == {"demo-wordings，不压缩": ["不压缩"]}
+    assert wordings.by_training(bare).endswith("训练过的 2 种 0.90（0.80 至 1.00），未训练的 1 种 0.60。")
+    assert [list(grid) for grid in wordings.grids(compressed).values()] == [["keydiff", "snapkv"]]
+    assert "不压缩" not in wordings.by_training(compressed) and "keydiff 训练过的 0.70" in wordings.by_training(
+        compressed
+    )
+    with pytest.raises(Missing, match="no_press"):
+        wordings.of_the_best(compressed)
+    once = runs[(runs["press"] != "no_press") | (runs["template"] == "passkey")]  # and not in the other wordings
+    assert wordings.grids(once)["demo-wordings，压缩率 0.75"]["不压缩"].tolist()[0] == 1.0
+    assert wordings.by_training(once).startswith(
+        "demo-wordings：各种说法准确率的平均（括号里是最低与最高），不压缩时训练过的 1 种 1.00。"
+    )
+    with pytest.raises(Missing, match="有压缩率的 press"):
+        wordings.crowded(bare)
+
+
+def records(model: str, runs: pd.DataFrame, tmp_path) -> Records:
+    return Records("recall", tmp_path, tmp_path, runs.assign(model=model).reset_index(drop=True))
+
+
+def test_every_model_that_was_asked_in_several_wordings_is_shown(runs, tmp_path, monkeypatch):
+    two = runs[runs["template"] != "telephone"]
+    most = records("demo", pd.concat([of_one_wording(runs)] * 9), tmp_path)  # in one wording, and the most runs of all
+    several = [records("demo", two, tmp_path), records("demo-wordings", runs, tmp_path)]
+    again = records("demo", of_one_wording(runs), tmp_path)
+    monkeypatch.setattr(wordings, "settings", lambda study, root: [most, *several, again])
+    assert wordings.of_each_model() == several
+    assert len(wordings.read_as_usual("recall").frame) == len(most.frame)  # not those in several wordings
+    said = wordings.told_of_each(several, wordings.of_the_best)
+    assert said.count("在 passkey 上最好的是") == 2 and said.index("demo 在") < said.index("demo-wordings 在")
+    frames = [one.frame for one in several]
+    assert wordings.wording_intervals(*frames)["模型"].tolist() == ["demo"] * 2 + ["demo-wordings"] * 3
+    told = wordings.wording_table(*frames).set_index("说法")
+    assert told.loc["account"].tolist()[-2:] == ["未训练", "训练过"] and len(told) == 3
+    figure = figures.share_grids(*map(wordings.grids, frames), ylabel="说法", label="准确率")
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["demo，压缩率 0.75", "demo-wordings，压缩率 0.75"]
+    assert [len(axes.get_yticklabels()) for axes in figure.axes[:2]] == [2, 3]
+    alone = records("demo", of_one_wording(runs[runs["keys_per_context"] == 5]), tmp_path)
+    assert wordings.with_crowds([alone, several[1]]) is several[1]
+    monkeypatch.setattr(wordings, "settings", lambda study, root: [])
+    (none,) = wordings.of_each_model(tmp_path)
+    assert "缺少记录" in wordings.told_of_each([none], wordings.by_training)
+
+
+def test_a_degenerate_run_is_never_the_best(runs):
+    runs = runs.assign(degenerate=None)
+    runs.loc[runs["press"] == "keydiff", "degenerate"] = "tied 0.500"
+    with pytest.raises(Missing):  # one press is left: there is no best
+        wordings.of_the_best(runs)
+    assert "keydiff" not in wordings.by_training(runs)
+
+
 def test_sentences_by_wording(runs):
     assert wordings.by_training(runs) == (
-        "各种说法准确率的平均（括号里是最低与最高），不压缩时：训练过的 2 种 0.90（0.80 至 1.00），"
-        "未训练的 1 种 0.60（0.60 至 0.60）。压缩率 0.75 时：keydiff 训练过的 0.70、未训练的 0.10；"
+        "demo-wordings：各种说法准确率的平均（括号里是最低与最高），不压缩时训练过的 2 种 0.90（0.80 至 1.00），"
+        "未训练的 1 种 0.60。压缩率 0.75 时：keydiff 训练过的 0.70、未训练的 0.10；"
         "snapkv 训练过的 0.35、未训练的 0.00。"
     )
     assert wordings.of_the_best(runs) == (
-        "在 passkey 上最好的是 keydiff（0.90）。其余不压缩时答对一半以上的 2 种说法里，它在 1 种上仍是最好的，"
-        "准确率 0.10 至 0.50。"
+        "demo-wordings 在 passkey 上最好的是 keydiff（0.90）。其余不压缩时答对一半以上的 2 种说法里，"
+        "它在 1 种上仍是最好的，准确率 0.10 至 0.50。"
     )
     hard = runs.assign(accuracy=runs["accuracy"].where(runs["template"] == "passkey", 0.1))
     assert "其余的说法，模型不压缩也答不对一半" in wordings.of_the_best(hard)
     other = wordings.by_training(runs.assign(model="pythia-70m"))
-    assert "训练" not in other and "不压缩时：3 种 0.80（0.60 至 1.00）" in other
+    assert "训练" not in other and "不压缩时 3 种 0.80（0.60 至 1.00）" in other
 
 
 def test_which_wording_was_trained_is_said_of_models_of_ours_alone(runs):
@@ -191,7 +256,7 @@ def test_more_to_tell_apart(runs):
     }
     said = wordings.crowded(runs)
     assert "每段 5 句：不压缩 1.00、keydiff 0.90；每段 5 句，另有 8 句不问：不压缩 0.95、keydiff 0.85；" in said
-    assert said.endswith("每段 25 句：不压缩 0.70、keydiff 0.20。")
+    assert said.endswith("每段 25 句：不压缩 0.70、keydiff 0.20。") and "demo-wordings 在最高的压缩率 0.75 时" in said
 
 
 def test_records_of_one_wording_leave_the_comparison_out(runs):

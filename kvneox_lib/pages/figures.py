@@ -206,13 +206,19 @@ def heat_maps(
     return figure
 
 
-def share_grids(panels: dict[str, pd.DataFrame], *, ylabel: str, label: str) -> Figure:
-    """Tables of shares from 0 to 1 side by side, each cell coloured and its number in it."""
-    tables = list(panels.values())
-    down, across = tables[0].shape
-    size = (0.3 * across * len(tables) + 2.6, 0.27 * down + 1.6)
-    figure, grid = pyplot.subplots(1, len(tables), figsize=size, sharey=True, squeeze=False)
-    for axes, (title, table) in zip(grid.flat, panels.items()):
+def share_grids(*rows: dict[str, pd.DataFrame], ylabel: str, label: str) -> Figure:
+    """Tables of shares from 0 to 1, those of a row side by side, each cell coloured and its number in it. The tables of
+    a row have the same lines."""
+    if not rows or not all(rows):
+        raise ValueError(f"rows={rows!r}: must have a table each")
+    down, across = sum(len(next(iter(row.values()))) for row in rows), max(_columns(row) for row in rows)
+    n_across = max(map(len, rows))
+    size = (0.3 * across + 2.6, 0.27 * down + 1.6 * len(rows))
+    figure, grid = pyplot.subplots(len(rows), n_across, figsize=size, sharey="row", squeeze=False)
+    for axes in [axes for cells, row in zip(grid, rows) for axes in cells[len(row) :]]:
+        axes.remove()
+    cells = [cell for of_row, row in zip(grid, rows) for cell in zip(of_row, row.items())]
+    for axes, (title, table) in cells:
         image = axes.imshow(table, aspect="auto", cmap="cividis", vmin=0, vmax=1)
         for row, shares in enumerate(table.to_numpy(dtype=float)):
             for column, share in enumerate(shares):
@@ -223,8 +229,12 @@ def share_grids(panels: dict[str, pd.DataFrame], *, ylabel: str, label: str) -> 
         axes.set_yticks(range(table.shape[0]), list(table.index), fontsize=8)
         axes.grid(False)
     figure.supylabel(ylabel, fontsize=10)
-    figure.colorbar(image, ax=grid, label=label, shrink=0.8)
+    figure.colorbar(image, ax=[axes for axes, _ in cells], label=label, shrink=0.8)
     return figure
+
+
+def _columns(row: dict[str, pd.DataFrame]) -> int:
+    return sum(table.shape[1] for table in row.values())
 
 
 def bars(names: Sequence[str], values: Sequence[float], *, xlabel: str, marks: Sequence[float] | None = None) -> Figure:

@@ -4,14 +4,16 @@ import json
 
 import pandas as pd
 
-from kvneox_lib.inputs.weights import demo_folder
+from kvneox_lib.inputs.weights import PYTHIA, demo_folder
 from kvneox_lib.pages import quality, turns
 from kvneox_lib.pages.degenerate import healthy
 from kvneox_lib.pages.report import NOTEBOOKS, Missing, Records, middle_ratio, models, setting, settings
+from kvneox_lib.pages.retrieval import RULE, copying_heads
 from kvneox_lib.pages.selecting import of_one_storage, with_strength
 from kvneox_lib.pages.timings import corner, fastest_transformers
-from kvneox_lib.pages.wordings import trained_on
+from kvneox_lib.pages.wordings import trained_on, wordings_in
 from kvneox_lib.pages.words import ENGINES, STUDY_NAMES, listed
+from kvneox_lib.studies.table import STUDIES
 
 # ---- abstract -------------------------------------------------------------------------------------------------------
 
@@ -55,7 +57,12 @@ def evidence(*studies: Records) -> str:
 
 
 def setup_table(*studies: Records) -> pd.DataFrame:
-    return pd.DataFrame([{"实验": STUDY_NAMES[records.study], "设置": _setup(records)} for records in studies])
+    return pd.DataFrame([{"实验": _name(records), "设置": _setup(records)} for records in studies])
+
+
+def _name(records: Records) -> str:
+    """Recall was asked again in many wordings, in a setting of its own."""
+    return STUDY_NAMES[records.study] + ("（几种说法）" if len(wordings_in(records.frame)) > 1 else "")
 
 
 def _setup(records: Records) -> str:
@@ -63,9 +70,15 @@ def _setup(records: Records) -> str:
         runs = records.runs()
     except Missing as missing:
         return str(missing)
-    lengths = "、".join(f"{length:.0f}" for length in sorted(runs["context_tokens"].dropna().unique()))
-    tokens = pd.to_numeric(runs["n_tokens"]).max()
-    return f"{len(runs)} 份记录；{setting(runs.iloc[0])}；上下文 {lengths}；每份至多 {tokens:.0f} 个词元"
+    lengths, tokens = sorted(runs["context_tokens"].dropna().unique()), pd.to_numeric(runs["n_tokens"]).max()
+    told = (
+        "、".join(f"{length:.0f}" for length in lengths)
+        if len(lengths) < 4
+        else f"{lengths[0]:.0f} 至 {lengths[-1]:.0f}"
+    )
+    counted = "" if pd.isna(tokens) else f"；每份至多 {tokens:.0f} 个词元"  # tasks are counted in documents
+    where = setting(runs.iloc[0], listed(dict.fromkeys(runs["dataset"])))
+    return f"{len(runs)} 份记录；{where}；上下文 {told}{counted}"
 
 
 def demo_model() -> str:
@@ -77,7 +90,7 @@ def demo_model() -> str:
         "它读过公有领域的英文小说、技术手册、WikiText-2 的验证集，以及带口令的合成段落，因此能抄出一串口令；"
         "参考记录所用的评测文本它没有读过。"
         f"{trained_on()}"
-        "真实的 Pythia 权重换一个参数就能测，但本文的记录里只有 @tbl-setup 写明的那些。"
+        "真实的 Pythia 权重换一个参数就能测，本文的记录用的是哪些模型，见 @tbl-setup 与 @tbl-versions。"
     )
 
 
@@ -116,21 +129,24 @@ def protocol_of_speed(speed: Records) -> str:
 # ---- limits ---------------------------------------------------------------------------------------------------------
 
 
-def can_say(*studies: Records) -> str:
-    return (
+def can_say(causes: Records, *studies: Records) -> str:
+    """`causes` are the records of study `heads`: what only they show is not said without them."""
+    text = (
         f"质量的数字来自{models(*studies)}。"
         "它们能说明：测量方法测到了东西没有（@sec-artefact 的对照，@sec-books 的曲线）；损失从哪里来"
-        "（@sec-distance 的近处与远处，@sec-heads 的抄写的头）；检索的失败在困惑度里有多大（@sec-blind）。"
     )
+    if causes.frame.empty:
+        return f"{text}（@sec-distance 的近处与远处）。"
+    return f"{text}（@sec-distance 的近处与远处，@sec-heads 的抄写的头）；检索的失败在困惑度里有多大（@sec-blind）。"
 
 
 def not_general(recall: Records) -> str:
-    heads = of_one_storage(recall.table("heads", query_aware=False, press="no_press"))["copy_attention"]
+    heads = of_one_storage(recall.table("heads", query_aware=False, press="no_press"))
     runs = of_one_storage(recall.runs(query_aware=False, compression_ratio=middle_ratio(recall)))
     runs = healthy(runs).nlargest(2, "accuracy")
     return (
         f"检索所用的模型（{models(recall).strip()}）共有 {len(heads)} 个头，"
-        f"其中抄写的注意力至少有最大者一半的是 {(heads >= heads.max() / 2).sum()} 个（@fig-heads）；"
+        f"其中抄写的（{RULE}）有 {len(copying_heads(heads))} 个（@fig-heads）；"
         "头的多少与分工因模型而异，同一方法保住这些头的机会也就不同。"
         f"因此**各方法的名次不能推广**：{listed(runs['press'])} 在这里检索得最好，"
         "换一个模型、一种口令，次序就可能不同。"
@@ -138,21 +154,32 @@ def not_general(recall: Records) -> str:
 
 
 def every_setting() -> list[Records]:
-    found = [records for study in NOTEBOOKS for records in settings(study)]
+    """Those of models as they are used, and of states of their training."""
+    found = [
+        records for study in NOTEBOOKS for states in (False, True) for records in settings(study, revisions=states)
+    ]
     if not found:
         raise Missing("wikitext_ppl")
     return found
 
 
 def devices() -> str:
-    runs = pd.concat([records.frame[["device_name", "device", "weights"]] for records in every_setting()])
+    found = every_setting()
+    runs = pd.concat([records.frame[["device_name", "device"]] for records in found])
     names = sorted({f"{name}（{device}）" for name, device in zip(runs["device_name"], runs["device"])})
     text = f"本文用到的全部记录来自 {listed(names)}。"
     if not (runs["device"] == "cuda").any():
         text += "没有 CUDA 显卡上的记录：显存峰值与 GPU 上的吞吐都没有测到，CPU 上的倍数不能照搬。"
-    if not (runs["weights"] == "pretrained").any():
+    if not any(map(_is_of_pythia, found)):
         text += "没有真实 Pythia 权重的记录：质量的数字都不是 Pythia 的。"
     return text
+
+
+def _is_of_pythia(records: Records) -> bool:
+    """Whether its figures of quality are of real Pythia weights: models of ours are loaded as such, and are not."""
+    run = records.run()
+    of_pythia = run["model"].removeprefix("EleutherAI/") in PYTHIA and run["weights"] == "pretrained"
+    return of_pythia and STUDIES[records.study].values_matter
 
 
 def texts(*studies: Records) -> str:
@@ -166,13 +193,19 @@ def texts(*studies: Records) -> str:
 
 
 def version_table() -> pd.DataFrame:
-    """The software that made the records, a row for each setting and set of versions."""
+    """The software that made the records, a row for each study, model, and set of versions."""
     columns = {f"{name}_version": name for name in ("python", "torch", "transformers", "kvpress")}
     rows = []
-    for records in every_setting():
-        for _, part in records.frame.groupby([*columns], dropna=False):
-            commits = sorted({commit[:7] for commit in part["git_commit"].dropna()})
-            used = {name: part[column].iloc[0] for column, name in columns.items()}
-            counted = {"记录": f"{len(part)}", "提交": "、".join(commits) or "不详"}
-            rows.append({"实验": STUDY_NAMES[records.study], **used, **counted})
+    runs = pd.concat([records.frame.assign(study=records.study) for records in every_setting()])
+    for (study, model, *_), part in runs.groupby(["study", "model", *columns], dropna=False, sort=False):
+        commits = sorted({commit[:7] for commit in part["git_commit"].dropna()})
+        used = {name: part[column].iloc[0] for column, name in columns.items()}
+        counted = {"记录": f"{len(part)}", "提交": "、".join(commits) or "不详"}
+        rows.append({"实验": STUDY_NAMES[study], "模型": f"{model}{_states(part)}", **used, **counted})
     return pd.DataFrame(rows).rename(columns={"python": "Python"})
+
+
+def _states(runs: pd.DataFrame) -> str:
+    """After a name."""
+    n = runs["revision"].nunique() if "revision" in runs else 0
+    return f"（含训练途中的 {n} 个状态）" if n else ""

@@ -18,7 +18,7 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from kvneox_lib.pages import figures, selecting
-from kvneox_lib.pages.words import STUDY_NAMES, WEIGHTS, listed, model_in_words, plain
+from kvneox_lib.pages.words import STUDY_NAMES, listed, model_in_words, plain, weights_in_words
 from kvneox_lib.studies.records import load_records, tables_of
 from kvneox_lib.studies.table import STUDIES
 
@@ -98,21 +98,31 @@ def _source(records: Records) -> str:
     dirty = "，含未提交的改动" if records.frame["git_dirty"].fillna(False).any() else ""
     texts, names = (listed(dict.fromkeys(records.frame[name])) for name in ("dataset", "device_name"))
     return (
-        f"来源：{records.folder.as_posix()}，{len(records.frame)} 份记录；{setting(first, texts, names)}；提交 "
+        f"来源：{records.folder.as_posix()}，{len(records.frame)} 份记录；"
+        f"{setting(first, texts, names, _models_and_states(records.frame))}；提交 "
         f"{'、'.join(commits) or '不详'}{dirty}。"
     )
 
 
+def _models_and_states(runs: pd.DataFrame) -> str:
+    pairs = runs[["model", "weights"]].drop_duplicates().itertuples(index=False)
+    models = listed(f"{model}（{weights_in_words(model, weights)}）" for model, weights in pairs)
+    n = runs["revision"].dropna().nunique() if "revision" in runs else 0
+    return models + (f"，训练途中的 {n} 个状态" if n else "")
+
+
 def sources(found: list[Records]) -> str:
-    """Where a table comes from that shows several settings."""
-    return "".join(dict.fromkeys(_source(records) for records in found))
+    """Where a table comes from that shows several settings; of those without records, how to make them."""
+    return "".join(dict.fromkeys(say(_source, records) for records in found))
 
 
-def setting(row: pd.Series, texts: str | None = None, machines: str | None = None) -> str:
-    """Model, weights, text and machine (or several) in words."""
+def setting(row: pd.Series, texts: str | None = None, machines: str | None = None, models: str | None = None) -> str:
+    """Model, weights, text and machine (or several of these) in words."""
     text = "随机词元" if row["dataset"] == "random-tokens" else texts or row["dataset"]
-    model = f"{row['model']}（{WEIGHTS.get(row['weights'], row['weights'])}）"
-    return f"模型 {model}；文本 {text}；设备 {machines or row['device_name']}（{row['device']}，{row['dtype']}）"
+    model = f"{row['model']}（{weights_in_words(row['model'], row['weights'])}）"
+    return (
+        f"模型 {models or model}；文本 {text}；设备 {machines or row['device_name']}（{row['device']}，{row['dtype']}）"
+    )
 
 
 def repository() -> Path:

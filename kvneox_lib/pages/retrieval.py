@@ -3,7 +3,9 @@
 from functools import partial
 
 import pandas as pd
+import torch
 
+from kvneox_lib.measures.causes import LEAST_ATTENTION, OF_THE_MOST, find_copying_heads
 from kvneox_lib.pages.degenerate import healthy, said
 from kvneox_lib.pages.ranks import rank_correlation
 from kvneox_lib.pages.report import Missing, found_in
@@ -11,6 +13,7 @@ from kvneox_lib.pages.selecting import budget_column, middle_ratio, of_one_stora
 from kvneox_lib.pages.words import listed, with_interval
 
 MODES = {"问题在外": False, "问题在内": True}
+RULE = f"说出数字时投给该数字的注意力不低于 {LEAST_ATTENTION:g}，也不低于最高者的 {OF_THE_MOST:.0%}"
 KEPT = {"digits_kept": "数字的保留", "digits_kept_where_read": "关键处的保留"}
 
 
@@ -37,8 +40,8 @@ there = partial(found_in, "recall")
 
 
 def with_digits(runs: pd.DataFrame, mode: str) -> pd.DataFrame:
-    """The compressed runs of which is known how many digits they kept."""
-    return there(in_mode(pressed(of_one_storage(runs)), mode).dropna(subset=list(KEPT)), "digits_kept")
+    """The compressed runs of which is known how many digits they kept, without degenerate ones."""
+    return there(in_mode(pressed(healthy(of_one_storage(runs))), mode).dropna(subset=list(KEPT)), "digits_kept")
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -82,10 +85,11 @@ def head_shares(heads: pd.DataFrame, presses=()) -> pd.DataFrame:
 
 
 def copying_heads(heads: pd.DataFrame) -> pd.DataFrame:
-    """The heads that look at the digit at least half as much as the one that looks most; that one first."""
+    """Those that `causes` calls so, by what they do without a press; that which looks most first. There may be none."""
     heads = of_one_storage(heads)
     plain = heads[heads["press"] == "no_press"].sort_values("copy_attention", ascending=False)
-    return plain[plain["copy_attention"] >= plain["copy_attention"].max() / 2]
+    copying = find_copying_heads(torch.tensor(plain["copy_attention"].to_numpy(dtype=float)))
+    return plain[copying.numpy()]
 
 
 # ---- sentences ------------------------------------------------------------------------------------------------------
@@ -141,11 +145,10 @@ def copying(heads: pd.DataFrame) -> str:
     heads = of_one_storage(heads)
     every, reading = heads[heads["press"] == "no_press"], copying_heads(heads)
     names = listed([f"第 {row.layer} 层第 {row.head} 头（{row.copy_attention:.2f}）" for row in reading.itertuples()])
+    if reading.empty:
+        return f"{len(every)} 个头里没有抄写的头（{RULE}）：最高的也只有 {every['copy_attention'].max():.2f}。"
     share = reading["copy_attention"].sum() / every["copy_attention"].sum()
-    return (
-        f"{len(every)} 个头里，注意力至少有最大者一半的只有 {len(reading)} 个：{names}，合占全部抄写注意力的 "
-        f"{share:.0%}。"
-    )
+    return f"{len(every)} 个头里抄写的（{RULE}）有 {len(reading)} 个：{names}，合占全部抄写注意力的 {share:.0%}。"
 
 
 def correlated(runs: pd.DataFrame, mode: str) -> str:

@@ -68,14 +68,20 @@ def strength_axis(runs: pd.DataFrame) -> tuple[str, str]:
 
 def of_one_wording(runs: pd.DataFrame) -> pd.DataFrame:
     """For what has one place for a press at a ratio: the runs of recall in the first wording, without numbers that
-    nobody asks for, and with as many keys to a context as most have; where there are none of these, the first there."""
+    nobody asks for, and with as many keys to a context as most have (the fewest of several such numbers); where there
+    are none of these, the first there."""
     for name, usual in {"template": next(iter(TEMPLATES)), "n_distractors": 0}.items():
         if name in runs and len(runs):
             there = usual if (runs[name] == usual).any() else runs[name].iloc[0]
             runs = runs[runs[name] == there]
-    if "keys_per_context" in runs and len(runs):
-        runs = runs[runs["keys_per_context"] == runs["keys_per_context"].value_counts().index[0]]
-    return runs
+    return of_one_crowd(runs)
+
+
+def of_one_crowd(runs: pd.DataFrame) -> pd.DataFrame:
+    """With as many keys to a context as most have."""
+    if "keys_per_context" not in runs or runs.empty:
+        return runs
+    return runs[runs["keys_per_context"] == runs["keys_per_context"].value_counts().sort_index().idxmax()]
 
 
 def wordings_left_out(runs: pd.DataFrame) -> list[str]:

@@ -6,6 +6,7 @@ those that differ in nothing else, as many as there are.
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -13,11 +14,12 @@ from matplotlib.figure import Figure
 
 from kvneox_lib.inputs.weights import PYTHIA
 from kvneox_lib.pages import figures
+from kvneox_lib.pages.degenerate import healthy
 from kvneox_lib.pages.ranks import rank_correlation
 from kvneox_lib.pages.report import Missing, Records, settings, sources
-from kvneox_lib.pages.retrieval import copying_heads
+from kvneox_lib.pages.retrieval import RULE, copying_heads
 from kvneox_lib.pages.selecting import middle_ratio, numeric, of_one_storage
-from kvneox_lib.pages.words import listed, number
+from kvneox_lib.pages.words import STUDY_NAMES, listed, number
 from kvneox_lib.studies.table import STUDIES
 
 VALUES = {"recall": "accuracy", "wikitext_ppl": "delta_nll"}  # what is shown of each study
@@ -123,11 +125,12 @@ def lines(xlabel: str, *several: pd.DataFrame, by_model: bool = False) -> Figure
 
 def _shown(runs: pd.DataFrame) -> pd.DataFrame:
     plain = (runs["press"] == "no_press") & runs["value"].notna()
-    return runs[plain | (runs["compression_ratio"] == middle_ratio(runs))]
+    return healthy(runs[plain | (runs["compression_ratio"] == middle_ratio(runs))])
 
 
 def head_lines(heads: pd.DataFrame, most: int = 6) -> Figure:
-    """Attention of the heads that copy in the last state, state by state, and of the first among all others."""
+    """Attention of the heads that copy in the last state (if any do), state by state, and of the first among all
+    others."""
     panels = {}
     for model, part in heads.groupby("model", sort=False):
         kept = chosen_heads(part)[:most]
@@ -165,7 +168,7 @@ def overview(label: str, recall: pd.DataFrame, losses: pd.DataFrame, heads: pd.D
                 "模型": model,
                 label: f"{at:.0f}",
                 "投向数字的注意力，最大的头": f"{part['copy_attention'].max():.2f}",
-                "至少有它一半的头": f"{len(copying)}/{len(part)}",
+                "抄写的头": f"{len(copying)}/{len(part)}",
                 "不压缩的准确率": number(bare.iloc[0] if len(bare) else None, ".2f"),
                 "压缩后准确率最高的": _best(of_recall, largest=True),
                 "损失最小的": _best(of_losses, largest=False),
@@ -201,21 +204,43 @@ def measured(found: list[Records], unit: str) -> str:
     return f"测了 {len(found)} 个{unit}：{models}；文本 {run['dataset']}，上下文 {run['context_tokens']:.0f} 个词元。"
 
 
-def source(*several: list[Records]) -> str:
-    return sources([records for found in several for records in found])
+def of_others_alone(found: list[Records], params: str) -> str:
+    """What to say where only models of ours were measured, and no Pythia."""
+    if any(millions(records.run()) for records in found):
+        return ""
+    return str(NotRun(" Pythia 在训练途中", params))
+
+
+def source(chosen: Callable[[str], list[Records]], *studies: str) -> str:
+    """Where the figures of these studies come from; `chosen` is `of_sizes` or `of_training`."""
+    return "".join(_source(chosen, study) for study in studies)
+
+
+def _source(chosen: Callable[[str], list[Records]], study: str) -> str:
+    try:
+        found = chosen(study)
+    except NotRun:  # the figure, or table, says how to make them
+        return f"{STUDY_NAMES[study]}：还没有记录。"
+    return sources([replace(found[0], frame=pd.concat([one.frame for one in found]))])
 
 
 def heads_appear(heads: pd.DataFrame) -> str:
-    """Of each model, when the heads that copy at the end had half of the attention that they have then."""
+    """Of each model, when the heads that copy at the end, if there are any, first had half of what they have then."""
     parts = []
     for model, part in heads.groupby("model", sort=False):
         most = part.groupby("at")["copy_attention"].max()
         steps = {head: _first_at_half(part, *head) for head in chosen_heads(part)}
+        text = (
+            f"{model}：各头投向数字的注意力，最大的在第 {most.index[0]:.0f} 步是 {most.iloc[0]:.2f}，"
+            f"在第 {most.index[-1]:.0f} 步是 {most.iloc[-1]:.2f}；"
+        )
+        if not steps:
+            parts.append(f"{text}最后没有抄写的头")
+            continue
         by_step = pd.Series(steps.values()).value_counts().sort_index()
         when = "，".join(f"第 {at:.0f} 步 {count} 个" for at, count in by_step.items())
         parts.append(
-            f"{model}：各头中最大的抄写注意力，第 {most.index[0]:.0f} 步是 {most.iloc[0]:.2f}，第 {most.index[-1]:.0f} "
-            f"步是 {most.iloc[-1]:.2f}；最后抄写的 {len(steps)} 个头，注意力第一次达到各自最终值的一半，是在{when}"
+            f"{text}最后抄写的 {len(steps)} 个头，注意力达到各自最终值的一半，（只在测过的状态里看）最早见于：{when}"
         )
     return f"{'。'.join(parts)}。"
 
@@ -230,24 +255,29 @@ def recall_appears(recall: pd.DataFrame) -> str:
     for model, part in recall[recall["press"] == "no_press"].groupby("model", sort=False):
         part = part.sort_values("at")
         able = part[part["value"] >= 0.5]["at"]
-        when = f"从第 {able.iloc[0]:.0f} 步起答对过半" if len(able) else "始终没有答对过半"
-        parts.append(f"{model} {when}（最后 {part['value'].iloc[-1]:.2f}）")
+        when = f"第一次答对过半是在第 {able.iloc[0]:.0f} 步" if len(able) else "始终没有答对过半"
+        parts.append(f"{model} {when}（最后一个状态 {part['value'].iloc[-1]:.2f}）")
     if not parts:
         raise Missing("recall", "no_press")
     return f"不压缩时，{'；'.join(parts)}。"
 
 
 def differing(runs: pd.DataFrame, what: str, unit: str) -> str:
-    """Where presses differ: the intervals of the best and the worst at the middle ratio lie apart. `unit`, in which a
-    place is told, holds `{}`."""
-    parts = []
+    """Where presses differ at all: the intervals of the best and the worst at the middle ratio lie apart. Of the others
+    nothing is concluded, since these two are chosen afterwards, and each has its own interval. `unit`, in which a place
+    is told, holds `{}`."""
+    ratio, parts = middle_ratio(runs), []
+    if ratio is None:
+        raise Missing(runs["study"].iloc[0], "有压缩率的 press")
     for model, part in runs.groupby("model", sort=False):
         apart = [at for at, there in pressed(part).groupby("at") if _lie_apart(there)]
         places = part["at"].nunique()
         where = "、".join(unit.format(f"{at:.0f}") for at in apart)
         parts.append(f"{model} 在 {places} 处中的 {len(apart)} 处" + (f"（{where}）" if apart else ""))
-    ratio = middle_ratio(runs)
-    return f"压缩率 {ratio:.2f} 时，各方法的{what}拉得开（最高与最低两者的 95 % 区间不重叠）的：{'；'.join(parts)}。"
+    return (
+        f"压缩率 {ratio:.2f} 时，各方法的{what}拉得开（最高与最低两者各自的 95 % 区间不重叠）的：{'；'.join(parts)}。"
+        "两者是看过结果才挑出来的，没有配对，也未校正；区间相交的地方，这里不下结论。"
+    )
 
 
 def _lie_apart(runs: pd.DataFrame) -> bool:
@@ -267,12 +297,13 @@ def same_order(runs: pd.DataFrame, what: str) -> str:
     if pd.isna(relation):
         raise Missing(runs["study"].iloc[0], "几种大小共有的 press")
     n = len(ends[0].index.intersection(ends[1].index))
-    return f"最小与最大的模型按{what}给各方法排的名次，秩相关是 {relation:.2f}（{n} 种方法）。"
+    return f"最小与最大的模型按{what}给各方法排的名次，Spearman 秩相关是 {relation:.2f}（{n} 种方法）。"
 
 
 def head_shares(heads: pd.DataFrame) -> str:
     parts = []
     for model, part in heads.groupby("model", sort=False):
         copying = copying_heads(part)
-        parts.append(f"{model} {len(copying)}/{len(part)}（最大 {part['copy_attention'].max():.2f}）")
-    return f"抄写的头（注意力至少有最大者一半的）与全部头：{'，'.join(parts)}。"
+        counted = f"{len(copying)}/{len(part)}" if len(copying) else "没有抄写的头"
+        parts.append(f"{model} {counted}（最大 {part['copy_attention'].max():.2f}）")
+    return f"抄写的头（{RULE}）与全部头：{'，'.join(parts)}。"

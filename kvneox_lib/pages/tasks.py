@@ -89,9 +89,9 @@ def at_middle_ratio(runs: pd.DataFrame, mode: str) -> pd.DataFrame:
 
 
 def inside_against_outside(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """For each task the presses' scores with the question outside and inside, at every ratio."""
+    """For each task the presses' scores with the question outside and inside, at every ratio; no degenerate runs."""
     keys = ["dataset", "press", "compression_ratio"]
-    runs = pressed(ordered(of_one_storage(runs)))
+    runs = pressed(ordered(healthy(of_one_storage(runs))))
     outside, inside = (runs[runs["question"] == mode].set_index(keys)["score"] for mode in MODES)
     both = pd.concat([outside, inside], axis=1, keys=["outside", "inside"]).dropna().reset_index()
     return there(
@@ -204,9 +204,10 @@ def not_ranked(runs: pd.DataFrame) -> str:
 
 
 def unharmed(runs: pd.DataFrame, mode: str) -> str:
-    """Which presses lose nothing that these documents show, of each task at the middle ratio."""
+    """Which presses lose nothing that these documents show, of each task at the middle ratio; degenerate runs are not
+    judged."""
     ratio, parts = middle_ratio(runs), []
-    for task, part in in_mode(pressed(runs), mode).groupby("dataset", sort=False):
+    for task, part in in_mode(pressed(healthy(runs)), mode).groupby("dataset", sort=False):
         at = part[part["compression_ratio"] == ratio]
         highest = there(pd.to_numeric(at["delta_score_ci95_high"]).dropna(), "差的区间")
         whole = at.loc[highest.index[highest >= 0]]

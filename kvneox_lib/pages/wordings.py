@@ -2,14 +2,16 @@
 other: runs of study `recall` in several wordings, or with more to tell apart. All with the question outside.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pandas as pd
 
 from kvneox_lib.inputs.templates import DEMO, TEMPLATES, WORDINGS
-from kvneox_lib.pages.report import Missing, Records, read, settings
+from kvneox_lib.pages.degenerate import healthy
+from kvneox_lib.pages.report import Missing, Records, read, say, settings
 from kvneox_lib.pages.retrieval import in_mode
-from kvneox_lib.pages.selecting import middle_ratio, of_one_storage, of_one_wording, pressed
+from kvneox_lib.pages.selecting import middle_ratio, of_one_crowd, of_one_storage, of_one_wording, pressed
 from kvneox_lib.pages.words import listed, with_interval
 
 OUTSIDE, PLAIN = "问题在外", "不压缩"
@@ -27,10 +29,40 @@ def as_usual(records: Records) -> Records:
     return replace(records, frame=of_one_wording(records.frame).reset_index(drop=True))
 
 
-def in_most_wordings(root=None) -> Records:
-    """Of the settings of study `recall` the one that was asked in most of them."""
-    found = settings("recall", root)
-    return max(found, key=lambda records: len(wordings_in(records.frame))) if found else read("recall", root)
+def read_as_usual(study: str, root=None) -> Records:
+    """The same of the setting that has most of these: there may be more runs in many wordings of fewer keys."""
+    return max(map(as_usual, settings(study, root)), key=lambda records: len(records.frame), default=read(study, root))
+
+
+def of_each_model(root=None) -> list[Records]:
+    """Of each model the runs of study `recall` in the setting that was asked in most wordings, of those with several;
+    where there are none, the runs there are."""
+    most: dict[str, Records] = {}
+    for records in settings("recall", root):  # those with most runs come first
+        n, model = len(wordings_in(records.frame)), records.run()["model"]
+        if n > 1 and n > (len(wordings_in(most[model].frame)) if model in most else 0):
+            most[model] = records
+    return [*most.values()] or [read("recall", root)]
+
+
+def told_of_each(several: list[Records], sentence: Callable[[pd.DataFrame], str]) -> str:
+    """Model by model; what is missing in all, once."""
+    return "".join(dict.fromkeys(say(_told, sentence, records) for records in several))
+
+
+def _told(sentence: Callable[[pd.DataFrame], str], records: Records) -> str:
+    return sentence(records.runs())
+
+
+def with_crowds(several: list[Records]) -> Records:
+    """The first in which the numbers beside each other differ."""
+    for records in several:
+        try:
+            crowd_lines(records.runs())
+        except Missing:
+            continue
+        return records
+    return several[0]
 
 
 def wordings_in(runs: pd.DataFrame) -> list[str]:
@@ -44,10 +76,10 @@ def in_several(runs: pd.DataFrame) -> pd.DataFrame:
     runs = in_mode(of_one_storage(runs), OUTSIDE)
     if len(wordings_in(runs)) < 2:
         raise Missing("recall", SEVERAL)
-    alike = [of_one_wording(part) for _, part in runs.groupby("template", sort=False)]
+    alike = [of_one_wording(part) for _, part in of_one_crowd(runs).groupby("template", sort=False)]
     found = pd.concat(alike)
     asked = found.groupby(["press", "compression_ratio"], dropna=False)["template"].transform("nunique")
-    found = found[asked == asked.max()]  # the others were asked in one or two
+    found = found[(asked == asked.max()) | (found["press"] == "no_press")]  # the others were asked in one or two
     return found.sort_values("template", key=lambda names: names.map([*TEMPLATES].index), kind="stable")
 
 
@@ -77,12 +109,13 @@ def statement(name: str) -> str:
     return TEMPLATES[name].statement.strip().format(**EXAMPLE)
 
 
-def wording_table(runs: pd.DataFrame) -> pd.DataFrame:
-    names = wordings_in(runs)
+def wording_table(*several: pd.DataFrame) -> pd.DataFrame:
+    """`several` are the runs of a model each."""
+    asked = [set(wordings_in(runs)) for runs in several]
+    names = [name for name in TEMPLATES if any(name in of_one for of_one in asked)]
     table = pd.DataFrame({"说法": names, "句子": map(statement, names)})
     table["问题"] = [" ".join(TEMPLATES[name].asked(EXAMPLE["name"]).split()) for name in names]
-    model = _ours(runs)
-    if model is not None:
+    for model in filter(None, map(_ours, several)):
         table[model] = [TRAINED[was_trained(model, name)] for name in names]
     return table
 
@@ -112,7 +145,7 @@ def trained_on() -> str:
     """Of the bundled model."""
     seen, kept_out = ([name for name in TEMPLATES if was_trained(DEMO, name) == part] for part in (True, False))
     return (
-        f"口令的说法，它训练时读过 {len(seen)} 种（{listed(seen)}），留出 {len(kept_out)} 种没有读过"
+        f"口令的说法，它训练时读过 {len(seen)} 种（{listed(seen)}），其余 {len(kept_out)} 种没有读过"
         f"（{listed(kept_out)}）。"
     )
 
@@ -121,46 +154,60 @@ def trained_on() -> str:
 
 
 def grids(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """For each ratio the accuracy by wording (down) and press (across, without any first)."""
+    """For each ratio the accuracy by wording (down) and press (across, without any first); without a ratio that alone.
+    The names say which model it is."""
     found = in_several(runs)
+    named, labels = f"{_model(found)}，", _labels(found)
     ratios = sorted(pressed(found)["compression_ratio"].unique())
-    return {f"压缩率 {ratio:g}": _grid(found, ratio).rename(index=_labels(found)) for ratio in ratios}
+    if not ratios:
+        return {f"{named}{PLAIN}": _grid(found, None).rename(index=labels)}
+    return {f"{named}压缩率 {ratio:g}": _grid(found, ratio).rename(index=labels) for ratio in ratios}
+
+
+def _model(runs: pd.DataFrame) -> str:
+    return listed(runs["model"].unique())
 
 
 def _grid(found: pd.DataFrame, ratio: float | None) -> pd.DataFrame:
     chosen = found[(found["press"] == "no_press") | (found["compression_ratio"] == ratio)]
     names = [name for part in _groups(found).values() for name in part]
     table = chosen.pivot_table(index="template", columns="press", values="accuracy").reindex(names)
-    presses = [name for name in dict.fromkeys(found["press"]) if name in table and name != "no_press"]
-    return table[["no_press", *presses]].rename(columns={"no_press": PLAIN})
+    presses = [name for name in ("no_press", *dict.fromkeys(pressed(found)["press"])) if name in table]
+    return table[presses].rename(columns={"no_press": PLAIN})
 
 
 def _labels(runs: pd.DataFrame) -> dict[str, str]:
     return {name: f"{name}{words and f'（{words}）'}" for words, part in _groups(runs).items() for name in part}
 
 
-def wording_intervals(runs: pd.DataFrame) -> pd.DataFrame:
-    """The accuracy of each wording at the middle ratio, with its interval."""
+def wording_intervals(*several: pd.DataFrame) -> pd.DataFrame:
+    """The accuracy of each wording at the middle ratio, with its interval; `several` are the runs of a model each."""
+    return pd.concat([_wording_intervals(runs) for runs in several], ignore_index=True).fillna("—")
+
+
+def _wording_intervals(runs: pd.DataFrame) -> pd.DataFrame:
     found = in_several(runs)
-    ratio, labels = middle_ratio(found), _labels(found)
+    ratio, labels, model = middle_ratio(found), _labels(found), _model(found)
     rows = []
     for name, label in labels.items():
         part = found[found["template"] == name]
         shown = part[(part["press"] == "no_press") | (part["compression_ratio"] == ratio)]
         cells = {row["press"]: with_interval(row, "accuracy", 2) for _, row in shown.iterrows()}
-        rows.append({"说法": label, PLAIN: cells.pop("no_press", "—"), **cells})
-    return pd.DataFrame(rows).fillna("—")
+        rows.append({"模型": model, "说法": label, PLAIN: cells.pop("no_press", "—"), **cells})
+    return pd.DataFrame(rows)
 
 
 def by_training(runs: pd.DataFrame) -> str:
     """Means over the wordings that were trained and over those that were not, without a press and with each."""
     found = in_several(runs)
     ratio, groups = middle_ratio(found), _groups(found)
-    table = _grid(found, ratio)
-    bare = table.pop(PLAIN)
-    told = "，".join(f"{words and f'{words}的'} {len(part)} 种 {_mean(bare[part])}" for words, part in groups.items())
-    text = f"各种说法准确率的平均（括号里是最低与最高），不压缩时：{told.strip()}。"
-    if table.empty or not table.shape[1]:
+    table, text = _grid(healthy(found), ratio), f"{_model(found)}："
+    bare = table.pop(PLAIN).dropna() if PLAIN in table else pd.Series(dtype=float)
+    if len(bare):
+        known = {words: bare[bare.index.isin(part)] for words, part in groups.items()}
+        told = [f"{words and f'{words}的'} {len(part)} 种 {_mean(part)}" for words, part in known.items() if len(part)]
+        text += f"各种说法准确率的平均（括号里是最低与最高），不压缩时{'，'.join(told)}。"
+    if not table.shape[1]:
         return text
     means = pd.DataFrame({words: table.loc[part].mean() for words, part in groups.items()})
     means = means.sort_values(means.columns[0], ascending=False)
@@ -176,19 +223,21 @@ def _after(words: str) -> str:
 
 
 def _mean(values: pd.Series) -> str:
-    return f"{values.mean():.2f}（{values.min():.2f} 至 {values.max():.2f}）"
+    return f"{values.mean():.2f}" + (f"（{values.min():.2f} 至 {values.max():.2f}）" if len(values) > 1 else "")
 
 
 def of_the_best(runs: pd.DataFrame) -> str:
     """Whether the press that is best in the first wording is so in the others, of those that the model can answer."""
     found = in_several(runs)
-    table = _grid(found, middle_ratio(found))
+    table = _grid(healthy(found), middle_ratio(found))
+    if PLAIN not in table:
+        raise Missing("recall", "no_press")
     first, plain = table.index[0], table.pop(PLAIN)
     answered = table[plain >= 0.5]
     if table.shape[1] < 2 or first not in answered.index:
         raise Missing("recall", f"{first} 的几种方法")
     best, others = table.loc[first].idxmax(), answered.drop(index=first)
-    text = f"在 {first} 上最好的是 {best}（{table.loc[first, best]:.2f}）。"
+    text = f"{_model(found)} 在 {first} 上最好的是 {best}（{table.loc[first, best]:.2f}）。"
     if others.empty:
         return f"{text}其余的说法，模型不压缩也答不对一半，比不出各方法的次序。"
     ahead = [name for name in others.index if others.loc[name].idxmax() == best]
@@ -232,11 +281,14 @@ def crowd_lines(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def crowded(runs: pd.DataFrame) -> str:
-    parts = []
+    parts, compressed = [], pd.concat(crowd_lines(runs).values())
+    highest = compressed["compression_ratio"].max()
     for words, part in crowds(runs).items():
-        highest = pressed(part)["compression_ratio"].max()
         shown = part[(part["press"] == "no_press") | (part["compression_ratio"] == highest)]
         shown = shown.sort_values("press", key=lambda names: names != "no_press", kind="stable")
         told = [f"{PLAIN if row.press == 'no_press' else row.press} {row.accuracy:.2f}" for row in shown.itertuples()]
         parts.append(f"{words}：{'、'.join(told)}")
-    return f"每段上下文里数字越多，越要分得清是谁的。最高的压缩率 {highest:g} 时的准确率，{'；'.join(parts)}。"
+    return (
+        f"每段上下文里数字越多，越要分得清是谁的。{_model(compressed)} 在最高的压缩率 {highest:g} 时的准确率，"
+        f"{'；'.join(parts)}。"
+    )

@@ -4,6 +4,8 @@ import re
 
 import pandas as pd
 
+from kvneox_lib.inputs.templates import WORDINGS
+
 ENGINES = {
     "ours": "本库",
     "stock": "transformers（DynamicCache）",
@@ -24,6 +26,13 @@ STUDY_NAMES = {
 }
 CONTROL = "教师强制（对照）"
 WEIGHTS = {"pretrained": "预训练的权重", "bundled": "随包附带的权重", "random": "随机权重"}
+
+
+def weights_in_words(model: str, weights: str) -> str:
+    """Where the weights of a model come from. One of ours that is not bundled was loaded like any other."""
+    if (model, weights) == (WORDINGS, "pretrained"):
+        return "本项目训练、未随包附带的权重"
+    return WEIGHTS.get(weights, weights)
 
 
 def with_interval(row: pd.Series, column: str, digits: int = 3) -> str:
@@ -59,7 +68,7 @@ def plain(name) -> str:
 
 
 def model_of(loaded) -> str:
-    revision = "" if loaded.revision is None else f"，修订 {plain(loaded.revision)}"
+    revision = "" if loaded.revision is None else f"，训练途中的状态 {plain(loaded.revision)}"
     return f"模型 **{plain(loaded.name)}**（权重：{loaded.weights}{revision}）"
 
 
@@ -75,5 +84,5 @@ def model_in_words(model: str, weights: str) -> str:
     return (
         "一个很小的演示模型"
         if (model, weights) == ("demo", "bundled")
-        else f" {model}（{WEIGHTS.get(weights, weights)}）"
+        else f" {model}（{weights_in_words(model, weights)}）"
     )

@@ -1,0 +1,77 @@
+"""What the report says of all studies together, on records of which the answers are known by hand."""
+
+import pandas as pd
+import pytest
+
+from kvneox_lib.pages import overview
+from kvneox_lib.pages import report as reporting
+from kvneox_lib.pages.report import Records
+from kvneox_lib.pages.words import weights_in_words
+
+
+def records(study: str, model: str, weights: str, tmp_path, **columns) -> Records:
+    row = {"model": model, "weights": weights, "dataset": "a text", "device": "cpu", "device_name": "a processor"}
+    row |= {"dtype": "float32", "git_commit": "abcdef0", "git_dirty": False, "revision": None, "n_tokens": 50.0}
+    row |= {f"{name}_version": "1" for name in ("python", "torch", "transformers", "kvpress")}
+    frame = pd.DataFrame([row | {"context_tokens": 100.0} | columns])
+    return Records(study, tmp_path / study, tmp_path, frame)
+
+
+@pytest.mark.parametrize(
+    ("study", "model", "weights", "is_of_pythia"),
+    [
+        ("recall", "demo-wordings", "pretrained", False),  # ours, loaded like any other
+        ("recall", "demo", "bundled", False),
+        ("speed", "pythia-70m", "pretrained", False),  # no figure of quality
+        ("recall", "pythia-70m", "pretrained", True),
+        ("wikitext_ppl", "EleutherAI/pythia-70m", "pretrained", True),
+    ],
+)
+def test_real_weights_of_pythia_are_those_of_pythia(study, model, weights, is_of_pythia, tmp_path, monkeypatch):
+    monkeypatch.setattr(overview, "every_setting", lambda: [records(study, model, weights, tmp_path)])
+    assert ("没有真实 Pythia 权重的记录" not in overview.devices()) == is_of_pythia
+
+
+def test_weights_of_ours_are_said_to_be_ours(tmp_path):
+    assert weights_in_words("pythia-70m", "pretrained") == "预训练的权重"
+    ours = records("recall", "demo-wordings", "pretrained", tmp_path)
+    for said in (ours.source, reporting.models(ours)):
+        assert "demo-wordings（本项目训练、未随包附带的权重）" in said and "预训练" not in said
+
+
+def test_a_source_names_all_models_and_counts_states(tmp_path):
+    first, other = (records("recall", model, "pretrained", tmp_path) for model in ("pythia-14m", "pythia-70m"))
+    states = pd.concat([other.frame.assign(revision=f"step{n}") for n in (1, 2)])
+    both = Records("recall", first.folder, tmp_path, pd.concat([first.frame, states]))
+    assert "模型 pythia-14m（预训练的权重）、pythia-70m（预训练的权重），训练途中的 2 个状态；文本" in both.source
+
+
+def test_what_only_heads_show_is_not_said_without_their_records(tmp_path):
+    recall = records("recall", "demo", "bundled", tmp_path)
+    with_heads = overview.can_say(records("heads", "demo", "bundled", tmp_path), recall)
+    without = overview.can_say(Records("heads", tmp_path, tmp_path, pd.DataFrame()), recall)
+    assert "@sec-heads" in with_heads and "@sec-blind" in with_heads
+    assert (
+        "@sec-heads" not in without
+        and "@sec-blind" not in without
+        and without.endswith("（@sec-distance 的近处与远处）。")
+    )
+
+
+def test_settings_and_versions_name_what_was_measured(tmp_path, monkeypatch):
+    asked = [records("recall", "demo-wordings", "pretrained", tmp_path, template=name) for name in ("passkey", "house")]
+    several = Records("recall", tmp_path, tmp_path, pd.concat([one.frame for one in asked]))
+    parts = [
+        records("tasks", "demo", "bundled", tmp_path, n_tokens=None, dataset=f"task {n}", context_tokens=n)
+        for n in range(1, 6)
+    ]
+    tasks = Records("tasks", tmp_path, tmp_path, pd.concat([one.frame for one in parts]))
+    table = overview.setup_table(asked[0], several, tasks)
+    assert table["实验"].tolist() == ["检索", "检索（几种说法）", "任务"]
+    assert "；上下文 100；每份至多 50 个词元" in table["设置"][0]
+    assert "文本 task 1、task 2" in table["设置"][2] and table["设置"][2].endswith("；上下文 1 至 5")
+    state = records("recall", "demo-wordings", "pretrained", tmp_path, revision="step125")
+    monkeypatch.setattr(
+        overview, "settings", lambda study, revisions: [state] if revisions and study == "recall" else []
+    )
+    assert overview.version_table()["模型"].tolist() == ["demo-wordings（含训练途中的 1 个状态）"]
