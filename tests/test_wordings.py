@@ -189,7 +189,7 @@ def test_every_model_that_was_asked_in_several_wordings_is_shown(runs, tmp_path,
     again = records("demo", of_one_wording(runs), tmp_path)
     monkeypatch.setattr(wordings, "settings", lambda study, root: [most, *several, again])
     assert wordings.of_each_model() == several
-    assert len(wordings.read_as_usual("recall").frame) == len(most.frame)  # not those in several wordings
+    assert len(wordings.read_as_usual().frame) == len(most.frame)  # not those in several wordings
     said = wordings.told_of_each(several, wordings.of_the_best)
     assert said.count("在 passkey 上最好的是") == 2 and said.index("demo 在") < said.index("demo-wordings 在")
     frames = [one.frame for one in several]

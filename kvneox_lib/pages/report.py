@@ -132,8 +132,8 @@ def repository() -> Path:
 
 
 def settings(study: str, root: Path | None = None, revisions: bool = False) -> list[Records]:
-    """The study's records, those of each setting apart, the largest set first; of models as they are used, or of their
-    revisions."""
+    """The study's records, those of each setting apart, in the order of `_worth`; of models as they are used, or of
+    their revisions."""
     if study not in NOTEBOOKS:
         raise ValueError(f"study={study!r}: must be one of {', '.join(NOTEBOOKS)}")
     root = root or repository()
@@ -151,12 +151,18 @@ def settings_in(folder: Path, root: Path, revisions: bool = False) -> list[Recor
         frame[name] = frame[name].map(plain, na_action="ignore")
     keys = _keys(frame, study)
     groups = [_newest(part, study) for _, part in frame.groupby(keys, dropna=False, sort=False)]
-    groups.sort(key=lambda part: (-len(part), part["dtype"].iloc[0] != "float32"))  # as quality is measured in
+    groups.sort(key=_worth)
     words = [_difference(part, frame, keys) for part in groups]
     return [
         Records(study, folder, root, part.reset_index(drop=True), tuple(words[:i] + words[i + 1 :]))
         for i, part in enumerate(groups)
     ]
+
+
+def _worth(part: pd.DataFrame) -> tuple:
+    """What compares most engines first, then what has most runs; float32, as quality is measured in, before others."""
+    n_engines = part["engine"].nunique() if "engine" in part else 0
+    return -n_engines, -len(part), part["dtype"].iloc[0] != "float32"
 
 
 def _keys(frame: pd.DataFrame, study: str) -> list[str]:
@@ -187,7 +193,7 @@ def _value(value) -> str:
 
 
 def read(study: str, root: Path | None = None) -> Records:
-    """The records of the setting that has most."""
+    """The records of the setting that comes first."""
     found = settings(study, root)
     folder = Path("results") / "reference" / study
     return found[0] if found else Records(study, folder, root or repository(), pd.DataFrame())

@@ -29,9 +29,11 @@ def as_usual(records: Records) -> Records:
     return replace(records, frame=of_one_wording(records.frame).reset_index(drop=True))
 
 
-def read_as_usual(study: str, root=None) -> Records:
-    """The same of the setting that has most of these: there may be more runs in many wordings of fewer keys."""
-    return max(map(as_usual, settings(study, root)), key=lambda records: len(records.frame), default=read(study, root))
+def read_as_usual(root=None) -> Records:
+    """The same of the setting of study `recall` that has most of these: there may be more runs in many wordings of fewer
+    keys."""
+    found = map(as_usual, settings("recall", root))
+    return max(found, key=lambda records: len(records.frame), default=read("recall", root))
 
 
 def of_each_model(root=None) -> list[Records]:
