@@ -30,7 +30,7 @@ def as_usual(records: Records) -> Records:
 
 
 def read_as_usual(root=None) -> Records:
-    """The same of the setting of study `recall` that has most of these: there may be more runs in many wordings of fewer
+    """The same of the setting of `recall` that has most of these: there may be more runs in many wordings of fewer
     keys."""
     found = map(as_usual, settings("recall", root))
     return max(found, key=lambda records: len(records.frame), default=read("recall", root))
