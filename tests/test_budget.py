@@ -48,7 +48,7 @@ def test_as_many_are_kept_at_every_length(demo, reading, name):
             counts = kept_counts(prefill(demo, reading[:, 500 : 500 + length], press)).double()
             expected = min(BUDGET, length)
             assert float(counts.mean()) == pytest.approx(expected, abs=off_by(press, length, len(counts)) + 1e-9)
-            shares = {"adakv", "critical_adakv", "kvzip", "kvgrad", "kvcompose", "pyramidkv"}
+            shares = {"adakv", "critical_adakv", "kvzip", "kvgrad", "kvcompose", "pyramidkv", "copying_heads"}
             if length > BUDGET and not any(name.startswith(one) for one in shares):
                 assert counts.unique().numel() == 1, "each head keeps as many"
 
