@@ -36,9 +36,8 @@ def best_speed(speed: Records) -> str:
         raise Missing(speed.study, "本库与 transformers 的对照")
     best = ours.loc[ours["step_s"].idxmin()]
     times = turns.ratio(stock, best)
-    said = (
-        str(times) if times.is_interval else f"{times.value:.2f} 倍"
-    )  # quartiles would be read as an interval of 95 %
+    # Quartiles would be read as an interval of 95 %
+    said = str(times) if times.is_interval else f"{times.value:.2f} 倍"
     return (
         f"速度：{best.model}、上下文 {best.context_tokens}、批 {best.batch_size}（{best.device_name}），压缩后每秒解码 "
         f"{best.decode_tok_per_s:.0f} 个词元（{with_strength(best)}），是不压缩的 {ENGINES[stock.engine]}的 "
