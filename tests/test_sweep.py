@@ -48,6 +48,7 @@ def texts(tmp_path, monkeypatch):
     for step in set(re.findall(r"\bstep\d+\b", wanted)):
         (tmp_path / "demo" / step).mkdir(parents=True)
         shutil.copy(demo_folder() / "config.json", tmp_path / "demo" / step)
+    shutil.copy(demo_folder() / "config.json", tmp_path / "demo")
     monkeypatch.setenv("KVNEOX_CHECKPOINTS", str(tmp_path / "demo"))
 
 
