@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot
 
+from kvneox_lib.measures.intervals import student_quantile
 from kvneox_lib.pages import figures, payoff
 from kvneox_lib.pages.payoff import Payoff, break_even
 from kvneox_lib.pages.report import Missing, Records
-from kvneox_lib.pages.turns import t_quantile
 
 
 def added_up(first: float, step: float, plain_first: float, plain_step: float, most: int = 10_000) -> float:
@@ -46,7 +46,7 @@ def test_break_even_is_where_the_times_added_up_meet(times):
 def not_contradicted(extra, saved, tokens: np.ndarray) -> np.ndarray:
     """Student's test at each number of tokens: is extra - (tokens - 1) * saved zero on average?"""
     left = extra[None] - (tokens[:, None] - 1) * saved[None]
-    return np.abs(left.mean(1)) <= t_quantile(len(extra) - 1) * left.std(1, ddof=1) / len(extra) ** 0.5
+    return np.abs(left.mean(1)) <= student_quantile(len(extra) - 1) * left.std(1, ddof=1) / len(extra) ** 0.5
 
 
 @pytest.mark.parametrize(("cost", "gain"), [(0.5, 0.02), (0.5, 0.004), (0.0, 0.02), (0.5, 0.0), (0.5, -0.004)])

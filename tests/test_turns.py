@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from kvneox_lib.measures.intervals import student_quantile
 from kvneox_lib.pages import turns
-from kvneox_lib.pages.turns import Ratio, basis, level_with, paired_ratio, ratio, t_quantile, took_turns
+from kvneox_lib.pages.turns import Ratio, basis, level_with, paired_ratio, ratio, took_turns
 
 
 def row(steps, started="t0", context=512, name=0, **more) -> pd.Series:
@@ -27,8 +28,8 @@ def drawn(random, n_turns: int, n_trials: int, true: float) -> tuple[np.ndarray,
 def test_students_t_is_scipys():
     stats = pytest.importorskip("scipy.stats")
     for freedom in (1, 2, 3, 4, 5, 9, 30):
-        assert t_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-9)
-    assert t_quantile(6, 0.5) == pytest.approx(stats.t.ppf(0.75, 6), rel=1e-9)
+        assert student_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-9)
+    assert student_quantile(6, 0.5) == pytest.approx(stats.t.ppf(0.75, 6), rel=1e-9)
 
 
 @pytest.mark.parametrize("n_turns", [3, 5])

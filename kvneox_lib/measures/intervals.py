@@ -179,12 +179,12 @@ def _gauss_legendre() -> tuple[np.ndarray, np.ndarray]:
 
 
 @lru_cache(maxsize=256)
-def student_quantile(freedom: float) -> float:
-    """Below which 97.5 % lie: by halving."""
-    low, high = NORMAL, 12.8  # of one degree of freedom 12.7
-    for _ in range(50):
+def student_quantile(freedom: float, share: float = 0.95) -> float:
+    """Between minus and plus how much that share lies: by halving."""
+    low, high = 0.0, 1000.0
+    for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if student_p(middle, freedom) > 0.05 else (low, middle)
+        low, high = (middle, high) if student_p(middle, freedom) > 1 - share else (low, middle)
     return high
 
 

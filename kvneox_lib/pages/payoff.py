@@ -10,6 +10,7 @@ from math import ceil, inf, isfinite, isinf, nan
 import numpy as np
 import pandas as pd
 
+from kvneox_lib.measures.intervals import student_quantile
 from kvneox_lib.pages import turns
 from kvneox_lib.pages.figures import Dots
 from kvneox_lib.pages.report import Missing, Records
@@ -54,7 +55,7 @@ def break_even(extra_s: np.ndarray, saved_s: np.ndarray) -> Payoff:
 def _fieller(extra: np.ndarray, saved: np.ndarray) -> tuple[float, float]:
     """The steps x, not below 0, at which |mean(extra - x * saved)| is within t of its standard error: where a quadratic
     in x is not above 0."""
-    scale = turns.t_quantile(len(extra) - 1) ** 2 / len(extra)
+    scale = student_quantile(len(extra) - 1) ** 2 / len(extra)
     (extra_var, both), (_, saved_var) = np.cov(extra, saved)
     square, linear, constant = (
         saved.mean() ** 2 - scale * saved_var,

@@ -7,10 +7,12 @@ written down have medians and quartiles alone: their ratio is of medians, and be
 
 import json
 from dataclasses import dataclass
-from math import cos, exp, nan, pi, sin, tan
+from math import exp, nan
 
 import numpy as np
 import pandas as pd
+
+from kvneox_lib.measures.intervals import student_quantile
 
 COLUMN = {"step_s": "step_turns_s", "prefill_s": "prefill_turns_s"}
 TOGETHER = ("started_at", "context_tokens", "batch_size")  # runs that took turns with each other have these in common
@@ -58,7 +60,7 @@ def _medians(row: pd.Series, name: str) -> list[float]:
 def paired_ratio(one: np.ndarray, other: np.ndarray) -> Ratio:
     """The geometric mean of the ratios of all turns, with Student's interval of the mean of their logarithms."""
     logs = np.log(one / other)
-    half = t_quantile(len(logs) - 1) * logs.std(ddof=1) / len(logs) ** 0.5
+    half = student_quantile(len(logs) - 1) * logs.std(ddof=1) / len(logs) ** 0.5
     return Ratio(*(exp(at) for at in (logs.mean(), logs.mean() - half, logs.mean() + half)), True)
 
 
@@ -89,23 +91,3 @@ def basis(runs: pd.DataFrame) -> str:
     if not several:
         return untold
     return told.format("、".join(map(str, several))) + (untold if min(counts) < 2 else "")
-
-
-def t_quantile(freedom: int, share: float = 0.95) -> float:
-    """Between minus and plus how much Student's t lies with that probability; for whole degrees of freedom its
-    distribution is a finite sum of powers of a cosine."""
-    low, high = 0.0, pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _central_share(middle, freedom) < share else (low, middle)
-    return tan(low) * freedom**0.5
-
-
-def _central_share(angle: float, freedom: int) -> float:
-    """Of |t| < tan(angle) * sqrt(freedom)."""
-    odd, total = freedom % 2, 0.0
-    term = cos(angle) if odd else 1.0
-    for power in range(odd, freedom - 1, 2):
-        total += term
-        term *= cos(angle) ** 2 * (power + 1) / (power + 2)
-    return 2 / pi * (angle + sin(angle) * total) if odd else sin(angle) * total

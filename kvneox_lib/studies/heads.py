@@ -26,12 +26,12 @@ from kvneox_lib.measures.causes import (
 from kvneox_lib.measures.intervals import interval, share_ci95
 from kvneox_lib.measures.recall import copy_attention
 from kvneox_lib.presses.applying import check_press
-from kvneox_lib.presses.by_name import expand_presses, make_press, ratio_for
+from kvneox_lib.presses.by_name import expand_presses
 from kvneox_lib.presses.copying import copying_scores
 from kvneox_lib.studies import arguments as may_be
 from kvneox_lib.studies.plan import Planned, at_ratios, fitting_context, one_after_the_other
 from kvneox_lib.studies.provenance import provenance
-from kvneox_lib.studies.runs import Runs, Study, head_table
+from kvneox_lib.studies.runs import Runs, Study, head_table, press_of
 
 QUESTION_TOKENS = 64  # room for a question and its answer
 LOST = 2.0  # nat: a token that loses more was known and is known no longer
@@ -89,8 +89,8 @@ def measure_heads(
     window_context that of the windows of running text.
     """
     runs = Runs(measure_heads, plan, locals())
-    for name in expand_presses([*_names(press), lender]):
-        check_choosing(_made(runs, Planned(name, 0.5)))
+    for name in [*expand_presses(press), lender]:
+        check_choosing(press_of(runs.loaded.model, Planned(name, 0.5)))
     for group in one_after_the_other(runs.planned):
         with runs.presses(group):
             for run in group:
@@ -144,21 +144,17 @@ def groups_of_heads(copying: torch.Tensor, seed: int, control_draws: int) -> dic
     return {"copying": copying, **controls, "others": ~copying}
 
 
-def _names(press) -> list[str]:
-    return [press] if isinstance(press, str) else list(press)
-
-
 def _samples(runs: Runs, **how) -> list:
     return recall_samples(runs.loaded.tokenizer, filler="\n\n".join(runs.text.documents), **how)
 
 
-def _made(runs: Runs, run: Planned):
-    return make_press(run.press, *([] if run.ratio is None else [ratio_for(run.press, run.ratio, runs.loaded.model)]))
-
-
 def _lender(runs: Runs, run: Planned, lender: str):
     """Of as many entries, so that the budget stays what it was; None for what has nothing to borrow."""
-    return None if run.press in ("no_press", lender) or run.ratio is None else _made(runs, Planned(lender, run.ratio))
+    return (
+        None
+        if run.press in ("no_press", lender) or run.ratio is None
+        else press_of(runs.loaded.model, Planned(lender, run.ratio))
+    )
 
 
 def _try(model, samples: list, presses: list, lenders: list, groups: dict, progress: tqdm) -> list[pd.DataFrame]:

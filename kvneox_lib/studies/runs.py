@@ -146,7 +146,7 @@ class Runs:
         used = self.loaded.model.config._attn_implementation
         if not run.is_press or self.asked["attn_implementation"] != "auto":
             return used
-        needed = attention_needed(_made(self.loaded.model, run))
+        needed = attention_needed(press_of(self.loaded.model, run))
         return used if needed == "any" else needed
 
     @contextmanager
@@ -185,7 +185,7 @@ def _widest(dtype: str | Sequence[str], device: str) -> str | torch.dtype:
 @contextmanager
 def made_presses(model: KVNeoXForCausalLM, runs: list[Planned], attn_implementation: str, seed: int):
     """The press of each run, which want the same attention. attn_implementation="auto": meanwhile the model uses it."""
-    presses = [_made(model, run) for run in runs]
+    presses = [press_of(model, run) for run in runs]
     torch.manual_seed(seed)  # for presses that draw
     needed = attention_needed(presses[0])
     free = attn_implementation == "auto" and needed != "any"
@@ -193,7 +193,7 @@ def made_presses(model: KVNeoXForCausalLM, runs: list[Planned], attn_implementat
         yield presses
 
 
-def _made(model: KVNeoXForCausalLM, run: Planned):
+def press_of(model: KVNeoXForCausalLM, run: Planned):
     if run.settings.get("keep_tokens") is not None:
         return make_press(run.press, keep_tokens=run.settings["keep_tokens"])
     return make_press(run.press, *([] if run.ratio is None else [ratio_for(run.press, run.ratio, model)]))
