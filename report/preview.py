@@ -14,21 +14,19 @@ import tempfile
 from datetime import date
 from pathlib import Path
 
-import nbformat
 import pypandoc
-import yaml
-from nbclient import NotebookClient
+from weave import weave
 
 NAMES = {"fig": "图", "tbl": "表", "eq": "式", "sec": "小节"}
-CELL = re.compile(r"^```\{python\}\n(.*?)^```$", re.M | re.S)
-INLINE = re.compile(r"`\{python\} (.+?)`")
 INCLUDE = re.compile(r"^\{\{< include (\S+) >\}\}$", re.M)
-OPTION = re.compile(r"^#\| (.*)\n", re.M)
+ONLY = re.compile(r'^::: \{\.content-visible (when|unless)-format="(\w+)"\}$(.*?)^:::$', re.M | re.S)
+PICTURE = re.compile(
+    r'^!\[(?P<caption>.*)\]\((?P<path>_made/\S+)\)\{#(?P<label>fig-[\w-]+) fig-alt="(?P<alt>.*)"\}$', re.M
+)
 FIGURE = re.compile(r"^\[(?P<caption>.*)\]\{\.caption of=(?P<label>fig-[\w-]+)\}$", re.M)
 TABLE = re.compile(r"^: (?P<caption>.*) \{#(?P<label>tbl-[\w-]+)\}$", re.M)
 EQUATION = re.compile(r"^\$\$ \{#(?P<label>eq-[\w-]+)\}$", re.M)
 REFERENCE = re.compile(r"(?<![\w`])@((?:fig|tbl|eq|sec)-[\w-]+)")
-SETUP = "%config InlineBackend.figure_formats = ['svg']"
 STYLE = """
 body { max-width: 52em; margin: 2em auto; padding: 0 1em; line-height: 1.7; }
 table { border-collapse: collapse; font-size: 85%; margin: 1em auto; } caption { margin-bottom: .5em; }
@@ -42,8 +40,10 @@ div[title]::before { content: attr(title); font-weight: bold; }
 
 
 def build(folder: Path, target: Path) -> Path:
+    folder = folder.resolve()
+    weave(folder)
     text = resolve_includes((folder / "index.qmd").read_text(encoding="utf-8"), folder)
-    markdown = resolve_references(execute(text, folder))
+    markdown = resolve_references(with_pictures(for_html(text), folder))
     with tempfile.TemporaryDirectory() as scratch:
         style = Path(scratch) / "style.html"
         style.write_text(f"<style>{STYLE}</style>", encoding="utf-8")
@@ -65,61 +65,24 @@ def resolve_includes(text: str, folder: Path) -> str:
     return INCLUDE.sub(lambda found: (folder / found[1]).read_text(encoding="utf-8"), text)
 
 
-# ---- cells and inline values ----------------------------------------------------------------------------------------
+# ---- what is for HTML only, and figures ------------------------------------------------------------------------------
 
 
-def execute(text: str, folder: Path) -> str:
-    """`text` with what its cells show, and the value of each inline expression, in their places."""
-    pieces, sources, end = [], [SETUP], 0  # a piece is markdown, or the number of a source and its options
-    for found in re.finditer(f"{CELL.pattern}|{INLINE.pattern}", text, re.M | re.S):
-        pieces.append(text[end : found.start()])
-        end, cell, inline = found.end(), found[1], found[2]
-        pieces.append((len(sources), None if cell is None else options(cell)))
-        sources.append(inline if cell is None else cell)
-    pieces.append(text[end:])
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
-    shown = [piece if isinstance(piece, str) else _show(notebook.cells[piece[0]], piece[1]) for piece in pieces]
-    return "".join(shown)
+def for_html(markdown: str) -> str:
+    """Without what is for other formats alone."""
+    return ONLY.sub(lambda found: found[3] if (found[1] == "when") == (found[2] == "html") else "", markdown)
 
 
-def options(cell: str) -> dict:
-    return yaml.safe_load("\n".join(OPTION.findall(cell))) or {}
+def with_pictures(markdown: str, folder: Path) -> str:
+    """The pictures inside the page."""
 
+    def picture(found: re.Match) -> str:
+        image = base64.b64encode((folder / f"{found['path']}.svg").read_bytes()).decode()
+        caption = f"[{found['caption']}]{{.caption of={found['label']}}}"
+        start = f"::: {{.figure #{found['label']}}}\n![](data:image/svg+xml;base64,{image})"
+        return f'{start}{{alt="{found["alt"]}"}}\n\n{caption}\n:::'
 
-def _show(cell, asked: dict | None) -> str:
-    outputs = [output["data"] for output in cell.outputs if "data" in output]
-    if asked is None:
-        return _inline(outputs, cell.source)
-    if asked.get("include", True) is False:
-        return ""
-    shown = "\n\n".join(_block(data) for data in outputs)
-    label = asked.get("label", "")
-    kind = label.split("-")[0]
-    if kind not in ("fig", "tbl"):
-        return f"\n{shown}\n"
-    if len(outputs) != 1 or not asked.get(f"{kind}-cap"):
-        raise ValueError(
-            f"{label}: has {len(outputs)} outputs and caption {asked.get(f'{kind}-cap')!r}; wants one each"
-        )
-    if kind == "tbl":
-        return f"\n{shown}\n\n: {asked['tbl-cap']} {{#{label}}}\n"
-    return f"\n::: {{.figure #{label}}}\n{shown}\n\n[{asked['fig-cap']}]{{.caption of={label}}}\n:::\n"
-
-
-def _inline(outputs: list, source: str) -> str:
-    if len(outputs) != 1:
-        raise ValueError(f"`{source}` has no value")
-    if "text/markdown" in outputs[0]:
-        return outputs[0]["text/markdown"]
-    return re.sub(r"([\\`*_{}\[\]#@$^~<>|])", r"\\\1", outputs[0]["text/plain"].strip("'\""))
-
-
-def _block(data: dict) -> str:
-    if "image/svg+xml" in data:
-        image = base64.b64encode(data["image/svg+xml"].encode()).decode()
-        return f"![](data:image/svg+xml;base64,{image})"
-    return data.get("text/markdown") or f"```\n{data['text/plain']}\n```"
+    return PICTURE.sub(picture, markdown)
 
 
 # ---- references -----------------------------------------------------------------------------------------------------

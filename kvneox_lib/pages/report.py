@@ -10,6 +10,7 @@ import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from unicodedata import east_asian_width
 
@@ -19,7 +20,7 @@ from matplotlib.figure import Figure
 
 from kvneox_lib.pages import figures, selecting
 from kvneox_lib.pages.words import STUDY_NAMES, listed, model_in_words, plain, weights_in_words
-from kvneox_lib.studies.records import load_records, tables_of
+from kvneox_lib.studies.records import load_records, packed_path, tables_of
 from kvneox_lib.studies.table import STUDIES
 
 # An exploration is of a single piece of text, timed once: no evidence.
@@ -42,7 +43,7 @@ def found_in(study: str, found, what: str):
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Records:
     """Runs of one study on one machine, with one model, text and protocol; one at each place on the axes."""
 
@@ -143,6 +144,16 @@ def settings(study: str, root: Path | None = None, revisions: bool = False) -> l
 
 def settings_in(folder: Path, root: Path, revisions: bool = False) -> list[Records]:
     """The same of that folder, relative to `root`, which is called after its study."""
+    whole = root / folder
+    files = [packed_path(whole), *sorted(whole.glob("*.json"))]
+    return list(
+        _settings_of(folder, root, revisions, tuple((path, path.stat().st_mtime_ns) for path in files if path.exists()))
+    )
+
+
+@lru_cache(maxsize=64)
+def _settings_of(folder: Path, root: Path, revisions: bool, files: tuple) -> list[Records]:
+    """As `files` are now: a report asks for the same settings many times."""
     choose = selecting.of_revisions if revisions else selecting.of_finished_models
     study, frame = folder.name, choose(load_records(root / folder))
     if frame.empty:

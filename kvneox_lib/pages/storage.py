@@ -5,8 +5,8 @@ A way is one of WAYS; a configuration is a press at a ratio, in so many bits a n
 """
 
 import contextlib
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,7 @@ from kvneox_lib.pages.tasks import LOSSES, RECALL, named
 from kvneox_lib.pages.timings import at_largest, column, timed_runs
 from kvneox_lib.pages.words import listed, with_interval
 from kvneox_lib.presses.registry import ROWS
+from kvneox_lib.studies.records import tables_of
 
 WAYS = {"evict": "只淘汰", "bits": "只量化", "both": "淘汰并量化"}
 SIZES = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)  # shares of what the cache takes in float32
@@ -114,6 +115,7 @@ def lacking(*several: Records) -> str:
     return "".join(notes)
 
 
+@lru_cache(maxsize=16)
 def qualities_of(records: Records) -> list[Quality]:
     """One for a study, or one for each of its tasks; questions come after compression."""
     runs = records.runs()
@@ -159,15 +161,22 @@ def _with_ways(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.assign(bits=bits, way=ways)
 
 
-def _by_unit(records: Records, kind: Kind, runs: Iterable[str]) -> pd.DataFrame:
+def _by_unit(records: Records, kind: Kind, runs: pd.Index) -> pd.DataFrame:
     """A row a unit, a column a run; without the runs that have no such table. The units of a study are the same for
     every run."""
-    columns = {}
-    for run in runs:
-        with contextlib.suppress(Missing):
-            table = records.table(kind.table, run_id=run).set_index(list(kind.unit))
-            columns[run] = table[kind.value].astype(float)
-    return pd.DataFrame(columns).dropna()
+    frame = records.frame[records.frame["run_id"].isin(runs)]
+    table = tables_of(frame, kind.table)
+    if table.empty:
+        return table
+    keys = dict(zip(_configuration(frame), frame["run_id"]))
+    table = table.assign(run_id=list(map(keys.get, _configuration(table))), value=table[kind.value].astype(float))
+    by_run = table.set_index([*kind.unit, "run_id"])["value"].unstack()
+    return by_run[[run for run in runs if run in by_run]].dropna()
+
+
+def _configuration(frame: pd.DataFrame) -> list[tuple]:
+    """What tells the runs of one question apart, in a record and in its tables."""
+    return list(zip(frame["press"], frame["compression_ratio"], bits_of(frame).fillna(0)))
 
 
 # ---- the best of each way -------------------------------------------------------------------------------------------

@@ -1,0 +1,116 @@
+"""Run the cells of sections/*.qmd once, and write what they show, as markdown and pictures, into _made/.
+
+Quarto runs this before it renders: index.qmd includes the sections as they are in _made/, so that the three formats
+share one run. A section is prose with cells and inline values in Quarto's own notation; cells may use every name of
+common.py. A cell shows its last expression: a figure (with label, fig-cap and fig-alt), a table (with label and
+tbl-cap), or sentences.
+"""
+
+import ast
+import contextlib
+import html
+import re
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import matplotlib
+import yaml
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+INCLUDED = re.compile(r"^\{\{< include _made/(\S+)\.md >\}\}$", re.M)
+CELL = re.compile(r"^```\{python\}\n(?P<cell>.*?)^```$", re.M | re.S)
+INLINE = re.compile(r"`\{python\} (?P<inline>.+?)`")
+OPTION = re.compile(r"^#\| (.*)\n", re.M)
+
+
+def weave(folder: Path) -> Path:
+    """The folder with the woven sections of the report in `folder`."""
+    folder = folder.resolve()
+    made = folder / "_made"
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir()
+    matplotlib.use("agg")
+    with contextlib.chdir(folder):
+        names = runpy.run_path("common.py")
+        for section in INCLUDED.findall((folder / "index.qmd").read_text(encoding="utf-8")):
+            text = Path("sections", f"{section}.qmd").read_text(encoding="utf-8")
+            try:
+                woven = _run(text, names, made)
+            except Exception as error:
+                error.add_note(f"while weaving sections/{section}.qmd")
+                raise
+            (made / f"{section}.md").write_text(woven, encoding="utf-8")
+    return made
+
+
+def _run(text: str, names: dict, made: Path) -> str:
+    def shown(found: re.Match) -> str:
+        if found["inline"]:
+            return _text(_value(found["inline"], names), found["inline"])
+        value = _value(found["cell"], names)
+        return _block(value, options(found["cell"]), found["cell"], made)
+
+    return re.sub(f"{CELL.pattern}|{INLINE.pattern}", shown, text, flags=re.M | re.S)
+
+
+def options(cell: str) -> dict:
+    return yaml.safe_load("\n".join(OPTION.findall(cell))) or {}
+
+
+def _value(source: str, names: dict):
+    """What the last expression of `source` comes to; None where it ends otherwise."""
+    *before, last = ast.parse(source).body
+    if not isinstance(last, ast.Expr):
+        before, last = [*before, last], None
+    exec(compile(ast.Module(before, []), "<cell>", "exec"), names)
+    return last and eval(compile(ast.Expression(last.value), "<cell>", "eval"), names)
+
+
+def _text(value, source: str) -> str:
+    if value is None:
+        raise ValueError(f"`{source.strip()}` has no value")
+    return value.data if hasattr(value, "data") else str(value)
+
+
+def _block(value, asked: dict, cell: str, made: Path) -> str:
+    if asked.get("include", True) is False:
+        return ""
+    label = asked.get("label", "")
+    if label.startswith("fig-"):
+        return f"{_figure(value, asked, made)}\n\n{_folded(cell)}"
+    text = _text(value, cell)
+    if label.startswith("tbl-"):
+        return f"{text}\n\n: {_wanted(asked, 'tbl-cap')} {{#{label}}}\n\n{_folded(cell)}"
+    return text
+
+
+def _figure(value, asked: dict, made: Path) -> str:
+    """A vector picture, and one in pixels for docx, whose readers don't all show vectors."""
+    label, caption, alt = asked["label"], _wanted(asked, "fig-cap"), html.escape(_wanted(asked, "fig-alt"))
+    if not isinstance(value, Figure):
+        raise ValueError(f"{label}: the cell ends with {type(value).__name__}, wants a figure")
+    value.savefig(made / f"{label}.svg")
+    value.set_layout_engine("none")  # it is laid out
+    value.savefig(made / f"{label}.png", dpi=200)
+    pyplot.close(value)
+    return f'![{caption}](_made/{label}){{#{label} fig-alt="{alt}"}}'
+
+
+def _wanted(asked: dict, option: str) -> str:
+    if not asked.get(option):
+        raise ValueError(f"{asked['label']}: lacks {option}")
+    return asked[option]
+
+
+def _folded(cell: str) -> str:
+    """The code of a figure or table, for a page on which one can unfold it."""
+    source = OPTION.sub("", cell).strip()
+    code = f"<details><summary>代码</summary>\n\n```python\n{source}\n```\n\n</details>"
+    return f'::: {{.content-visible when-format="html"}}\n{code}\n:::\n'
+
+
+if __name__ == "__main__":
+    weave(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
