@@ -11,9 +11,30 @@ from IPython.display import Markdown
 from kvneox_lib import make_press
 from kvneox_lib.neox import modeling
 from kvneox_lib.neox.masks import LayerMasks
-from kvneox_lib.pages import copying, correctness, earlier, figures, front, heads, losses, lost_tokens, machines, orders
-from kvneox_lib.pages import overview, payoff, quality, retrieval, shapes, storage, streams, suite, tables, timings
-from kvneox_lib.pages import turns, wordings
+from kvneox_lib.pages import (
+    copying,
+    correctness,
+    earlier,
+    figures,
+    front,
+    heads,
+    losses,
+    lost_tokens,
+    machines,
+    orders,
+    overview,
+    payoff,
+    quality,
+    retrieval,
+    shapes,
+    storage,
+    streams,
+    suite,
+    tables,
+    timings,
+    turns,
+    wordings,
+)
 from kvneox_lib.pages import report as reporting
 from kvneox_lib.pages import tasks as task_pages
 from kvneox_lib.pages.report import code, draw, say, sentences, tabulate
