@@ -485,6 +485,17 @@ def test_a_context_that_is_too_short_is_refused_before_any_work(demo, reading, m
                 call(press)
 
 
+def test_random_recent_is_the_window_and_chance(demo, reading):
+    """As many as asked for: the last 64 in every head, and of the others what another draw would not choose again."""
+    torch.manual_seed(0)
+    first, again = (kept_positions(demo, reading[:1, :320], make_press("random_recent", 0.5)) for _ in range(2))
+    for kept in (first, again):
+        assert kept.sum(-1).unique().tolist() == [160] and kept[..., -64:].all()
+    assert not torch.equal(first, again)
+    shares = first[..., :-64].float().mean((0, 1, 2)).unflatten(0, (4, 64)).mean(-1)
+    assert (shares - 96 / 256).abs().max() < 0.1  # no part of the rest is preferred
+
+
 def test_kept_positions_of_streaming_llm(demo, reading):
     kept = kept_positions(demo, reading[:, :200], make_press("streaming_llm", 0.75))
     assert kept.shape == (6, 1, 4, 200)

@@ -71,6 +71,19 @@ class UnstructuredKVCompose(TidyKVCompose):
             layer.values = layer.values[:, :, : self.context_len]
 
 
+@dataclass
+class RandomRecentPress(K.RandomPress):
+    """The most recent entries and a random choice of the others: the window that SnapKV always keeps, without its
+    scores. What a press with such a window gains over `random` may be the window's; beside this one it is not."""
+
+    window_size: int = 64
+
+    def score(self, module, hidden_states, keys, values, attentions, kwargs):
+        scores = super().score(module, hidden_states, keys, values, attentions, kwargs)
+        scores[..., -self.window_size :] = 1.0  # above every draw
+        return scores
+
+
 class EvenChunkPress(K.ChunkPress):
     """ChunkPress with chunks of nearly equal length, as near to what is asked for as that allows.
 
@@ -180,6 +193,7 @@ RATIO_PER_LAYER = "compression_ratios"
 ROWS = [
     PressRow("no_press", (), "", "不压缩，作为基线"),
     PressRow("random", (K.RandomPress,), "", "随机淘汰，作为对照", core=True),
+    PressRow("random_recent", (RandomRecentPress,), "", "最近 64 个词元之外随机淘汰，作为对照"),
     PressRow("knorm", (K.KnormPress,), "arXiv:2406.11430", "保留键向量范数小的位置", core=True),
     PressRow("streaming_llm", (K.StreamingLLMPress,), "arXiv:2309.17453", "保留开头的注意力汇聚点和最近的窗口", core=True),
     PressRow("tova", (K.TOVAPress,), "arXiv:2401.06104", "按最后一个查询的注意力（各头平均）打分", core=True),
