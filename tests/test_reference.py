@@ -17,6 +17,7 @@ CORE = [name for name in expand_presses("all") if name != "no_press"]
 RATIOS = [0.25, 0.5, 0.75, 0.9, 0.99]
 BY_HEAD = ("copying_heads", "kvzip", "duo_attention")  # beside the core presses, at the ratios they share with these
 SHARED = [0.5, 0.75, 0.9]
+WITH_WINDOW = "random_recent"  # the other control
 TEXTS = {"wikitext_ppl": "wikitext-2-v1", "pg19_ppl": "Gutenberg (pre-1919)"}
 
 
@@ -43,7 +44,7 @@ def test_core_presses_at_every_ratio_and_the_others_at_one(study):
     assert not frame["git_dirty"].any() and (frame["continuation_length"] == 256).all()
     whole = frame[(frame["n_windows"] >= 200) & (frame["press"] != "no_press")]
     found = whole.dropna(subset="compression_ratio").groupby("press")["compression_ratio"].apply(sorted).to_dict()
-    assert found == {name: RATIOS for name in CORE} | {name: SHARED for name in BY_HEAD[:2]}
+    assert found == dict.fromkeys([*CORE, WITH_WINDOW], RATIOS) | dict.fromkeys(BY_HEAD[:2], SHARED)
     assert set(whole.loc[whole["compression_ratio"].isna(), "press"]) == {BY_HEAD[2]}
     assert set(frame[frame["n_windows"] == 20]["press"]) == set(press_names()) - set(CORE)
 
@@ -71,6 +72,14 @@ def test_snapkv_against_random():
         table = against(tables_of(frame, "windows"), "random").set_index("compression_ratio")["verdict"]
         verdicts[study] = table.loc[[0.75, 0.9]].tolist()
     assert verdicts == {"pg19_ppl": ["better", "better"], "wikitext_ppl": ["", "better"]}
+
+
+def test_a_random_choice_beside_snapkvs_window_loses_less_than_without_it():
+    for study in TEXTS:
+        frame = runs(study)
+        frame = frame[(frame["n_windows"] >= 200) & frame["press"].isin(["random", WITH_WINDOW])]
+        found = against(tables_of(frame, "windows"), "random").set_index("compression_ratio")
+        assert found.loc[[0.5, 0.75, 0.9], "verdict"].tolist() == ["better"] * 3, study
 
 
 def test_recall_ranks_presses_otherwise():
