@@ -14,6 +14,7 @@ from kvneox_lib.pages.selecting import at_ratio, left_out_of_figures, middle_rat
 from kvneox_lib.pages.shapes import cache_shares
 from kvneox_lib.pages.timings import corner
 from kvneox_lib.pages.words import CONTROL
+from kvneox_lib.studies.records import write_table
 
 matplotlib.use("agg")
 
@@ -269,18 +270,30 @@ def test_the_corner_is_the_longest_context_that_was_timed():
     assert corner(runs[3:]).empty
 
 
-def test_both_readings_side_by_side():
-    same = {"model": "demo", "weights_id": "w", "dataset": "text", "text_sha256": "t", "device_name": "cpu"}
-    same |= {"context_tokens": 512, "press": "keydiff", "compression_ratio": 0.5, "prefill_chunk": None}
-    after = same | {"n_windows": 8, "evict_while_reading": False, "delta_nll": 0.1}
-    meanwhile = same | {"n_windows": 8, "evict_while_reading": True, "delta_nll": 0.25, "prefill_chunk": 64}
-    others = after | {"n_windows": 9, "delta_nll": 0.7}  # of other windows
+def test_both_readings_side_by_side(tmp_path):
+    """Evicting while reading costs a quarter of a nat with keydiff, nothing that can be told with snapkv."""
+    wobble = np.tile([0.1, -0.1], 6)
+    extra = {"keydiff": 0.25 + wobble, "snapkv": wobble}
+
+    def run(press, evicts, n_windows=12):
+        found = {"model": "demo", "weights_id": "w", "dataset": "text", "text_sha256": "t", "device_name": "cpu"}
+        found |= {"context_tokens": 512, "press": press, "compression_ratio": 0.5, "n_windows": n_windows}
+        found |= {"evict_while_reading": evicts, "prefill_chunk": 64 if evicts else None}
+        found |= {"run_id": f"{press}-{evicts}-{n_windows}"}
+        nll = 3.0 + np.arange(n_windows) + (extra[press] if evicts else 0.0)
+        windows = pd.DataFrame({"document": 0, "position": np.arange(n_windows), "nll_mean": nll})
+        write_table(tmp_path, found["run_id"], "windows", windows)
+        return found | {"path": str(tmp_path / f"{found['run_id']}.json")}
 
     def settings(*runs):
         return [SimpleNamespace(frame=pd.DataFrame([run])) for run in runs]
 
-    text = losses.evicting_in_words(settings(others, meanwhile, after))
-    assert "keydiff 0.5：+0.100、+0.250。" in text and "每 64 个词元" in text and "0.7" not in text
-    for missing in (settings(after), settings(others, meanwhile), []):
+    other = run("keydiff", False, n_windows=9)  # of other windows
+    whole = [run(press, evicts) for press in extra for evicts in (True, False)]
+    text = losses.evicting_in_words(settings(other, *whole))
+    assert "每 64 个词元" in text and "2 个配置的损失之差从 +0.000 到 +0.250 nat" in text
+    assert text.endswith("校正后分得开的有 keydiff 0.5（+0.250）。")
+    assert losses.evicting_in_words(settings(*whole[2:])).endswith("都分不开。")
+    for missing in (settings(whole[1]), settings(other, whole[0]), []):
         with pytest.raises(reporting.Missing):
             losses.evicting_in_words(missing)

@@ -151,30 +151,73 @@ def test_what_is_said(runs):
     found = payoff.shown(runs)
     assert set(found["batch_size"]) == {1}
     said = payoff.costs_in_words(found)
-    assert said.startswith("上下文 512、批 1，4 种做法里有 3 种让首词元晚到（区间不含 1）；最慢的是 kvzip 0.75，")
+    assert said.startswith(
+        "压缩率 0.75、批 1、上下文 512、1024：4 种做法里，在测过的每种长度上首词元都晚到（区间都在一以上）"
+    )
+    assert (
+        "的有 3 种：knorm、kvzip、tova。其中 kvzip 最贵，首词元用时是不压缩的 3.0–3.0 倍；其余做法的区间都不超过 "
+        in said
+    )
+    assert said.endswith("在哪种长度上都看不出的有 random；其中 random 不打分。")
     short, long, _ = payoff.payoff_in_words(found).split("。")
-    assert short.startswith("上下文 512、批 1：2 种确实回本，从 knorm 0.75（2 [2, 2]）到 kvzip 0.75（101 [101, 101]）")
-    assert "random 0.75（" in short and short.endswith("不能断定回本；tova 0.75 每步反而更慢，从不回本")
-    assert long == "上下文 1024、批 1：确实回本的有 knorm 0.75（5 [5, 5]）个词元"
+    assert short.startswith(
+        "上下文 512、批 1：2 种确实回本，除 kvzip（101 [101, 101]）之外都在 2 个词元以内（区间的上端）"
+    )
+    assert "random（" in short and short.endswith("不能断定回本；tova 每步反而更慢，从不回本")
+    assert long == "上下文 1024、批 1：确实回本的有 knorm（5 [5, 5]）个词元"
     table = payoff.table(found).set_index(["press", "上下文×批"])["回本（词元）"]
     assert table["kvzip 0.75", "512×1"] == "101 [101, 101]" and table["tova 0.75", "512×1"] == "从不"
+
+
+def test_a_strength_of_its_own_has_no_ratio(runs):
+    own = runs[runs["press"].isin(["no_press", "knorm"])].assign(compression_ratio=None)
+    assert payoff.costs_in_words(payoff.shown(own)).startswith("批 1、上下文 512、1024：1 种做法里")
+
+
+def test_no_order_is_claimed_of_presses_whose_intervals_meet(runs):
+    """Two pay after about as long; one is later at one length and not at the other."""
+    level = [
+        run("snapkv", 1.02, 0.0301, noise=0.02),
+        run("lagkv", 1.05, 0.03, noise=0.01),
+        run("lagkv", 4.0, 0.05, context=1024),
+    ]
+    more = pd.concat([runs[runs["press"] != "kvzip"], pd.DataFrame(level)], ignore_index=True)
+    found = payoff.shown(more)
+    short = payoff.payoff_in_words(found).split("。")[0]
+    assert "3 种确实回本，都在 " in short and "个词元以内（区间的上端）" in short and "除" not in short
+    said = payoff.costs_in_words(found)
+    assert "lagkv 只在一部分长度上看得出。" in said and "最贵" not in said
+
+
+def test_a_step_beside_none_by_context(runs):
+    """knorm alone was measured at both lengths: 0.03 of 0.05, 0.05 of 0.1."""
+    found = payoff.shown(runs)
+    shown = payoff.by_context(found)
+    assert shown["press"].tolist() == ["knorm", "knorm"] and shown["context_tokens"].tolist() == [512, 1024]
+    assert shown["times"].tolist() == pytest.approx([0.6, 0.5]) and shown["times_ci95_low"].notna().all()
+    assert "上下文 512 时是 0.60，上下文 1024 时是 0.50：上下文越长" in payoff.longer_in_words(found)
+    wide = runs.assign(step_turns_s=[json.dumps(list(np.array([0.5, 1, 2, 1]) * 0.05))] * len(runs))
+    jumping = wide.assign(step_turns_s=runs["step_turns_s"].where(runs["press"] == "no_press", wide["step_turns_s"]))
+    assert "区间分得开的有没有" in payoff.longer_in_words(payoff.shown(jumping))
+    before = payoff.by_context(payoff.shown(runs.drop(columns=["prefill_turns_s", "step_turns_s"])))
+    assert before["times_ci95_low"].isna().all()
+    with pytest.raises(Missing, match="几种长度的上下文"):
+        payoff.longer_in_words(found[found["context_tokens"] == 512])
 
 
 def test_what_is_ahead_at_first_and_behind_later_does_not_pay(runs):
     early = pd.concat([runs, pd.DataFrame([run("lagkv", 0.9, 0.06)])], ignore_index=True)
     for frame in (early, early.drop(columns=["prefill_turns_s", "step_turns_s"])):
         short = payoff.payoff_in_words(payoff.shown(frame)).split("。")[0]
-        assert "lagkv 0.75 首词元看不出比不压缩晚，但每步更慢" in short and "lagkv 0.75（" not in short
+        assert "lagkv 首词元看不出比不压缩晚，但每步更慢" in short and "lagkv（" not in short
 
 
 def test_records_from_before_the_turns_have_no_intervals(runs):
     found = payoff.shown(runs.drop(columns=["prefill_turns_s", "step_turns_s"]))
-    assert "（四分位数的范围不含 1）" in payoff.costs_in_words(found)
+    assert "（四分位数的范围都在一以上）" in payoff.costs_in_words(found)
     short = payoff.payoff_in_words(found).split("。")[0]
-    assert short.startswith(
-        "上下文 512、批 1：按中位数回本所需的词元数：knorm 0.75（2）、kvzip 0.75（101）；从不回本："
-    )
-    assert "tova 0.75" in short.split("从不回本：")[1] and short.endswith("（没有区间）")
+    assert short.startswith("上下文 512、批 1：按中位数回本所需的词元数：knorm（2）、kvzip（101）；从不回本：")
+    assert "tova" in short.split("从不回本：")[1] and short.endswith("（没有区间）")
     assert figures.dots(payoff.panels(found))
     pyplot.close("all")
 

@@ -209,18 +209,41 @@ def test_loss_against_the_time_of_a_step(tmp_path):
     figure = storage.by_time(settings, perplexity(tmp_path))
     assert [axes.get_title() for axes in figure.axes] == ["短文的损失，float32", "短文的损失，bfloat16"]
     text = storage.steps_in_words(settings)
-    assert "批 2（a machine）" in text and "float32：不压缩 40.0，8 位 25.3，4 位 25.0，2 位 25.0，只淘汰最快 " in text
+    assert "批 2（a machine），float32：不压缩的一步是 8 位的 1.58 倍、4 位的 1.60 倍、2 位的 1.60 倍、只淘汰（" in text
+    assert "；4 位的一步是 2 位的 1.00 倍；" in text and "bfloat16：" in text
+    pressed = Records("speed", None, None, speed().frame.query("press != 'no_press'"))
+    with pytest.raises(Missing, match="speed 的 no_press"):
+        storage.steps_in_words([pressed])
 
 
 def test_the_first_page_names_winners_and_what_bits_alone_cannot_do(tmp_path):
     text = storage.first_page_bits(perplexity(tmp_path / "ppl"), tasks(tmp_path / "tasks"))
-    quarter, eighth, below, _ = text.split("。")
-    assert "1/4" in quarter and "只量化胜在短文的损失（0.09" in quarter and "、口令（0.750 [" in quarter
-    assert quarter.endswith("分不出高下的有抄写") and "括号里" in quarter
-    assert "1/8" in eighth and "淘汰并量化胜在短文的损失（0.06" in eighth and "分不出高下的有口令、抄写" in eighth
-    assert "0.078" in below
+    larger, below, _ = text.split("。")
+    quarter, eighth = larger.split("；")
+    assert quarter.endswith("只许占 1/4 时，只量化胜在短文的损失、口令，其余分不出")
+    assert eighth == "只许占 1/8 时，淘汰并量化胜在短文的损失，其余分不出"
+    assert below == "单靠量化至少要占 7.8%；再小，6 次比较里淘汰并量化胜过只淘汰 2 次，其余分不出"
     unclear = storage.first_page_bits(perplexity(tmp_path / "noisy", noise=3.0))
-    assert unclear.startswith("缓存只许有 float32 的 1/4 时，最好的两种做法分不出高下的有短文的损失。")
+    assert "只许占 1/4 时，各种做法分不出；" in unclear and "胜过只淘汰 0 次" in unclear
+
+
+def test_the_short_table_names_a_winner_only_where_there_is_one(tmp_path):
+    found = perplexity(tmp_path / "ppl"), tasks(tmp_path / "tasks")
+    table = storage.winners(*found).set_index("衡量")
+    assert table.index.tolist() == ["短文的损失", "口令", "抄写"] and list(table)[:2] == ["1/2", "1/4"]
+    assert table.loc["短文的损失", "1/4"].startswith("只量化，0.09") and table.loc["口令", "1/4"] == "只量化，0.750"
+    assert table.loc["短文的损失", "1/16"].startswith("淘汰并量化，") and set(table.loc["抄写"]) == {"分不出"}
+    whole = pd.concat([storage.size_table(*found[:1]), storage.size_table(*found[1:])])
+    for row in whole.itertuples():  # the same verdicts as in the tables of all configurations
+        assert row.胜者.split("（")[0].split("，")[0] == table.loc[row.衡量, row.大小].split("，")[0]
+
+
+def test_an_order_holds_only_where_each_size_has_one_winner(tmp_path):
+    said = storage.order(perplexity(tmp_path / "ppl"), tasks(tmp_path / "tasks"))
+    assert "1/2、1/4 时都是只量化胜出，1/8、1/16、1/32 时都是淘汰并量化胜出，没有一格是只淘汰" in said
+    assert said.endswith("抄写在哪种大小都分不出。")
+    nothing = storage.order(perplexity(tmp_path / "noisy", noise=3.0))
+    assert nothing.startswith("分得出的格子里，没有一种做法")
 
 
 def test_without_such_records_the_reader_is_told(tmp_path):

@@ -44,6 +44,9 @@ def test_the_table_of_readings(runs):
     table = streams.reading_table(streams.main(runs))
     assert table.iloc[0].tolist() == ["全部保留", "0", "—", "1000", "20.5", "—", "—", "4.0"]
     assert table.iloc[2].tolist()[:4] == ["汇聚点加窗口", "4", "60", "1000"] and table.iloc[2, 6] == "2.50"
+    ends = {"within_ppl": 130.0, "within_ppl_ci95_low": 12.0, "within_ppl_ci95_high": 3800.0, "kv_bytes": 0.0}
+    few = streams.reading_table(streams.main(pd.DataFrame([reading("recompute", 0, 64, **ends)])))
+    assert few.iloc[0, 4] == "—" and few.iloc[0, 6] == "不留"  # so wide an interval is of too few tokens
 
 
 def running(press, losses):
@@ -55,14 +58,18 @@ def test_differences_are_of_the_same_blocks(runs):
     table = pd.concat([running("sinks", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), running("dense", [1.5, 2.0, 2.75])])
     assert streams.block_differences(table, "dense", "sinks")["difference"].tolist() == [0.5, 0.0, -0.25]
     said = streams.dense_beyond(table)
-    assert "（第 1–256 个词元）高 0.500 nat" in said and "（第 513–768 个词元）低 0.250 nat" in said
+    assert "（到第 256 个词元为止）高 0.500 nat（太少" in said and "（第 513 个词元以后）低 0.250 nat（太少" in said
+    long = pd.concat([running("sinks", [1.0] * 24), running("dense", [1.1, 0.9] * 6 + [2.0, 2.1] * 6)])
+    said = streams.dense_beyond(long)
+    assert (
+        "（到第 1536 个词元为止）分不开（差 +0.000 nat" in said and "（第 4609 个词元以后）高 1.050 nat（差的" in said
+    )
     table = pd.concat([table, running("window", [1.1, 2.1, 3.1, 4.1, 5.1, 6.1])])
     said = streams.sinks_matter(streams.main(runs), table)
-    assert "去掉 4 个汇聚点" in said and "平均高 0.100 nat" in said and "6 段里有 6 段更高" in said
-    assert "看不出" not in said
+    assert "去掉 4 个汇聚点" in said and "与留着时相比高 0.100 nat" in said and "看不出" not in said
     few = pd.concat([running("window", [1.0, 2.0]), running("sinks", [1.0, 2.0])])
     said = streams.sinks_matter(streams.main(runs), few)
-    assert "平均几乎相同（太少，没有区间），2 段里有 0 段更高" in said
+    assert "相比几乎相同（太少，没有区间）" in said and "看不出" not in said
     with pytest.raises(Missing, match="streaming 的 只留窗口与汇聚点加窗口都读过的一段"):
         streams.sinks_matter(streams.main(runs), few[few["press"] == "sinks"])
 
@@ -85,8 +92,10 @@ def test_against_recomputation(runs):
             )
         ]
     )
-    said = streams.against_recompute(streams.main(runs), samples)
-    assert "高 0.250 nat（6 个词元" in said and "后者的 10.0%" in said
+    said = streams.against_recompute(samples)
+    assert said == "汇聚点加窗口的损失与窗口重算的相比（6 个词元）高 0.250 nat（差的 95 % 区间 [+0.250, +0.250]）。"
+    level = samples.assign(nll=samples["nll"].mask(samples["press"] == "sinks", 2 + 0.1 * (-1) ** samples["position"]))
+    assert "（6 个词元）分不开（差 +0.000 nat" in streams.against_recompute(level)
     first, second, reach = streams.compared(samples, beyond=1)
     assert "这 2 次比较" in reach and "只说这一篇文本" in reach
     assert first == "汇聚点加窗口（4 + 60）：每词元差 +0.250 nat（5 个词元），差的 95 % 区间 [+0.250, +0.250]，变差"
@@ -99,32 +108,76 @@ def test_keys_that_are_not_rotated_are_compared_in_the_same_setting(runs):
     turned = streams.main(runs).assign(**setting, rerotate=True, beyond_ppl=30.0)
     still = turned.assign(rerotate=False, beyond_ppl=90.0)
     assert "困惑度是 90.0，重新旋转时是 30.0" in streams.without_rotation(turned, pd.concat([turned, still]))
-    assert "没有记录" in streams.without_rotation(turned, pd.concat([turned, still.assign(device="y")]))
+    assert streams.without_rotation(turned, pd.concat([turned, still.assign(device="y")])) == ""
 
 
 def test_how_many_sinks():
+    """Block by block: 4 sinks are better at the small size, 8 worse, and at the large nobody can say."""
+    wobble = 0.2 * np.array([1, -1] * 6)
+    losses = {(0, 64): 3.0, (4, 64): 2.5, (8, 64): 3.25, (0, 256): 2.0, (4, 256): 2.0 + wobble, (8, 256): 2.0 - wobble}
+    blocks = pd.concat(
+        [running("sinks", np.full(12, loss)).assign(n_sink=n, size=size) for (n, size), loss in losses.items()]
+    )
+    said = streams.how_many(blocks)
+    assert said.startswith("每种大小里各个汇聚点数与不留汇聚点相比，共 4 处，")
+    assert said.endswith("：损失确实小的有 1 处（至多 0.500 nat），损失确实大的有 1 处（至多 0.250 nat），其余分不开。")
+    assert streams.how_many(blocks[blocks["size"] == 256]).endswith("：都分不开。")
+    assert "看见的词元由 256 减到 64，损失高 1.000 nat" in streams.how_large(blocks)
+    with pytest.raises(Missing, match="不同的汇聚点数"):
+        streams.how_many(blocks[blocks["n_sink"] == 0])
+    with pytest.raises(Missing, match="不同大小的窗口"):
+        streams.how_large(blocks[blocks["size"] == 64])
+
+
+def test_sizes_and_sinks_are_drawn_once():
     losses = {(0, 64): 3.0, (4, 60): 2.5, (0, 256): 2.0, (4, 252): 2.1}
     runs = pd.DataFrame([reading("sinks" if k else "window", k, n, nll_mean=x) for (k, n), x in losses.items()])
-    runs = runs.assign(ppl_ci95_low=None)
-    said = streams.how_many(runs)
-    assert "看见 64 个词元时，损失最低的是 4 个汇聚点（2.500），最高的是 0 个（3.000）" in said
-    assert "看见 256 个词元时，损失最低的是 0 个汇聚点" in said
-    level = runs.assign(nll_mean=runs["nll_mean"].where(runs["n_sink"] + runs["window"] != 256, 2.0001))
-    assert "看见 256 个词元时，2 种汇聚点数的损失都是 2.000。" in streams.how_many(level)
-    shown = streams.sinks_and_sizes(runs)
+    shown = streams.sinks_and_sizes(runs.assign(ppl_ci95_low=None))
     assert list(zip(shown["press"], shown["size"]))[:2] == [("0 个汇聚点", 64), ("0 个汇聚点", 256)]
     assert shown["ppl_ci95_low"].dtype == float  # a figure subtracts it
-    with pytest.raises(Missing, match="不同的汇聚点数"):
-        streams.how_many(runs[runs["n_sink"] == 0])
+    assert streams.loss_by_sinks(runs).loc[64].tolist() == [3.0, 2.5]
 
 
-def test_costs_and_samples_in_words():
-    cost = pd.DataFrame({"press": "dense", "tokens_read": [512, 256], "step_s": [0.004, 0.001], "kv_bytes": [2e6, 1e6]})
-    assert streams.growth(cost) == "全部保留从 256 到 512 个词元，每步由 1.00 变为 4.00 毫秒。"
-    assert streams.costs(cost)["megabytes"].tolist() == [2.0, 1.0]
+def costs(**readings) -> pd.DataFrame:
+    """Milliseconds at four places, with quartiles a tenth away."""
+    parts = [
+        pd.DataFrame({"press": press, "tokens_read": [256, 512, 768, 1024], "step_s": np.array(steps) / 1e3})
+        for press, steps in readings.items()
+    ]
+    cost = pd.concat(parts, ignore_index=True)
+    return cost.assign(step_s_q25=0.9 * cost["step_s"], step_s_q75=1.1 * cost["step_s"], kv_bytes=2e6)
+
+
+def test_what_a_step_takes_is_compared_at_the_same_place():
+    """The machine is slow at the first places: what is bounded has not become faster."""
+    cost = costs(dense=[20, 9, 8, 16], window=[20, 9, 4, 4.1], sinks=[20, 9, 4, 4], recompute=[500, 225, 100, 101])
+    said = streams.growth(cost)
+    assert "读到 256 个词元时 1.00 倍（0.82–1.22），分不出快慢；读到 1024 个词元时 4.00 倍（3.27–4.89）" in said
+    assert "汇聚点加窗口 6.5（4.0–11.8）" in said
+    assert "从 100 到 500 毫秒" in streams.spikes(cost) and "是机器一时变慢" in streams.spikes(cost)
+    apart = costs(sinks=[1, 2, 3, 4], window=[1, 2, 3, 4], recompute=[400, 300, 200, 100])
+    assert streams.spikes(apart).endswith("不足以归于机器。")
+    assert streams.beside_recompute(cost) == "汇聚点加窗口的一步是窗口重算的 4.0%（4.0%–4.0%）。"
+    for missing in (streams.spikes, streams.beside_recompute):
+        with pytest.raises(Missing, match="窗口重算"):
+            missing(cost[cost["press"] != "recompute"])
+    with pytest.raises(Missing, match="都计时的地方"):
+        streams.growth(cost[cost["press"] == "sinks"])
+    assert streams.costs(cost)["megabytes"].unique().tolist() == [2.0]
+
+
+def test_quartiles_are_shaded_behind_the_lines():
+    (axes,) = streams.figure_of_cost(costs(dense=[1, 2, 3, 4], sinks=[1, 1, 1, 1]), "milliseconds").axes
+    low, high = axes.collections[0].get_datalim(axes.transData).intervaly
+    assert len(axes.collections) == 2 and (low, high) == pytest.approx((0.9, 4.4))
+
+
+def test_samples_in_words():
     sample = pd.DataFrame({"press": "sinks", "from_token": [251, 501], "distinct_4grams": [0.9, 0.25]})
     sample = sample.assign(nll_mean=3.0, text=["a", "*b*\n<script>_`$"])
     assert streams.written(sample) == "让模型自己一直写下去：汇聚点加窗口时，末段里不重复的四元组占 25%（首段 90%）。"
+    fresh = streams.written(sample.assign(distinct_4grams=[0.999, 0.97]))
+    assert fresh.endswith("汇聚点加窗口都没有陷入重复：各段里不重复的四元组都不少于 97 %。")
     (quote,) = streams.last_pieces(sample)
     assert quote == "**汇聚点加窗口**，第 501 个词元起：\n\n> \\*b\\* &lt;script>\\_\\`\\$"
 
@@ -141,8 +194,9 @@ SINKS["first"] = SINKS["several"] / 2
 def test_what_the_first_tokens_draw_and_what_dropping_them_costs():
     runs = streams.main(pd.DataFrame([reading("sinks", 4, 60, **sunk()), reading("window", 0, 64)]))
     said = streams.sinks_draw(runs, SINKS)
-    assert "4 段各 2048 个词元" in said and "20.00% 的注意力给第一个词元、30.00% 给开头 4 个" in said
-    assert "0.25% 与 1.00%" in said and "第 0 层第 1 头（60.00%）；4 个头里有 2 个" in said
+    assert "4 段各 2048 个词元" in said and "把 30.00% 的注意力给开头 4 个词元" in said and "该有 1.00%" in said
+    assert "（第 0 层第 1 头）是 60.00%，4 个头里有 2 个把至少一半给了它们" in said
+    assert "没有一个把一半给了它们" in streams.sinks_draw(runs, SINKS.assign(several=0.1))
     worse = pd.concat([running("sinks", [1.0] * 6), running("window", [1.5, 1.6, 1.4, 1.5, 1.5, 1.5])])
     said = streams.sinks_explain(runs, SINKS, worse)
     assert "一视同仁时的 30 倍，去掉它们，每个词元的损失高：两件事说的一样" in said

@@ -73,11 +73,13 @@ def test_when_the_heads_appear(states):
     found = suite.of_training("recall", states)
     heads = suite.heads_of(found, suite.step)
     assert suite.chosen_heads(heads) == [(0, 0)]  # the second has a quarter of it
-    assert "最早见于：第 4000 步 1 个" in suite.heads_appear(heads)  # 0.3 is less than half of 0.9
+    assert suite.heads_appear(heads).endswith("在同一个状态，第 4000 步。")  # 0.3 is less than half of 0.9
     put(states, "step2000", attention=0.46, accuracy=0.9)
     heads = suite.heads_of(suite.of_training("recall", states), suite.step)
-    said = suite.heads_appear(heads)
-    assert "最早见于：第 2000 步 1 个" in said and "在第 100 步是 0.02，在第 4000 步是 0.90" in said
+    assert "最后抄写的 1 个头，" in suite.heads_appear(heads) and suite.heads_appear(heads).endswith("第 2000 步。")
+    second = (heads["layer"] == 0) & (heads["head"] == 1)
+    both = suite.heads_appear(heads.assign(copy_attention=heads["copy_attention"].mask(second, 0.8)))
+    assert "最后抄写的 2 个头" in both and both.endswith("第 100 步（1 个）、第 2000 步（1 个）。")
     lines = suite.head_lines(heads).axes[0].lines
     assert [line.get_label() for line in lines] == ["0-0", "其余"]
     assert lines[0].get_ydata().tolist() == [0.02, 0.3, 0.46, 0.9]
@@ -88,10 +90,13 @@ def test_when_the_heads_appear(states):
 def test_from_when_on_presses_differ(states):
     runs = suite.runs_of(suite.of_training("recall", states), suite.step)
     said = suite.differing(runs, "准确率", "第 {} 步")  # 0.5 apart at full accuracy, intervals of ± 0.05
-    assert "压缩率 0.50 时" in said and "demo 在 3 处中的 2 处（第 1000 步、第 4000 步）" in said
-    assert "demo 第一次答对过半是在第 4000 步（最后一个状态 0.81）" in suite.recall_appears(runs)
+    assert "压缩率 0.50 时" in said and said.endswith("demo 在第 1000 步、第 4000 步。")
+    assert suite.recall_appears(runs) == "不压缩时的准确率，demo 到第 4000 步过半，最后一个状态是 0.81。"
+    assert "demo 始终没有过半" in suite.recall_appears(runs.assign(value=0.4))
     with pytest.raises(Missing, match="no_press"):
         suite.recall_appears(runs[runs["press"] != "no_press"])
+    better = runs.assign(value_ci95_high=runs["value_ci95_high"].where(runs["press"] != "keydiff", -0.1))
+    assert suite.gaining(runs) == "" and "demo 第 100 步的 keydiff；demo 第 1000 步的 keydiff" in suite.gaining(better)
     figure = suite.lines("训练步数", runs, by_model=True)
     assert [axes.get_title() for axes in figure.axes] == ["demo 口令准确率"]
 
@@ -113,7 +118,7 @@ def test_degenerate_runs_are_neither_drawn_nor_ranked(states):
     runs = suite.runs_of(suite.of_training("recall", states), suite.step).assign(degenerate=None)
     runs.loc[runs["press"] == "keydiff", "degenerate"] = "tied 0.500"
     assert set(suite.pressed(runs)["press"]) == {"snapkv"}
-    assert "3 处中的 0 处" in suite.differing(runs, "准确率", "第 {} 步")
+    assert "demo 没有一处" in suite.differing(runs, "准确率", "第 {} 步")
     with pytest.raises(Missing):
         suite.same_order(runs, "准确率")
     assert set(suite.lines("步", runs).axes[0].get_legend_handles_labels()[1]) == {"no_press", "snapkv"}
@@ -141,7 +146,9 @@ def test_sizes_of_pythia_smallest_first(tmp_path):
     assert "秩相关是 1.00（2 种方法）" in suite.same_order(runs, "准确率")
     table = suite.overview("参数（百万）", runs, runs, heads)
     assert table["不压缩的准确率"].tolist() == ["0.45", "0.90", "0.72"]
-    assert table["压缩后准确率最高的"].tolist() == ["keydiff（0.30）", "keydiff（0.60）", "keydiff（0.48）"]
+    assert table["压缩后的准确率"].tolist() == ["0.05 至 0.30", "0.10 至 0.60", "0.08 至 0.48"]
+    nothing = suite.overview("参数（百万）", runs.assign(value=0.0), runs.iloc[:0], heads)
+    assert set(nothing["压缩后的准确率"]) == {"0.00"} and set(nothing["压缩后的损失"]) == {"—"}
     assert table["抄写的头"].str.startswith("1/").all()
 
 

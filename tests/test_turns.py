@@ -75,6 +75,8 @@ def test_of_medians_there_is_a_range():
     bare = ratio(pd.Series({"step_s": 3.0}), pd.Series({"step_s": 2.0}))
     assert str(bare) == "1.50 倍" and not bare.is_clear
     assert str(Ratio(1.5, 1.4, 1.6, True)) == "1.50 倍 [1.40, 1.60]"
+    assert Ratio(1.5, 1.4, 1.6, True).in_table == "1.50 [1.40, 1.60]"
+    assert ratio(one, other).in_table == "3.00（2.00–4.67）" and bare.in_table == "1.50"
 
 
 def test_what_cannot_be_told_from_the_best():

@@ -23,6 +23,7 @@ from kvneox_lib.pages.selecting import (
     storage_column,
 )
 from kvneox_lib.pages.words import CONTROL, listed, machine_of, model_of, number, numbers, plain, with_interval
+from kvneox_lib.studies.records import tables_of
 
 SAME_WINDOWS = ["model", "weights_id", "dataset", "text_sha256", "device_name", "context_tokens", "n_windows"]
 LOW, HIGH = "delta_nll_ci95_low", "delta_nll_ci95_high"
@@ -345,13 +346,24 @@ def evicting_in_words(settings: list) -> str:
     both = runs[evicts].merge(runs[~evicts], on=same, suffixes=("", "_after")).query("press != 'no_press'")
     if both.empty:
         raise Missing("wikitext_ppl", "边读边淘汰")
-    both = both.sort_values(["press", "compression_ratio"])
-    pairs = "；".join(
-        f"{row.press} {row.compression_ratio:g}：{row.delta_nll_after:+.3f}、{row.delta_nll:+.3f}"
-        for row in both.itertuples()
-    )
-    one = both.iloc[0]
+    one, differences = both.iloc[0], _evicting_beside_after(runs, both)
+    p = holm(np.array([comparison(part["difference"].to_numpy(), part["document"]).p for _, part in differences]))
+    means = [(f"{press} {ratio:g}", part["difference"].mean()) for (press, ratio), part in differences]
+    clear = [f"{name}（{mean:+.3f}）" for (name, mean), sure in zip(means, p < 0.05) if sure]
+    low, high = (end(mean for _, mean in means) + 0.0 for end in (min, max))
     return (
-        f"质量的代价：{plain(one['dataset'])} 的 {one['n_windows']} 个窗口（{one['model']}）上，读完再压缩与每 "
-        f"{one['prefill_chunk']:.0f} 个词元淘汰一次，nll 与不压缩之差（nat）依次为 {pairs}。"
+        f"质量的代价（{plain(one['dataset'])} 的 {one['n_windows']} 个窗口，{one['model']}）：每 "
+        f"{one['prefill_chunk']:.0f} 个词元淘汰一次，与读完再压缩相比，{len(means)} 个配置的损失之差从 {low:+.3f} 到 "
+        f"{high:+.3f} nat，逐窗口相减、按 Holm 法一起校正后{'分得开的有 ' + listed(clear) if clear else '都分不开'}。"
     )
+
+
+def _evicting_beside_after(runs: pd.DataFrame, both: pd.DataFrame) -> list[tuple]:
+    """By press and ratio the `difference` of each window."""
+    sides = [tables_of(runs[runs["run_id"].isin(both[name])], "windows") for name in ("run_id", "run_id_after")]
+    same = ["press", "compression_ratio", "document", "position"]
+    if any(side.empty for side in sides):
+        raise Missing("wikitext_ppl", "表 windows")
+    windows = sides[0].merge(sides[1], on=same, suffixes=("", "_after")).sort_values(same)
+    windows = windows.assign(difference=windows["nll_mean"] - windows["nll_mean_after"])
+    return list(windows.groupby(["press", "compression_ratio"]))

@@ -6,7 +6,7 @@ import pandas as pd
 from kvneox_lib.pages import turns
 from kvneox_lib.pages.report import Missing
 from kvneox_lib.pages.selecting import bits_of
-from kvneox_lib.pages.timings import at_corner, column, timed_settings
+from kvneox_lib.pages.timings import at_corner, column, timed_runs, timed_settings
 from kvneox_lib.pages.words import ENGINES, WEIGHTS, listed
 from kvneox_lib.studies.table import STUDIES
 
@@ -36,8 +36,10 @@ def precisions(runs: pd.DataFrame) -> str:
     for dtype in others:
         both = [engine for of, engine in sorted(plain) if of == dtype and ("float32", engine) in plain]
         shares = {engine: turns.ratio(plain[dtype, engine], plain["float32", engine]) for engine in both}
-        words = listed(f"{ENGINES[engine]}为 {share}" for engine, share in shares.items())
+        words = listed(f"{ENGINES[engine]}为 {share.in_words}" for engine, share in shares.items())
         text += f"不压缩时，{dtype} 与 float32 每步用时之比：{words}。"
+        slower = [ENGINES[engine] for engine, share in shares.items() if share.low > 0.5]
+        text += f"确实没有减半的：{listed(slower)}，其每步还有不随字节减少的部分。" if slower else ""
     return text
 
 
@@ -48,7 +50,7 @@ def cost_of_precision(runs: pd.DataFrame) -> str:
         raise Missing("speed", "半精度的代价")
     return "".join(
         f"{row['dtype']} 的代价（在随包附带的演示模型上，与 float32 相比）：logits 最多相差最大值的 "
-        f"{row.demo_logits_rel_diff:.1%}，续文每个词元的 nll 相差 {row.demo_nll_diff:+.1e} nat。"
+        f"{row.demo_logits_rel_diff:.1%}，续文每个词元的 nll 相差 {row.demo_nll_diff:+.4f} nat。"
         for _, row in known.iterrows()
     )
 
@@ -81,6 +83,18 @@ def floor_in_words(runs: pd.DataFrame) -> str:
         raise Missing("speed", "屋顶线的两项")
     return (
         f"{run['dtype']}、上下文 {run.context_tokens}、批 {run.batch_size}、不压缩时，下界是每步 "
-        f"{run.floor_s * 1e3:.1f} 毫秒；只计读取是 {run.floor_bytes_s * 1e3:.1f} 毫秒，只计运算是 "
-        f"{run.floor_operations_s * 1e3:.1f} 毫秒。"
+        f"{run.floor_s * 1e3:.1f} 毫秒：只计读取要 {run.floor_bytes_s * 1e3:.1f} 毫秒，只计运算要 "
+        f"{run.floor_operations_s * 1e3:.1f} 毫秒，瓶颈是"
+        + ("读内存。" if run.floor_bytes_s > run.floor_operations_s else "运算。")
     )
+
+
+def above_floor(settings: list) -> str:
+    """How many times its floor a step of this library takes, by batch."""
+    runs = pd.concat([timed_runs(records.frame) for records in timed_settings(settings)], ignore_index=True)
+    runs = runs[(runs["engine"] == "ours") & runs["times_floor"].notna()]
+    if runs.empty:
+        raise Missing("speed", "本库每步用时的下界")
+    ends = runs.groupby("batch_size")["times_floor"].agg(["min", "max"])
+    words = listed(f"批 {batch} 时 {row['min']:.2f}–{row['max']:.2f} 倍" for batch, row in ends.iterrows())
+    return f"各种形状、精度与压缩率（{len(runs)} 个配置）下，本库的一步是下界的：{words}。"

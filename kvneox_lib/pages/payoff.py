@@ -85,7 +85,11 @@ def costs(runs: pd.DataFrame) -> pd.DataFrame:
         plain = _beside(run, timed[is_plain])
         if plain is not None:
             rows.append(
-                {**run[["press", "context_tokens", "batch_size", "dtype"]], **_compared(run, plain)} | {"run": run.name}
+                {
+                    **run[["press", "compression_ratio", "context_tokens", "batch_size", "dtype"]],
+                    **_compared(run, plain),
+                }
+                | {"run": run.name}
             )
     if not rows:
         raise Missing("speed", COSTS)
@@ -157,24 +161,100 @@ def table(found: pd.DataFrame) -> pd.DataFrame:
         {
             "press": found["name"],
             "上下文×批": [f"{row.context_tokens}×{row.batch_size}" for row in found.itertuples()],
-            "首词元": found["first"].map(str),
-            "每步": found["step"].map(str),
+            "首词元": [one.in_table for one in found["first"]],
+            "每步": [one.in_table for one in found["step"]],
             "回本（词元）": [one.in_words for one in found["paid"]],
         }
     )
 
 
+def by_context(found: pd.DataFrame) -> pd.DataFrame:
+    """Of `shown`, the presses that were measured at most lengths, for a figure: a step as a multiple of one without
+    compression, with its interval where there is one."""
+    lengths = found.groupby("name")["context_tokens"].transform("nunique")
+    chosen = found[lengths == lengths.max()].sort_values(["context_tokens", "press"])
+    ends = [(one.value, *((one.low, one.high) if one.is_interval else (nan, nan))) for one in chosen["step"]]
+    columns = ["times", "times_ci95_low", "times_ci95_high"]
+    return pd.DataFrame(ends, columns=columns).assign(
+        press=chosen["press"].to_numpy(), context_tokens=chosen["context_tokens"].to_numpy()
+    )
+
+
+def longer_in_words(found: pd.DataFrame) -> str:
+    """Of `shown`: whether compression gains more at the longest context than at the shortest."""
+    shown = by_context(found)
+    lengths = sorted(shown["context_tokens"].unique())
+    if len(lengths) < 2:
+        raise Missing("speed", "几种长度的上下文")
+    short, long = (shown[shown["context_tokens"] == at].set_index("press") for at in (lengths[0], lengths[-1]))
+    apart = short["times_ci95_low"] > long["times_ci95_high"]
+    text = (
+        f"{listed(short.index)} 压缩之后的一步与不压缩之比，上下文 {lengths[0]} 时是 {_range(short['times'])}，上下文 "
+        f"{lengths[-1]} 时是 {_range(long['times'])}"
+    )
+    if apart.all():
+        return text + "：上下文越长，缓存在一步所读的字节里占得越多，压缩省得也越多。"
+    return text + f"；两处的区间分得开的有{listed(apart.index[apart])}。"
+
+
+def _range(values: pd.Series) -> str:
+    low, high = f"{values.min():.2f}", f"{values.max():.2f}"
+    return low if low == high else f"{low}–{high}"
+
+
+FREE = ("random", "streaming_llm")  # choose by lot, or by place alone: scoring takes them no time
+
+
 def costs_in_words(found: pd.DataFrame) -> str:
-    """Of `shown`, at the longest context of most presses: which let the first token come later, and which does most."""
-    counts = found.groupby("context_tokens")["name"].nunique()
-    cell = found[found["context_tokens"] == counts.index[counts == counts.max()].max()]
-    later = cell[[one.low > 1 for one in cell["first"]]]
-    known = "（区间不含 1）" if _has_intervals(cell) else "（四分位数的范围不含 1）"
-    text = f"{_where(cell)}，{len(cell)} 种做法里有 {len(later)} 种让首词元晚到{known if len(later) else ''}"
-    if later.empty:
-        return text + "。"
-    dearest = later.loc[later["first"].map(lambda one: one.value).idxmax()]
-    return text + f"；最慢的是 {dearest['name']}，首词元用时为不压缩的 {dearest['first']}。"
+    """Of `shown`: which let the first token come later at every length at which they were measured, and which at none;
+    those that score nothing show what the machine alone does."""
+    ratios = listed((f"{ratio:g}" for ratio in sorted(found["compression_ratio"].dropna().unique())), none="")
+    found = _in_short(found)
+    later = found.assign(later=[one.low > 1 for one in found["first"]]).groupby("name", sort=False)["later"]
+    always, never = (list(of.index[of]) for of in (later.all(), ~later.any()))
+    lengths = "、".join(str(length) for length in sorted(found["context_tokens"].unique()))
+    known = "区间都在一以上" if _has_intervals(found) else "四分位数的范围都在一以上"
+    n = found["name"].nunique()
+    told = (
+        f"{ratios and f'压缩率 {ratios}、'}批 {found['batch_size'].iloc[0]}、上下文 {lengths}：{n} 种做法里，"
+        f"在测过的每种长度上首词元都晚到（{known}）的有 {len(always)} 种{_named_if_any(always)}。"
+        f"{_dearest(found, always)}"
+    )
+    rest = [name for name in later.groups if name not in (*always, *never)]
+    told += f"{listed(rest)} 只在一部分长度上看得出。" if rest else ""
+    if not never:
+        return told
+    free = list(found.loc[found["press"].isin(FREE) & found["name"].isin(never), "name"].unique())
+    return told + f"在哪种长度上都看不出的有 {listed(never)}" + (f"；其中 {listed(free)} 不打分。" if free else "。")
+
+
+def _in_short(found: pd.DataFrame) -> pd.DataFrame:
+    """Named by their presses alone where each is there at one strength."""
+    is_one = found.groupby("press")["name"].nunique().max() == 1
+    return found.assign(name=found["press"]) if is_one else found
+
+
+def _named_if_any(names: list[str]) -> str:
+    return f"：{listed(names)}" if names else ""
+
+
+def _dearest(found: pd.DataFrame, names: list[str]) -> str:
+    """Of these presses the one that costs most, where all its intervals lie above those of all others."""
+    ends = found.assign(
+        low=[one.low for one in found["first"]],
+        value=[one.value for one in found["first"]],
+        high=[one.high for one in found["first"]],
+    )
+    ends = ends.groupby("name").agg({"low": "min", "value": ["min", "max"], "high": "max"})
+    for name in names:
+        others = ends.drop(index=name)
+        if len(others) and ends.loc[name, ("low", "min")] > others["high", "max"].max():
+            low, high = ends.loc[name, "value"]
+            return (
+                f"其中 {name} 最贵，首词元用时是不压缩的 {low:.1f}–{high:.1f} 倍；其余做法的区间都不超过 "
+                f"{others['high', 'max'].max():.2f} 倍。"
+            )
+    return ""
 
 
 def _where(cell: pd.DataFrame) -> str:
@@ -183,7 +263,8 @@ def _where(cell: pd.DataFrame) -> str:
 
 def payoff_in_words(found: pd.DataFrame) -> str:
     """Of `shown`, at each context: which are known to pay, after how many tokens, which never do, which may."""
-    return "".join(f"{_where(cell)}：{_paid_in_words(cell)}。" for _, cell in found.groupby("context_tokens"))
+    cells = _in_short(found).groupby("context_tokens")
+    return "".join(f"{_where(cell)}：{_paid_in_words(cell)}。" for _, cell in cells)
 
 
 def _paid_in_words(cell: pd.DataFrame) -> str:
@@ -196,16 +277,25 @@ def _paid_in_words(cell: pd.DataFrame) -> str:
     slower = [row["name"] for _, row in cell.iterrows() if row["step"].low > 1 and row["name"] not in never.index]
     sure = sure.drop(slower, errors="ignore")
     rest = tokens.drop([*sure.index, *never.index, *slower])
-    parts = []
-    if len(sure) > 1:
-        parts.append(f"{len(sure)} 种确实回本，从 {words[sure.index[0]]}到 {words[sure.index[-1]]}个词元")
-    elif len(sure):
-        parts.append(f"确实回本的有 {words[sure.index[0]]}个词元")
+    parts = [_sure_in_words(cell[cell["name"].isin(sure.index)], words)] if len(sure) else []
     if len(rest):
-        parts.append(f"{listed(words[name] for name in rest.index)} 每步省下的时间小于误差，不能断定回本")
+        parts.append(f"{listed(words[name] for name in rest.index)}每步省下的时间小于误差，不能断定回本")
     if len(never):
         parts.append(f"{listed(never.index)} 每步反而更慢，从不回本")
     return "；".join([*parts, *_ahead_at_first(slower)])
+
+
+def _sure_in_words(cell: pd.DataFrame, words: dict[str, str]) -> str:
+    """Those that pay for sure: how soon all of them do, or all but one that takes longer than any other for sure."""
+    if len(cell) == 1:
+        return f"确实回本的有 {words[cell['name'].iloc[0]]}个词元"
+    last = cell.loc[cell["paid"].map(lambda paid: paid.low).idxmax()]
+    most = max(paid.high for name, paid in zip(cell["name"], cell["paid"]) if name != last["name"])
+    if last["paid"].low > most:
+        within = f"除 {words[last['name']]}之外都在 {_whole(most)} 个词元以内"
+    else:
+        within = f"都在 {_whole(max(most, last['paid'].high))} 个词元以内"
+    return f"{len(cell)} 种确实回本，{within}（区间的上端）"
 
 
 def _ahead_at_first(names: list[str]) -> list[str]:

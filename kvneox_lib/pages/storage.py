@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from kvneox_lib.measures.intervals import FEW_DOCUMENTS, Interval, comparison, holm, interval
 from kvneox_lib.neox.bits import BITS, GROUP, Form
-from kvneox_lib.pages import figures
+from kvneox_lib.pages import figures, turns
 from kvneox_lib.pages.report import Missing, Records, sources
 from kvneox_lib.pages.selecting import bits_of, pressed
 from kvneox_lib.pages.tasks import LOSSES, RECALL, named
@@ -250,6 +250,30 @@ def size_table(*several: Records) -> pd.DataFrame:
     return pd.DataFrame([_row(quality, size, won[quality.name, size]) for quality in found for size in SIZES])
 
 
+def winners(*several: Records) -> pd.DataFrame:
+    """A row for each quality, a column for each size: the best way and how far it is ahead, where it can be told."""
+    found = qualities(*several)
+    won = _verdicts_of_tables(found)
+    return pd.DataFrame(
+        {"衡量": quality.name} | {fraction(size): _won_in_short(won[quality.name, size]) for size in SIZES}
+        for quality in found
+    )
+
+
+def _won_in_short(found: Verdict | None) -> str:
+    if found is None:
+        return "—"
+    if found.second is None:
+        return f"只有{WAYS[found.first]}"
+    return f"{WAYS[found.first]}，{found.ahead:.3f}" if found.is_clear else "分不出"
+
+
+def _verdicts_of_tables(found: list[Quality]) -> dict[tuple[str, float], Verdict | None]:
+    """Corrected as in the two tables of all configurations: losses apart from answers."""
+    losses, answers = ([one for one in found if (one.kind == _NLL) == is_loss] for is_loss in (True, False))
+    return verdicts(losses) | verdicts(answers)
+
+
 def size_table_reach(*several: Records) -> str:
     """Over how many comparisons the winners of that table are corrected, and of what they speak."""
     found = qualities(*several)
@@ -351,20 +375,37 @@ def with_losses(timed: pd.DataFrame, quality: Quality) -> pd.DataFrame:
 
 
 def steps_in_words(settings: list[Records]) -> str:
-    """In each precision a step with the cache as it is, in few bits alone, and the fastest of each other way."""
-    timed, parts = timed_in_bits(settings), []
-    for dtype, runs in timed.groupby("dtype", sort=False):
-        whole = runs[runs["way"].isin(["", "bits"])].sort_values("bits", ascending=False, na_position="first")
-        steps = [f"{in_words(row)} {row['step_ms']:.1f}" for _, row in whole.iterrows()]
-        for way in ("evict", "both"):
-            fastest = runs[runs["way"] == way].nsmallest(1, "step_ms")
-            steps += [f"{WAYS[way]}最快 {row['step_ms']:.1f}（{in_words(row)}）" for _, row in fastest.iterrows()]
-        parts.append(f"{dtype}：{'，'.join(steps)}")
+    """In each precision: a step with the cache as it is as a multiple of one in few bits alone, and of the fastest of
+    each other way; whether the last bits saved save time."""
+    timed = timed_in_bits(settings)
     first = timed.iloc[0]
+    parts = [f"{dtype}：{_steps(runs)}" for dtype, runs in timed.groupby("dtype", sort=False)]
     return (
-        f"{first['model']} 的形状、上下文 {first['context_tokens']}、批 {first['batch_size']}"
-        f"（{first['device_name']}），每步毫秒数，{'；'.join(parts)}。"
+        f"{first['model']} 的形状、上下文 {first['context_tokens']}、批 {first['batch_size']}（{first['device_name']}）"
+        f"，{'；'.join(parts)}。"
     )
+
+
+def _steps(runs: pd.DataFrame) -> str:
+    whole = runs[runs["way"] == ""]
+    if whole.empty:
+        raise Missing("speed", "no_press")
+    whole = whole.iloc[0]
+    bits = runs[runs["way"] == "bits"].sort_values("bits", ascending=False)
+    fastest = {
+        way: runs[runs["way"] == way].nsmallest(1, "step_ms").iloc[0]
+        for way in ("evict", "both")
+        if way in set(runs["way"])
+    }
+    shown = [f"{in_words(row)}的 {turns.ratio(whole, row).in_words}" for _, row in bits.iterrows()]
+    shown += [f"{WAYS[way]}（{in_words(row)}）的 {turns.ratio(whole, row).in_words}" for way, row in fastest.items()]
+    text = f"不压缩的一步是 {listed(shown)}"
+    if len(bits) > 1:
+        more, fewer = (row for _, row in bits.iloc[-2:].iterrows())
+        text += f"；{in_words(more)}的一步是 {in_words(fewer)}的 {turns.ratio(more, fewer).in_words}"
+    if len(fastest) > 1:
+        text += f"；最快的两种做法里，只淘汰的一步是淘汰并量化的 {turns.ratio(*fastest.values()).in_words}"
+    return text
 
 
 # ---- sentences ------------------------------------------------------------------------------------------------------
@@ -380,16 +421,41 @@ def bits_told() -> str:
 
 
 def first_page_bits(*several: Records) -> str:
-    """Which way wins where a quarter, and where an eighth, of float32's bytes is allowed, and below what only eviction
-    goes."""
+    """Which way wins where a quarter, and where an eighth, of float32's bytes is allowed, and below what quantizing
+    alone can do."""
     found = qualities(*several)
-    of_windows = [quality for quality in found if quality.kind == _NLL]
-    won = verdicts(of_windows) | verdicts(
-        [quality for quality in found if quality.kind != _NLL]
-    )  # as the two tables do
-    text = "".join(_winners(found, won, size) for size in (1 / 4, 1 / 8))
+    won = _verdicts_of_tables(found)
+    parts = [told for size in (1 / 4, 1 / 8) if (told := _winners(found, won, size))]
+    text = f"缓存的字节以 float32 为一：{'；'.join(parts)}。" if parts else ""
     shares = pd.concat([_shares(quality, "bits") for quality in found])
-    return text + (f"单靠量化最少要 float32 的 {shares.min():.3f}，再小只有淘汰，或淘汰并量化。" if len(shares) else "")
+    return text + (_below(won, shares.min()) if len(shares) else "")
+
+
+def order(*several: Records) -> str:
+    """Whether at each size one way wins all that can be told apart, and which."""
+    found = qualities(*several)
+    won = {key: one.first for key, one in _verdicts_of_tables(found).items() if one and one.is_clear}
+    by_size = {size: {way for (_, at), way in won.items() if at == size} for size in SIZES}
+    text = "分得出的格子里，没有一种做法在同样的大小处处胜出。"
+    if won and max(map(len, by_size.values())) == 1:
+        sizes = {way: [fraction(size) for size in SIZES if by_size[size] == {way}] for way in WAYS}
+        text = f"分得出的格子里，{'，'.join(f'{listed(of)} 时都是{WAYS[way]}胜出' for way, of in sizes.items() if of)}"
+        text += "" if sizes["evict"] else "，没有一格是只淘汰"
+        follows = sizes["bits"] and sizes["both"] and not sizes["evict"]
+        text += "：先少记几位；还要小，就两样并用。" if follows else "。"
+    level = [quality.name for quality in found if not any(name == quality.name for name, _ in won)]
+    return text + (f"{listed(level)}在哪种大小都分不出。" if level else "")
+
+
+def _below(won: dict, least: float) -> str:
+    """Of the sizes in which no number of bits alone fits."""
+    small = [one for (_, size), one in won.items() if size * (1 + SLACK) < least and one and one.second]
+    both, alone = (sum(one.is_clear and one.first == way for one in small) for way in ("both", "evict"))
+    text = f"单靠量化至少要占 {least:.1%}"
+    if not small:
+        return text + "。"
+    beaten = f"，只淘汰胜出 {alone} 次" if alone else ""
+    return text + f"；再小，{len(small)} 次比较里淘汰并量化胜过只淘汰 {both} 次{beaten}，其余分不出。"
 
 
 def _shares(quality: Quality, way: str) -> pd.Series:
@@ -397,15 +463,12 @@ def _shares(quality: Quality, way: str) -> pd.Series:
 
 
 def _winners(found: list[Quality], won: dict, size: float) -> str:
-    two = [(quality, one) for quality in found if (one := won[quality.name, size]) and one.second]
-    parts = []
-    for way, words in WAYS.items():
-        won = [f"{of.name}（{_ahead(of, one)}）" for of, one in two if one.is_clear and one.first == way]
-        parts += [f"{words}胜在{'、'.join(won)}"] if won else []
-    level = listed([of.name for of, one in two if not one.is_clear], "")
-    told = "（括号里是比次好的做法少损失多少）" if parts else ""
-    parts += [f"最好的两种做法分不出高下的有{level}"] if level else []
-    return f"缓存只许有 float32 的 {fraction(size)} 时{told}，{'；'.join(parts)}。" if parts else ""
+    two = [(quality.name, one) for quality in found if (one := won[quality.name, size]) and one.second]
+    names = {way: [name for name, one in two if one.is_clear and one.first == way] for way in WAYS}
+    parts = [f"{WAYS[way]}胜在{'、'.join(of)}" for way, of in names.items() if of]
+    n_clear = sum(map(len, names.values()))
+    parts += [("其余" if n_clear else "各种做法") + "分不出"] if n_clear < len(two) else []
+    return f"只许占 {fraction(size)} 时，{'，'.join(parts)}" if parts else ""
 
 
 def source(*several: Records) -> str:

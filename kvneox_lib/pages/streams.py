@@ -6,12 +6,15 @@ from matplotlib.figure import Figure
 
 from kvneox_lib.measures.intervals import holm, interval
 from kvneox_lib.measures.sinks import EARLIEST
+from kvneox_lib.pages import turns
 from kvneox_lib.pages.figures import heat_maps, note, press_lines
+from kvneox_lib.pages.ranks import rank_correlation
 from kvneox_lib.pages.report import SETTING, Missing
-from kvneox_lib.pages.words import READINGS, number, with_interval
+from kvneox_lib.pages.words import READINGS, listed, number, with_interval
 
 BOUNDED = ("window", "sinks")
 ALONG = {"ppl_so_far": "到此为止的困惑度", "ppl": "每 256 个词元的困惑度"}  # columns of `along`
+WIDE = 10  # an interval whose ends differ by this factor says nothing
 COST = {"milliseconds": "每个词元的时间（毫秒）", "megabytes": "KV 缓存（MB）"}  # columns of `costs`
 
 
@@ -43,6 +46,16 @@ def read(records, name: str, *readings: str) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
+def blocks_of_bounded(records) -> pd.DataFrame:
+    """Table `running` of the bounded readings of `records`, each number of sinks and size of cache once: `n_sink`, and
+    `size`."""
+    parts = [
+        records.table("running", run_id=row.run_id).assign(n_sink=row.n_sink, size=row.seen)
+        for row in sinks_and_sizes(records.runs()).rename(columns={"size": "seen"}).itertuples()
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
 def of_main(table: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """The rows of a `Study`'s table that are of these runs."""
     return table.merge(runs[["press", "n_sink", "window"]])
@@ -63,13 +76,23 @@ def reading_table(runs: pd.DataFrame) -> pd.DataFrame:
             "汇聚点": number(row["n_sink"], ".0f"),
             "窗口": number(row["window"], ".0f"),
             "计分词元": number(row["n_tokens"], ".0f"),
-            "训练长度之内的困惑度": with_interval(row, "within_ppl", 1),
-            "之外的困惑度": with_interval(row, "beyond_ppl", 1),
-            "KV 缓存（MB）": "—" if pd.isna(row["kv_bytes"]) else f"{row['kv_bytes'] / 1e6:.2f}",
+            "训练长度之内的困惑度": _perplexity(row, "within_ppl"),
+            "之外的困惑度": _perplexity(row, "beyond_ppl"),
+            "KV 缓存（MB）": _megabytes(row["kv_bytes"]),
             "每步（毫秒）": "—" if pd.isna(row["step_s"]) else f"{1e3 * row['step_s']:.1f}",
         }
         for _, row in runs.iterrows()
     )
+
+
+def _perplexity(row: pd.Series, column: str) -> str:
+    """A dash where so few tokens were scored that the interval says nothing."""
+    low, high = (row.get(f"{column}_ci95_{end}") for end in ("low", "high"))
+    return "—" if pd.notna(low) and high > WIDE * low else with_interval(row, column, 1)
+
+
+def _megabytes(kv_bytes: float) -> str:
+    return "—" if pd.isna(kv_bytes) else f"{kv_bytes / 1e6:.2f}" if kv_bytes else "不留"
 
 
 def named(table: pd.DataFrame) -> pd.DataFrame:
@@ -165,8 +188,20 @@ def figure_of_cost(cost: pd.DataFrame, column: str) -> Figure:
     wide = frame[column].max() > 10 * frame[column].min() > 0
     label = COST[column] + ("，对数刻度" if wide else "")
     figure = press_lines(frame, "tokens_read", column, xlabel="已读的词元", ylabel=label)
-    figure.axes[0].set_yscale("log" if wide else "linear")
+    (axes,) = figure.axes
+    if column == "milliseconds":
+        _shade_quartiles(axes, frame)
+    axes.set_yscale("log" if wide else "linear")
     return figure
+
+
+def _shade_quartiles(axes, frame: pd.DataFrame) -> None:
+    """Of the steps that were timed at one place, behind the line of the medians."""
+    colours = {line.get_label(): line.get_color() for line in axes.lines}
+    for name, rows in frame.groupby("press", sort=False):
+        rows = rows.sort_values("tokens_read")
+        low, high = (1e3 * rows[f"step_s_q{end}"] for end in (25, 75))
+        axes.fill_between(rows["tokens_read"], low, high, color=colours.get(name, "0.5"), alpha=0.2, linewidth=0)
 
 
 def sink_maps(table: pd.DataFrame) -> Figure:
@@ -191,6 +226,13 @@ def _interval(low: float, high: float) -> str:
     return "太少，没有区间" if pd.isna(low) else f"差的 95 % 区间 [{low:+.3f}, {high:+.3f}]"
 
 
+def _difference(mean: float, low: float, high: float) -> str:
+    """Who has the higher loss only where the interval says so."""
+    if low <= 0 <= high:
+        return f"分不开（差 {round(mean, 3) + 0.0:+.3f} nat，95 % 区间 [{low:+.3f}, {high:+.3f}]）"
+    return f"{higher(mean)}（{_interval(low, high)}）"
+
+
 def _ends(differences: pd.Series) -> tuple[float, float]:
     return interval(differences.to_numpy()).ends
 
@@ -211,20 +253,23 @@ def compared(samples: pd.DataFrame, beyond: int) -> list[str]:
 
 def not_all_alike(runs: pd.DataFrame) -> str:
     dense, sinks, again = (by_press(runs)[name] for name in ("dense", "sinks", "recompute"))
-    short = f"{READINGS['dense']}只读到第 {dense.n_tokens:.0f} 个，" if dense.n_tokens < sinks.n_tokens else ""
+    short = f"{READINGS['dense']}只读到第 {dense.n_tokens:.0f} 个词元，" if dense.n_tokens < sinks.n_tokens else ""
     return (
-        f"各行计分的词元不尽相同：{short}{READINGS['recompute']}只在均匀散布的 {again.n_tokens:.0f} 个词元上计分，"
-        "因此困惑度不能都直接相比，下面在同样的词元上比。"
+        f"{short}{READINGS['recompute']}只在均匀散布的 {again.n_tokens:.0f} 个词元上计分（训练长度之内太少，不列），"
+        "所以各行的困惑度不能都直接相比；下面只在同样的词元上比。"
     )
 
 
 def dense_beyond(running: pd.DataFrame) -> str:
+    """In the first and the last quarter of the blocks that both read."""
     blocks = block_differences(running, "dense", "sinks")
-    first, last = blocks.iloc[0], blocks.iloc[-1]
+    n = max(1, len(blocks) // 4)
+    first, last = blocks.iloc[:n], blocks.iloc[-n:]
+    words = [_difference(part["difference"].mean(), *_ends(part["difference"])) for part in (first, last)]
+    until, since = first["to_token"].iloc[-1], last["from_token"].iloc[0]
     return (
-        f"与{READINGS['sinks']}在同样的词元上相比，{READINGS['dense']}在第一段"
-        f"（第 {first.from_token:.0f}–{first.to_token:.0f} 个词元）{higher(first.difference)}，在它读到的最后一段"
-        f"（第 {last.from_token:.0f}–{last.to_token:.0f} 个词元）{higher(last.difference)}。"
+        f"与{READINGS['sinks']}在同样的词元上相比，{READINGS['dense']}的损失在开头（到第 {until:.0f} 个词元为止）"
+        f"{words[0]}，在它读到的最后一段（第 {since:.0f} 个词元以后）{words[1]}。"
     )
 
 
@@ -232,9 +277,9 @@ def sinks_matter(runs: pd.DataFrame, running: pd.DataFrame) -> str:
     difference = block_differences(running, "window", "sinks")["difference"]
     low, high = _ends(difference)
     return (
-        f"看见同样多的词元，去掉 {by_press(runs)['sinks'].n_sink:.0f} 个汇聚点，每个词元的负对数似然平均"
-        f"{higher(difference.mean())}（{_interval(low, high)}），{len(difference)} 段里有 "
-        f"{(difference > 0).sum()} 段更高。" + ("这个模型在这篇文本上看不出汇聚点的作用。" if low <= 0 <= high else "")
+        f"看见同样多的词元，去掉 {by_press(runs)['sinks'].n_sink:.0f} 个汇聚点，每个词元的损失与留着时相比"
+        f"{_difference(difference.mean(), low, high)}。"
+        + ("这个模型在这篇文本上看不出汇聚点的作用。" if low <= 0 <= high else "")
     )
 
 
@@ -243,13 +288,13 @@ def sinks_draw(runs: pd.DataFrame, table: pd.DataFrame) -> str:
     run = by_press(runs).get("sinks")
     if run is None or table.empty:
         raise Missing("streaming", "投向开头的注意力")
-    n, most = int(run.n_sink), table.loc[table["several"].idxmax()]
+    n, most, half = int(run.n_sink), table.loc[table["several"].idxmax()], (table["several"] >= 0.5).sum()
     return (
         f"在 {run.sink_windows:.0f} 段各 {run.sink_window_tokens:.0f} 个词元里，第 {max(EARLIEST, n)} 个以后的查询平均"
-        f"把 {run.attention_to_first:.2%} 的注意力给第一个词元、{run.attention_to_sinks:.2%} 给开头 {n} 个；"
-        f"若对看得见的词元一视同仁，是 {run.even_to_first:.2%} 与 {run.even_to_sinks:.2%}。给开头 {n} 个最多的是第 "
-        f"{most['layer']:.0f} 层第 {most['head']:.0f} 头（{most['several']:.2%}）；{len(table)} 个头里有 "
-        f"{(table['several'] >= 0.5).sum()} 个把至少一半给了它们。"
+        f"把 {run.attention_to_sinks:.2%} 的注意力给开头 {n} 个词元，若对看得见的词元一视同仁该有 "
+        f"{run.even_to_sinks:.2%}；给得最多的头（第 {most['layer']:.0f} 层第 {most['head']:.0f} 头）是 "
+        f"{most['several']:.2%}，{len(table)} 个头里"
+        + (f"有 {half} 个把至少一半给了它们。" if half else "没有一个把一半给了它们。")
     )
 
 
@@ -266,20 +311,20 @@ def sinks_explain(runs: pd.DataFrame, table: pd.DataFrame, running: pd.DataFrame
     return f"{what}，{costs}：{'两件事说的一样' if agree else '单看注意力的多少，说不出这个代价'}。"
 
 
-def against_recompute(runs: pd.DataFrame, samples: pd.DataFrame) -> str:
-    step = {name: row.step_s for name, row in by_press(runs).items()}
+def against_recompute(samples: pd.DataFrame) -> str:
     found = compare_at_samples(samples[samples["press"].isin(["sinks", "recompute"])], beyond=0)
     if found.empty:
         raise Missing("streaming", f"{READINGS['recompute']}也计分的词元")
     row = found.iloc[0]
     return (
-        f"{READINGS['sinks']}比每步重算窗口{higher(row.difference)}（{row.n} 个词元，"
-        f"{_interval(row.low, row.high)}），而每步用时是后者的 {step['sinks'] / step['recompute']:.1%}。"
+        f"{READINGS['sinks']}的损失与{READINGS['recompute']}的相比（{row.n} 个词元）"
+        f"{_difference(row.difference, row.low, row.high)}。"
     )
 
 
 def without_rotation(runs: pd.DataFrame, everywhere: pd.DataFrame) -> str:
-    """`everywhere`: the runs of all settings, among them perhaps one like that of `runs` but with keys as they were."""
+    """`everywhere`: the runs of all settings, among them perhaps one like that of `runs` but with keys as they were;
+    where there is none, nothing."""
     turned, alike = by_press(runs)["sinks"], [*SETTING, "text_sha256", "max_tokens", "n_sink", "window"]
     for _, still in everywhere[everywhere["press"] == "sinks"].iterrows():
         if not still.rerotate and turned.rerotate and still[alike].equals(turned[alike]):
@@ -287,38 +332,89 @@ def without_rotation(runs: pd.DataFrame, everywhere: pd.DataFrame) -> str:
                 f"键不重新旋转、位置一直往前走：训练长度以外的困惑度是 {with_interval(still, 'beyond_ppl', 1)}，"
                 f"重新旋转时是 {with_interval(turned, 'beyond_ppl', 1)}。"
             )
-    return "键不重新旋转、位置一直往前走的写法，在同样的设置下没有记录。"
+    return ""
 
 
-def how_many(runs: pd.DataFrame) -> str:
-    table = loss_by_sinks(runs).dropna()
-    if table.shape[1] < 2 or table.empty:
+def how_many(blocks: pd.DataFrame) -> str:
+    """`blocks`: as `blocks_of_bounded` has them. Each number of sinks beside none, block by block, at each size."""
+    parts = []
+    for size, part in blocks.groupby("size"):
+        by_sinks = part.pivot_table(index="to_token", columns="n_sink", values="nll_mean").dropna()
+        parts += [(by_sinks[n] - by_sinks[0]).rename((size, n)) for n in by_sinks if n > 0 and 0 in by_sinks]
+    if not parts:
         raise Missing("streaming", "不同的汇聚点数")
-    parts = [
-        f"看见 {size:.0f} 个词元时，{_best_and_worst(row)}"
-        for size, row in (table.iloc[[0, -1]] if len(table) > 1 else table).iterrows()
+    p = holm(np.array([interval(part.to_numpy()).p for part in parts]))
+    told = [part.mean() for part, one in zip(parts, p) if one < 0.05]
+    less, more = [-mean for mean in told if mean < 0], [mean for mean in told if mean > 0]
+    words = [
+        f"损失确实{word}的有 {len(of)} 处（至多 {max(of):.3f} nat）" for word, of in (("小", less), ("大", more)) if of
     ]
-    return f"{'；'.join(parts)}。"
+    text = f"每种大小里各个汇聚点数与不留汇聚点相比，共 {len(parts)} 处，逐段相减、按 Holm 法一起校正："
+    return text + "，".join([*words, "其余分不开" if told else "都分不开"]) + "。"
 
 
-def _best_and_worst(row: pd.Series) -> str:
-    """By the number of sinks."""
-    low, high = f"{row.min():.3f}", f"{row.max():.3f}"
-    if low == high:
-        return f"{len(row)} 种汇聚点数的损失都是 {low}"
-    return f"损失最低的是 {row.idxmin():.0f} 个汇聚点（{low}），最高的是 {row.idxmax():.0f} 个（{high}）"
+def how_large(blocks: pd.DataFrame) -> str:
+    """What the largest size gains over the smallest, without sinks."""
+    bare = blocks[blocks["n_sink"] == 0].pivot_table(index="to_token", columns="size", values="nll_mean").dropna()
+    if bare.shape[1] < 2:
+        raise Missing("streaming", "不同大小的窗口")
+    difference = bare.iloc[:, 0] - bare.iloc[:, -1]
+    return (
+        f"窗口的大小更要紧：看见的词元由 {bare.columns[-1]:.0f} 减到 {bare.columns[0]:.0f}，损失"
+        f"{_difference(difference.mean(), *_ends(difference))}。"
+    )
+
+
+def spikes(cost: pd.DataFrame) -> str:
+    """Recomputation does the same work everywhere: how its time varies is the machine's doing."""
+    places = cost.pivot_table(index="tokens_read", columns="press", values="step_s")
+    others = [name for name in BOUNDED if name in places]
+    if "recompute" not in places or not others:
+        raise Missing("streaming", READINGS["recompute"])
+    again = 1e3 * places["recompute"]
+    alike = min(rank_correlation(again, places[name]) for name in others)
+    text = (
+        f"{READINGS['recompute']}每步做的事处处相同，各处的中位数却从 {again.min():.0f} 到 {again.max():.0f} 毫秒；"
+        f"与它轮流计时的{listed(READINGS[name] for name in others)}和它的用时跟着起落（秩相关至少 {alike:.2f}）"
+    )
+    return text + ("：曲线上的尖峰是机器一时变慢，不是读法变慢。" if alike > 0.5 else "，不足以归于机器。")
 
 
 def growth(cost: pd.DataFrame) -> str:
-    parts = []
-    for name, part in cost.groupby("press", sort=False):
-        ends = part.sort_values("tokens_read").iloc[[0, -1]]
-        (first, last), (before, after) = ends["tokens_read"], 1e3 * ends["step_s"]
-        parts.append(f"{READINGS[name]}从 {first:.0f} 到 {last:.0f} 个词元，每步由 {before:.2f} 变为 {after:.2f} 毫秒")
-    return "；".join(parts) + "。"
+    """What is compared was timed at the same place in turns; the bounded readings, over all places."""
+    dense, sinks = (cost[cost["press"] == name].set_index("tokens_read").sort_index() for name in ("dense", "sinks"))
+    places = dense.index.intersection(sinks.index)
+    if not len(places):
+        raise Missing("streaming", f"{READINGS['dense']}与{READINGS['sinks']}都计时的地方")
+    ratios = [f"读到 {at:.0f} 个词元时 {turns.ratio(dense.loc[at], sinks.loc[at]).in_words}" for at in places[[0, -1]]]
+    bounded = [f"{READINGS[name]} {_over_places(cost[cost['press'] == name]['step_s'] * 1e3)}" for name in BOUNDED]
+    return (
+        f"{READINGS['dense']}的一步是{READINGS['sinks']}的几倍：{'；'.join(ratios)}。有界的缓存满了之后，每步做的事与已读多少"
+        f"无关；各处的中位数（毫秒，括号里是四分位数）：{listed(bounded)}。"
+    )
+
+
+def _over_places(milliseconds: pd.Series) -> str:
+    low, middle, high = milliseconds.quantile([0.25, 0.5, 0.75])
+    return f"{middle:.1f}（{low:.1f}–{high:.1f}）"
+
+
+def beside_recompute(cost: pd.DataFrame) -> str:
+    """What a bounded step takes of recomputation's at the same place."""
+    places = cost.pivot_table(index="tokens_read", columns="press", values="step_s").reindex(columns=READINGS)
+    low, middle, high = (places["sinks"] / places["recompute"]).quantile([0.25, 0.5, 0.75])
+    if pd.isna(middle):
+        raise Missing("streaming", READINGS["recompute"])
+    return f"{READINGS['sinks']}的一步是{READINGS['recompute']}的 {middle:.1%}（{low:.1%}–{high:.1%}）。"
 
 
 def written(sample: pd.DataFrame) -> str:
+    """How repetitive is what each reading wrote, from its first piece to its last."""
+    least, names = sample["distinct_4grams"].min(), listed(READINGS[name] for name in sample["press"].unique())
+    if least >= 0.9:
+        return (
+            f"让模型自己一直写下去，{names}都没有陷入重复：各段里不重复的四元组都不少于 {np.floor(100 * least):.0f} %。"
+        )
     parts = []
     for name, part in sample.groupby("press", sort=False):
         first, last = part["distinct_4grams"].iloc[[0, -1]]

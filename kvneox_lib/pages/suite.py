@@ -157,7 +157,8 @@ def chosen_heads(heads: pd.DataFrame) -> list[tuple[int, int]]:
 
 
 def overview(label: str, recall: pd.DataFrame, losses: pd.DataFrame, heads: pd.DataFrame) -> pd.DataFrame:
-    """A row for each model and place: its copying heads, recall, and the best presses at the middle ratio."""
+    """A row for each model and place: its copying heads, recall, and from where to where presses go at the middle
+    ratio."""
     rows = []
     for (model, at), part in heads.groupby(["model", "at"], sort=False):
         copying = copying_heads(part)["copy_attention"]
@@ -170,8 +171,8 @@ def overview(label: str, recall: pd.DataFrame, losses: pd.DataFrame, heads: pd.D
                 "投向数字的注意力，最大的头": f"{part['copy_attention'].max():.2f}",
                 "抄写的头": f"{len(copying)}/{len(part)}",
                 "不压缩的准确率": number(bare.iloc[0] if len(bare) else None, ".2f"),
-                "压缩后准确率最高的": _best(of_recall, largest=True),
-                "损失最小的": _best(of_losses, largest=False),
+                "压缩后的准确率": _ends(of_recall, ".2f"),
+                "压缩后的损失": _ends(of_losses, "+.3f"),
             }
         )
     return pd.DataFrame(rows)
@@ -186,12 +187,13 @@ def pressed(runs: pd.DataFrame) -> pd.DataFrame:
     return shown[shown["press"] != "no_press"].dropna(subset="value")
 
 
-def _best(runs: pd.DataFrame, largest: bool) -> str:
-    found = pressed(runs) if len(runs) else runs
-    if found.empty:
+def _ends(runs: pd.DataFrame, spec: str) -> str:
+    """Of all presses, without saying which is which: the best of several that are level is nobody."""
+    values = pressed(runs)["value"] if len(runs) else runs
+    if not len(values):
         return "—"
-    row = found.loc[found["value"].idxmax() if largest else found["value"].idxmin()]
-    return f"{row['press']}（{row['value']:.2f}）" if largest else f"{row['press']}（{row['value']:+.3f}）"
+    low, high = (format(end + 0.0, spec) for end in (values.min(), values.max()))
+    return low if low == high else f"{low} 至 {high}"
 
 
 # ---- sentences ------------------------------------------------------------------------------------------------------
@@ -228,21 +230,16 @@ def heads_appear(heads: pd.DataFrame) -> str:
     """Of each model, when the heads that copy at the end, if there are any, first had half of what they have then."""
     parts = []
     for model, part in heads.groupby("model", sort=False):
-        most = part.groupby("at")["copy_attention"].max()
-        steps = {head: _first_at_half(part, *head) for head in chosen_heads(part)}
-        text = (
-            f"{model}：各头投向数字的注意力，最大的在第 {most.index[0]:.0f} 步是 {most.iloc[0]:.2f}，"
-            f"在第 {most.index[-1]:.0f} 步是 {most.iloc[-1]:.2f}；"
-        )
+        steps = [_first_at_half(part, *head) for head in chosen_heads(part)]
         if not steps:
-            parts.append(f"{text}最后没有抄写的头")
+            parts.append(f"{model} 最后没有抄写的头")
             continue
-        by_step = pd.Series(steps.values()).value_counts().sort_index()
-        when = "，".join(f"第 {at:.0f} 步 {count} 个" for at, count in by_step.items())
-        parts.append(
-            f"{text}最后抄写的 {len(steps)} 个头，注意力达到各自最终值的一半，（只在测过的状态里看）最早见于：{when}"
-        )
-    return f"{'。'.join(parts)}。"
+        by_step = pd.Series(steps).value_counts().sort_index()
+        when = "、".join(f"第 {at:.0f} 步（{count} 个）" for at, count in by_step.items())
+        if len(by_step) == 1:
+            when = f"同一个状态，第 {steps[0]:.0f} 步"
+        parts.append(f"{model} 最后抄写的 {len(steps)} 个头，注意力最早达到各自最终值的一半是在{when}")
+    return f"{'；'.join(parts)}。"
 
 
 def _first_at_half(heads: pd.DataFrame, layer: int, head: int) -> float:
@@ -255,11 +252,11 @@ def recall_appears(recall: pd.DataFrame) -> str:
     for model, part in recall[recall["press"] == "no_press"].groupby("model", sort=False):
         part = part.sort_values("at")
         able = part[part["value"] >= 0.5]["at"]
-        when = f"第一次答对过半是在第 {able.iloc[0]:.0f} 步" if len(able) else "始终没有答对过半"
-        parts.append(f"{model} {when}（最后一个状态 {part['value'].iloc[-1]:.2f}）")
+        when = f"到第 {able.iloc[0]:.0f} 步过半" if len(able) else "始终没有过半"
+        parts.append(f"{model} {when}，最后一个状态是 {part['value'].iloc[-1]:.2f}")
     if not parts:
         raise Missing("recall", "no_press")
-    return f"不压缩时，{'；'.join(parts)}。"
+    return f"不压缩时的准确率，{'；'.join(parts)}。"
 
 
 def differing(runs: pd.DataFrame, what: str, unit: str) -> str:
@@ -270,14 +267,22 @@ def differing(runs: pd.DataFrame, what: str, unit: str) -> str:
     if ratio is None:
         raise Missing(runs["study"].iloc[0], "有压缩率的 press")
     for model, part in runs.groupby("model", sort=False):
-        apart = [at for at, there in pressed(part).groupby("at") if _lie_apart(there)]
-        places = part["at"].nunique()
-        where = "、".join(unit.format(f"{at:.0f}") for at in apart)
-        parts.append(f"{model} 在 {places} 处中的 {len(apart)} 处" + (f"（{where}）" if apart else ""))
-    return (
-        f"压缩率 {ratio:.2f} 时，各方法的{what}拉得开（最高与最低两者各自的 95 % 区间不重叠）的：{'；'.join(parts)}。"
-        "两者是看过结果才挑出来的，没有配对，也未校正；区间相交的地方，这里不下结论。"
-    )
+        apart = [unit.format(f"{at:.0f}") for at, there in pressed(part).groupby("at") if _lie_apart(there)]
+        parts.append(f"{model} 在{listed(apart)}" if apart else f"{model} 没有一处")
+    return f"压缩率 {ratio:.2f} 时，各方法的{what}拉得开的地方：{'；'.join(parts)}。"
+
+
+def gaining(losses: pd.DataFrame) -> str:
+    """Where compression lowered the loss; nothing where it did so nowhere."""
+    below = pressed(losses)[lambda found: found["value_ci95_high"] < 0]
+    if below.empty:
+        return ""
+    parts = [
+        f"{model} 第 {at:.0f} 步的 {listed(there['press'])}"
+        for (model, at), there in below.groupby(["model", "at"], sort=False)
+    ]
+    told = f"压缩之后损失反而变小的（各自的 95 % 区间在零以下）：{'；'.join(parts)}"
+    return f"{told}；那时的模型还没有从远处的上下文里得到好处。"
 
 
 def _lie_apart(runs: pd.DataFrame) -> bool:

@@ -20,6 +20,7 @@ from kvneox_lib.pages.selecting import (
 from kvneox_lib.pages.words import ENGINES, listed, numbers
 
 STEP = "每步用时，本库不压缩的几倍"
+CACHES = {"stock": "DynamicCache", "static": "StaticCache"}  # of transformers, where a table has no room
 FAILURES = {"out of memory": "内存不够", "mixes the rows of a batch": "不能整批运行"}
 
 
@@ -178,7 +179,8 @@ def peaks(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """A panel for each phase: megabytes by context length, a line for each variant; the largest batch, the middle
     ratio."""
     shown = at_middle_ratio(at_largest(timed_runs(runs), "batch_size"))
-    shown = shown.assign(press=variants(shown))
+    alike = shown["engine"].nunique() == 1 and not several_precisions(shown)
+    shown = shown.assign(press=press_and_strength(shown) + _readings(shown) if alike else variants(shown))
     panels = {
         name: shown.assign(peak_mb=column(shown, of) / 1e6).dropna(subset="peak_mb") for name, of in PEAKS.items()
     }
@@ -227,21 +229,6 @@ def _plain_of_ours(cell: pd.DataFrame) -> pd.Series | None:
     return plain.iloc[0] if len(plain) else None
 
 
-def by_context(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The largest batch at the middle ratio, this library and the others as two panels."""
-    timed = compared(runs)
-    if timed.empty:
-        raise Missing("speed", "计了时的运行")
-    shown = at_middle_ratio(at_largest(timed, "batch_size")).sort_values("press")
-    shown = shown.replace({"press": {"no_press": "不压缩"}})
-    shown["press"] += bits_of(shown).map(and_storage)
-    own = shown["engine"].isin(["stock", "static"])
-    shown.loc[own, "press"] = shown["engine"].map(ENGINES)
-    ours = shown["engine"] == "ours"
-    panels = {ENGINES["ours"]: shown[ours], f"transformers（不压缩）与 {ENGINES['kvpress']}": shown[~ours]}
-    return {title: part for title, part in panels.items() if len(part)}
-
-
 @dataclass(frozen=True)
 class Gain:
     """At one context, batch and precision: this library without a press and transformers' own, as rows of records; of
@@ -257,6 +244,15 @@ class Gain:
     @property
     def where(self) -> str:
         return f"上下文 {self.plain.context_tokens}、批 {self.plain.batch_size}"
+
+    @property
+    def fastest_stock(self) -> pd.Series:
+        return min(self.stock.values(), key=lambda row: row.step_s)
+
+    @property
+    def by_compression(self) -> turns.Ratio:
+        """A step without a press as a multiple of one with it, both of this library."""
+        return turns.ratio(self.plain, self.best)
 
 
 def engine_gains(runs: pd.DataFrame) -> list[Gain]:
@@ -315,24 +311,28 @@ def step_dots(found: pd.DataFrame) -> list[Dots]:
 
 
 def gain_in_words(gain: Gain) -> str:
-    """Who compares with the slower of transformers' caches alone flatters himself."""
-    others = [f"{ENGINES[engine]}是 {turns.ratio(row, gain.plain).in_words}" for engine, row in gain.stock.items()]
-    text = f"不压缩时，每步用时与本库之比：{listed(others)}，这与压缩无关"
+    """Compression first, beside this library's own steps without it; then what is the implementation's; then both. Who
+    compares with the slower of transformers' caches alone flatters himself."""
+    implementation = f"都不压缩时，transformers 的一步与本库之比：{_beside(gain.stock, gain.plain)}"
     if gain.best is None:
-        return text + "。"
-    fastest = min(gain.stock, key=lambda engine: gain.stock[engine].step_s)
-    text += (
-        f"；压缩之后每步最短的是 {_named(gain.best)}{_and_level(gain.level)}，本库不压缩时的每步用时是它的 "
-        f"{turns.ratio(gain.plain, gain.best).in_words}，不压缩的 {ENGINES[fastest]}的是它的 "
-        f"{turns.ratio(gain.stock[fastest], gain.best).in_words}；它的每步用时是下界的 {gain.best.times_floor:.1f} 倍。"
-    )
+        return f"{implementation}。"
     if gain.kvpress is not None:
-        text += f"同样的压缩在 kvpress 的循环里，每步用时是本库的 {turns.ratio(gain.kvpress, gain.best).in_words}。"
-    return text
+        implementation += (
+            f"；同样的压缩放在 kvpress 的循环里，一步是本库的 {turns.ratio(gain.kvpress, gain.best).in_words}"
+        )
+    return (
+        f"只看压缩：同在本库里，不压缩的一步是压缩后（{_named(gain.best)}{_and_level(gain.level)}）的 "
+        f"{gain.by_compression.in_words}。只看实现：{implementation}。两样合在一起，不压缩的 transformers 与压缩后的"
+        f"本库之比：{_beside(gain.stock, gain.best)}。"
+    )
+
+
+def _beside(stock: dict[str, pd.Series], ours: pd.Series) -> str:
+    return listed(f"{CACHES[engine]} {turns.ratio(row, ours).in_words}" for engine, row in stock.items())
 
 
 def _and_level(level: pd.DataFrame) -> str:
-    return f"（{listed(press_and_strength(level))} 与它分不出快慢）" if len(level) else ""
+    return f"；{listed(press_and_strength(level))} 与它分不出快慢" if len(level) else ""
 
 
 def _named(run: pd.Series) -> str:
@@ -347,6 +347,58 @@ def gains(runs: pd.DataFrame) -> str:
     return gain_in_words(found[0])
 
 
+def gains_in_all(settings: list) -> str:
+    """From what to what both gains go over all that was compared, and where the implementation gains nothing."""
+    found = _all_gains(settings)
+    pressed = [gain.by_compression.value for gain in found]
+    engines = [turns.ratio(gain.fastest_stock, gain.plain) for gain in found]
+    values = [one.value for one in engines]
+    lost = [
+        f"{gain.plain.model}，{gain.plain['dtype']}，{gain.where}（{ENGINES[gain.fastest_stock.engine]}的一步是本库的 "
+        f"{one.in_words}）"
+        for gain, one in zip(found, engines)
+        if not one.low > 1
+    ]
+    return (
+        f"比过几种实现的条件（形状、精度、批）共 {len(found)} 种：压缩使一步缩短的倍数从 {min(pressed):.2f} 到 "
+        f"{max(pressed):.2f}；实现的倍数，与 transformers 的两种缓存里较快的一种相比，从 {min(values):.2f} 到 "
+        f"{max(values):.2f}。" + (f"实现不占便宜的：{listed(lost)}。" if lost else "")
+    )
+
+
+def _all_gains(settings: list) -> list[Gain]:
+    found = [gain for records in timed_settings(settings) for gain in engine_gains(records.frame)]
+    found = [gain for gain in found if gain.best is not None]
+    if not found:
+        raise Missing("speed", "几种实现的对照")
+    return found
+
+
+def gains_apart(settings: list) -> pd.DataFrame:
+    """What is compression's and what the implementation's, in multiples of a step: a column for each setting, at its
+    corner."""
+    corners = [engine_gains(corner(records.frame)) for records in timed_settings(settings)]
+    columns = {_headed(gain): _apart(gain) for gains in corners for gain in gains if gain.best is not None}
+    if not columns:
+        raise Missing("speed", "几种实现的对照")
+    return pd.DataFrame(columns).fillna("—").rename_axis("每步用时之比").reset_index()
+
+
+def _headed(gain: Gain) -> str:
+    return f"{gain.plain.model}，{gain.plain['dtype']}，批 {gain.plain.batch_size}"
+
+
+def _apart(gain: Gain) -> dict[str, str]:
+    rows = {"压缩：本库，不压缩 ÷ 压缩后": gain.by_compression.in_table}
+    for engine, row in gain.stock.items():
+        rows[f"实现：{CACHES[engine]} ÷ 本库，都不压缩"] = turns.ratio(row, gain.plain).in_table
+    if gain.kvpress is not None:
+        rows["实现：kvpress 循环 ÷ 本库，同样压缩"] = turns.ratio(gain.kvpress, gain.best).in_table
+    for engine, row in gain.stock.items():
+        rows[f"合计：{CACHES[engine]}，不压缩 ÷ 本库，压缩后"] = turns.ratio(row, gain.best).in_table
+    return rows | {"压缩后每步最短的": _named(gain.best)}
+
+
 def gains_everywhere(runs: pd.DataFrame) -> list[str]:
     several = several_precisions(runs)
     found = [(gain, f"、{gain.plain['dtype']}" if several else "") for gain in engine_gains(runs)]
@@ -356,8 +408,19 @@ def gains_everywhere(runs: pd.DataFrame) -> list[str]:
 def peaks_in_words(runs: pd.DataFrame) -> str:
     """Of the prefill, at the longest context."""
     shown = at_largest(peaks(runs)["预填充峰值"], "context_tokens")
-    listing = "；".join(f"{row.press} {row.peak_mb:.0f} MB" for row in shown.itertuples())
-    return f"上下文 {shown['context_tokens'].iloc[0]} 时，预填充的峰值比运行之前多：{listing}。"
+    chunked, evicts = column(shown, "prefill_chunk").notna(), column(shown, "evict_while_reading").eq(1)
+    is_plain = shown["press"].str.contains("不压缩")
+    plain, after, while_reading = (
+        shown[of] for of in (is_plain & ~chunked, ~is_plain & ~chunked & ~evicts, ~is_plain & evicts)
+    )
+    if not (len(plain) and len(after) and len(while_reading)):
+        raise Missing("speed", "三种读法的内存峰值")
+    plain, after, while_reading = (rows.iloc[0] for rows in (plain, after, while_reading))
+    return (
+        f"上下文 {plain.context_tokens} 时，完整的缓存占 {plain.kv_bytes_full / 1e6:.0f} MB，预填充的峰值是 "
+        f"{plain.peak_mb:.0f} MB；一次读完、随即压缩（{after.press}）是 {after.peak_mb:.0f} MB；边读边淘汰是 "
+        f"{while_reading.peak_mb:.0f} MB，为不压缩的 {while_reading.peak_mb / plain.peak_mb:.0%}。"
+    )
 
 
 def not_timed(runs: pd.DataFrame) -> list[str]:
@@ -371,34 +434,16 @@ def not_timed(runs: pd.DataFrame) -> list[str]:
     ]
 
 
-def ratio_shown(runs: pd.DataFrame) -> str:
-    ratio = middle_ratio(runs)
-    if ratio is None:
-        raise Missing("speed", "有压缩率的 press")
-    return f"压缩率 {ratio:g}"
-
-
-def smallest_cache(runs: pd.DataFrame) -> str:
-    cell = at_corner(runs)
-    ours = cell[(cell["engine"] == "ours") & (cell["press"] != "no_press")]
-    if ours.empty:
+def saved(runs: pd.DataFrame) -> str:
+    """In bytes, at the corner: the cache, and what the process takes above what it took before the run."""
+    found = engine_gains(at_corner(runs))
+    if not found or found[0].best is None:
         raise Missing("speed", "本库压缩后的运行")
-    least = ours[ours["kv_bytes"] == ours["kv_bytes"].min()]
-    best = least.iloc[0]
+    plain, best = found[0].plain, found[0].best
+    peaks = f"{plain.peak_above_bytes / 1e6:.1f} MB 降到 {best.peak_above_bytes / 1e6:.1f} MB"
+    stock = found[0].stock.get("stock")
+    beside = "" if stock is None else f"（不压缩的 {ENGINES['stock']}是 {stock.peak_above_bytes / 1e6:.1f} MB）"
     return (
-        f"缓存实际分配的字节最少的是 {listed(press_and_strength(least))}：{best.kv_bytes / 1e6:.1f} MB，"
-        f"完整的上下文是 {best.kv_bytes_full / 1e6:.1f} MB。"
+        f"省多少：{_named(best)} 的缓存由 {plain.kv_bytes / 1e6:.1f} MB 降到 {best.kv_bytes / 1e6:.1f} MB，是原来的 "
+        f"{best.kv_bytes / plain.kv_bytes:.0%}；解码时整个进程比运行之前多用的内存，峰值由 {peaks}{beside}。"
     )
-
-
-def slowest_prefill(runs: pd.DataFrame) -> str:
-    cell = at_corner(runs).assign(prefill_s=lambda cell: pd.to_numeric(cell["prefill_s"]))
-    ours = cell[(cell["engine"] == "ours") & cell["prefill_s"].notna()]
-    plain, scored = (ours[(ours["press"] == "no_press") == is_plain] for is_plain in (True, False))
-    if plain.empty or scored.empty:
-        raise Missing("speed", "首词元用时的对照")
-    plain = plain[bits_of(plain).isna()]
-    slowest = scored.loc[scored["prefill_s"].idxmax()]
-    times = turns.ratio(slowest, plain.iloc[0], "prefill_s")
-    level = _and_level(turns.level_with(slowest, scored, "prefill_s"))
-    return f"打分也要时间：首词元最慢的是 {press_and_strength(scored)[slowest.name]}{level}，用时为不压缩的 {times}。"

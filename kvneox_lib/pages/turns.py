@@ -35,6 +35,11 @@ class Ratio:
         """For sentences that would be read as a claim."""
         return f"{self}" + ("，分不出快慢" if self.low <= 1 <= self.high else "")
 
+    @property
+    def in_table(self) -> str:
+        """Where the head of the column says that it is a multiple."""
+        return f"{self}".replace(" 倍", "")
+
     def __str__(self) -> str:
         if np.isnan(self.low):
             return f"{self.value:.2f} 倍"
@@ -86,7 +91,7 @@ def basis(runs: pd.DataFrame) -> str:
     """What the brackets after a ratio are."""
     counts = {len(turns_of(row, "step_s")) for _, row in runs.iterrows()}
     told = "比值都在同一轮里求，方括号里是各轮比值的 95 % 区间（{} 轮，取对数，t 分布）。"
-    untold = "这些记录没有留下每一轮的用时：倍数是中位数之比，圆括号里是由两边的四分位数推得的范围，不是置信区间。"
+    untold = "没有留下逐轮用时的记录，倍数是中位数之比，圆括号里是由两边的四分位数推得的范围，不是置信区间。"
     several = sorted(count for count in counts if count > 1)
     if not several:
         return untold
