@@ -14,8 +14,11 @@ from kvneox_lib.neox.masks import LayerMasks
 from kvneox_lib.pages import (
     copying,
     correctness,
+    decision,
+    diagrams,
     earlier,
     figures,
+    first_page,
     front,
     heads,
     losses,

@@ -9,7 +9,6 @@ import pytest
 import torch
 from matplotlib import font_manager, pyplot
 
-from kvneox_lib.neox.modeling import half_split
 from kvneox_lib.pages import figures
 from kvneox_lib.pages.words import CONTROL
 from kvneox_lib.presses.registry import ROWS
@@ -35,7 +34,7 @@ def draw(figure, tmp_path):
 def test_a_missing_glyph_would_be_noticed(tmp_path):
     matplotlib.rcParams["font.sans-serif"] = ["DejaVu Sans"]
     with pytest.raises(UserWarning, match="Glyph"):
-        draw(figures.head_dimension_order(list(range(8)), 4), tmp_path)
+        draw(figures.note("缺少"), tmp_path)
 
 
 def test_the_font_comes_from_a_package_where_none_is_installed(monkeypatch):
@@ -45,13 +44,6 @@ def test_the_font_comes_from_a_package_where_none_is_installed(monkeypatch):
     monkeypatch.setattr(font_manager.fontManager, "ttflist", [])
     with pytest.raises(ModuleNotFoundError, match="pip install mplfonts"):
         figures.chinese_font()
-
-
-def test_head_dimension_order(tmp_path):
-    figure = figures.head_dimension_order(half_split(torch.arange(16), 8).tolist(), 8)
-    draw(figure, tmp_path)
-    labels = [text.get_text() for text in figure.axes[0].texts]
-    assert [int(label) for label in labels[1::2]] == [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15]
 
 
 def test_kept_heat_maps(tmp_path):
@@ -160,10 +152,3 @@ def test_scatter_panels(tmp_path):
     one, other = ({line.get_label(): line for line in axes.get_lines()} for axes in figure.axes)
     assert list(other["press 3"].get_xdata()) == [x / 2 for x in one["press 3"].get_xdata()]
     assert list(one["press 3"].get_ydata()) == [1.0, 1.0, 2.0, 2.0] and len(one) == 14
-
-
-def test_hook_timeline(tmp_path):
-    figure = figures.hook_timeline(3)
-    draw(figure, tmp_path)
-    heights = {text.get_text(): text.get_position()[1] for text in figure.axes[0].texts}
-    assert heights["第 0 层"] > heights["第 1 层"] > heights["第 2 层"]

@@ -33,11 +33,15 @@ def same_perplexity(earlier: pd.DataFrame, wiki: Records, books: Records) -> str
     return (
         f"**各方法的困惑度相同：现象成立，解释不成立。** {len(then)} 行的困惑度都是 {then['ppl_wikitext'].iloc[0]} 与 "
         f"{then['ppl_pg19'].iloc[0]}，当时归因于方法稳健。教师强制的困惑度与 press 无关（@sec-artefact），"
-        f"本文的对照最多变动{tiny(furthest_moved(wiki, books))}；读压缩后的缓存去测，SnapKV 在压缩率 {ratio:.2f} 时的"
-        f"困惑度是不压缩的 {row.ppl_ratio:.3f} 倍（{named(wiki)}，{models(wiki)}）。"
+        f"本文的对照{_moved(furthest_moved(wiki, books))}；读压缩后的缓存去测，SnapKV 在压缩率 {ratio:.2f} 时的"
+        f"困惑度是不压缩的 {with_interval(row, 'ppl_ratio')} 倍（{named(wiki)}，{models(wiki)}）。"
         "那份工作为 press 取查询时一度切错了 QKV（@sec-qkv），困惑度却没有变，也是同一个原因："
         "那个数根本不读压缩后的缓存。\n\n"
     )
+
+
+def _moved(difference: float) -> str:
+    return "分毫不变" if difference == 0 else f"最多变动 {tiny(difference)}"
 
 
 def breaking_then(wiki: Records) -> str:
@@ -57,7 +61,7 @@ def bytes_allow(earlier: pd.DataFrame) -> str:
     return (
         f"**批为一时压缩反而稍慢：合理。** 按尺寸计算（半精度、{earlier['context_tokens'].iloc[0]:.0f} 个词元），"
         f"每步读权重 {weights / 1e9:.2f} GB、缓存 {cache / 1e9:.2f} GB；缓存减半，最多快到 {most:.2f} 倍。当时测得 "
-        f"{speed['SnapKV'] / speed['不压缩']:.2f} 倍，应是打分与补丁的开销超过了能省的；@fig-share 说的也是这件事。\n\n"
+        f"{speed['SnapKV'] / speed['不压缩']:.2f} 倍，打分与补丁的开销很可能超过了能省的（@fig-share）。\n\n"
     )
 
 
@@ -68,7 +72,7 @@ def batch_of_four(earlier: pd.DataFrame) -> str:
         f"{_step(earlier, 4)[2]:.2f} 倍。"
         f"不压缩的吞吐从批为一的 {alone['不压缩']} 降到批为四的 {four['不压缩']} 词元/秒，"
         "像是显存不够、数据被换到主存（原文也这样猜测）："
-        "那里的加速是“放得下”与“放不下”之别，换一台内存够的机器就没有了。"
+        "若是这样，那里的加速是“放得下”与“放不下”之别，内存够的机器上不会有。"
         f"PyramidKV 名义上留下的总量与 SnapKV 相同，吞吐却只有它的 {four['PyramidKV'] / four['SnapKV']:.0%}，"
         "也提示那一列主要不是由读缓存的时间决定的。\n\n"
     )

@@ -61,24 +61,6 @@ def chinese_font() -> str:
     return font_manager.FontProperties(fname=path).get_name()
 
 
-def head_dimension_order(order: list[int], rotary_ndims: int) -> Figure:
-    """Where each dimension goes: `order[i]` is the NeoX dimension at place i of the cache; pairs share a colour."""
-    dim, half = len(order), rotary_ndims // 2
-    palette = seaborn.color_palette("colorblind", half)
-    figure, axes = pyplot.subplots(figsize=(0.5 * dim + 1, 2.4))
-    for place, source in enumerate(order):
-        colour = palette[source % half] if source < rotary_ndims else "0.85"
-        for x, y, label in ((source, 1, source), (place, 0, source)):
-            axes.add_patch(pyplot.Rectangle((x - 0.45, y - 0.18), 0.9, 0.36, facecolor=colour, edgecolor="0.3"))
-            axes.text(x, y, str(label), ha="center", va="center", fontsize=9)
-        axes.plot([source, place], [0.8, 0.2], color=colour if source < rotary_ndims else "0.7", linewidth=1.5)
-    axes.set(xlim=(-0.7, dim - 0.3), ylim=(-0.5, 1.5), xticks=[], yticks=[0, 1])
-    axes.set_yticklabels(["缓存中的顺序（Llama）", "NeoX 的顺序"])
-    axes.grid(False)
-    seaborn.despine(figure, left=True, bottom=True)
-    return figure
-
-
 def kept_heat_maps(kept: dict[str, torch.Tensor], n_bins: int = 64) -> Figure:
     """For each press, the share of tokens kept by (layer, head) along the context; `kept` holds (layers, heads, T)."""
     columns = min(3, len(kept))
@@ -471,32 +453,4 @@ def against(panels: dict[str, pd.DataFrame], x: str, y: str, *, xlabel: str, yla
     marks = [{**_line_style(name, names), "linestyle": "none", "label": name} for name in names]
     handles = [pyplot.Line2D([], [], markersize=5, **mark) for mark in marks]
     figure.legend(handles=handles, loc="outside right center", fontsize=8, frameon=False)
-    return figure
-
-
-def hook_timeline(n_layers: int = 2) -> Figure:
-    """When a press acts in the prefill: after the attention of its layer, before the next layer begins."""
-    full, kept, moved = (seaborn.color_palette("colorblind")[i] for i in (0, 2, 7))
-    steps = [
-        ("注意力\n读全部键值", "1"),
-        ("缓存：全部键值", full),
-        ("钩子：打分、取舍", "1"),
-        ("缓存：留下的键值", kept),
-    ]
-    figure, axes = pyplot.subplots(figsize=(8.2, 1.5 * n_layers + 0.7))
-    for layer in range(n_layers):
-        y = -1.5 * layer
-        for step, (label, colour) in enumerate(steps):
-            x = 2.1 * step
-            axes.add_patch(pyplot.Rectangle((x, y), 1.7, 0.7, facecolor=colour, edgecolor="0.2", alpha=0.55))
-            axes.text(x + 0.85, y + 0.35, label, ha="center", va="center", fontsize=9)
-            if step:
-                axes.annotate("", (x, y + 0.35), (x - 0.4, y + 0.35), arrowprops={"arrowstyle": "->", "color": "0.2"})
-        axes.text(-0.15, y + 0.35, f"第 {layer} 层", ha="right", va="center", fontsize=10)
-        axes.annotate("", (0.85, y - 0.8), (0.85, y), arrowprops={"arrowstyle": "->", "color": "0.2", "linewidth": 2})
-        axes.text(1.0, y - 0.42, "隐状态：全部词元，从不压缩", va="center", fontsize=9)
-        axes.annotate("", (8.7, y + 0.35), (8.0, y + 0.35), arrowprops={"arrowstyle": "->", "color": moved})
-        axes.text(8.75, y + 0.35, "留给解码", va="center", fontsize=9)
-    axes.set(xlim=(-1.1, 9.9), ylim=(-1.5 * n_layers + 0.55, 0.8))
-    axes.set_axis_off()
     return figure

@@ -1,56 +1,18 @@
-"""What the report says of all studies together: abstract, settings, limits, versions."""
+"""What the report says of all studies together: settings, limits, versions."""
 
 import json
 
 import pandas as pd
 
 from kvneox_lib.inputs.weights import PYTHIA, demo_folder
-from kvneox_lib.pages import quality, turns
+from kvneox_lib.pages import quality
 from kvneox_lib.pages.degenerate import healthy
 from kvneox_lib.pages.report import NOTEBOOKS, Missing, Records, middle_ratio, models, setting, settings
 from kvneox_lib.pages.retrieval import RULE, copying_heads
-from kvneox_lib.pages.selecting import of_one_storage, with_strength
-from kvneox_lib.pages.timings import corner, fastest_transformers
+from kvneox_lib.pages.selecting import of_one_storage
 from kvneox_lib.pages.wordings import trained_on, wordings_in
-from kvneox_lib.pages.words import ENGINES, STUDY_NAMES, listed
+from kvneox_lib.pages.words import STUDY_NAMES, listed
 from kvneox_lib.studies.table import STUDIES
-
-# ---- abstract -------------------------------------------------------------------------------------------------------
-
-
-def best_recall(recall: Records) -> str:
-    ratio = middle_ratio(recall)
-    outside = healthy(of_one_storage(recall.runs(query_aware=False, compression_ratio=ratio)))
-    outside = outside.set_index("press")["accuracy"]
-    return (
-        f"检索：压缩率 {ratio:.2f}、压缩时还不知道问题，{len(outside)} 种方法中"
-        f"准确率最高的是 {outside.idxmax()}（{outside.max():.2f}），有 {(outside < 0.05).sum()} 种答对不到二十分之一。"
-    )
-
-
-def best_speed(speed: Records) -> str:
-    cell = corner(speed.runs())
-    ours = cell[(cell["engine"] == "ours") & (cell["press"] != "no_press")]
-    stock = fastest_transformers(cell)
-    if ours.empty or stock is None:
-        raise Missing(speed.study, "本库与 transformers 的对照")
-    best = ours.loc[ours["step_s"].idxmin()]
-    times = turns.ratio(stock, best)
-    # Quartiles would be read as an interval of 95 %
-    said = str(times) if times.is_interval else f"{times.value:.2f} 倍"
-    return (
-        f"速度：{best.model}、上下文 {best.context_tokens}、批 {best.batch_size}（{best.device_name}），压缩后每秒解码 "
-        f"{best.decode_tok_per_s:.0f} 个词元（{with_strength(best)}），是不压缩的 {ENGINES[stock.engine]}的 "
-        f"{said}，每步用时是屋顶线所给下界的 {best.times_floor:.1f} 倍。"
-    )
-
-
-def evidence(*studies: Records) -> str:
-    return (
-        f"一篇报告只能说到证据为止：这里的质量数字来自{models(*studies)}，"
-        "它们能说明测量方法对不对、各方法的损失怎样产生，不能说明别的模型上各方法的名次。"
-    )
-
 
 # ---- settings -------------------------------------------------------------------------------------------------------
 
@@ -132,7 +94,7 @@ def can_say(causes: Records, *studies: Records) -> str:
     """`causes` are the records of study `heads`: what only they show is not said without them."""
     text = (
         f"质量的数字来自{models(*studies)}。"
-        "它们能说明：测量方法测到了东西没有（@sec-artefact 的对照，@sec-books 的曲线）；损失从哪里来"
+        "它们足以说明：测量方法测到了东西没有（@sec-artefact 的对照，@sec-books 的曲线）；损失从哪里来"
     )
     if causes.frame.empty:
         return f"{text}（@sec-distance 的近处与远处）。"
@@ -144,11 +106,17 @@ def not_general(recall: Records) -> str:
     runs = of_one_storage(recall.runs(query_aware=False, compression_ratio=middle_ratio(recall)))
     runs = healthy(runs).nlargest(2, "accuracy")
     return (
-        f"检索所用的模型（{models(recall).strip()}）共有 {len(heads)} 个头，"
-        f"其中抄写的（{RULE}）有 {len(copying_heads(heads))} 个（@fig-heads）；"
-        "头的多少与分工因模型而异，同一方法保住这些头的机会也就不同。"
-        f"因此**各方法的名次不能推广**：{listed(runs['press'])} 在这里检索得最好，"
+        f"**各方法的名次不能推广。** 检索所用的模型（{models(recall).strip()}）共有 {len(heads)} 个头，"
+        f"其中抄写的（{RULE}）有 {len(copying_heads(heads))} 个（@fig-heads）；头的多少与分工因模型而异，"
+        f"同一方法保住这些头的机会也就不同。{listed(runs['press'])} 在这里检索得最好，"
         "换一个模型、一种口令，次序就可能不同。"
+    )
+
+
+def few_models(*studies: Records) -> str:
+    return (
+        f"**模型**：质量只在{models(*studies)}上测。头更多、分工不同的模型里，预算怎样分可能两样；"
+        "训练途中有什么变化，见 @sec-training。\n\n"
     )
 
 
@@ -163,12 +131,18 @@ def every_setting() -> list[Records]:
 
 
 def devices() -> str:
+    """What was measured on which kind of machine, and what therefore is not known."""
     found = every_setting()
-    runs = pd.concat([records.frame[["device_name", "device"]] for records in found])
-    names = sorted({f"{name}（{device}）" for name, device in zip(runs["device_name"], runs["device"])})
-    text = f"本文用到的全部记录来自 {listed(names)}。"
-    if not (runs["device"] == "cuda").any():
-        text += "没有 CUDA 显卡上的记录：显存峰值与 GPU 上的吞吐都没有测到，CPU 上的倍数不能照搬。"
+    parts = [records.frame[["device_name", "device"]].assign(study=STUDY_NAMES[records.study]) for records in found]
+    runs = pd.concat(parts).drop_duplicates()
+    told = [
+        f"{device} 上的记录（{listed(sorted(part['device_name'].unique()))}）有{listed(part['study'].unique())}"
+        for device, part in runs.groupby("device")
+    ]
+    text = f"**机器**：{'；'.join(told)}。"
+    timed = [records for records in found if STUDIES[records.study].is_timed]
+    if not any((records.frame["device"] == "cuda").any() for records in timed):
+        text += "计时的记录都不在 CUDA 显卡上：显存峰值与 GPU 上的吞吐没有测到，CPU 上的倍数不能照搬。"
     if not any(map(_is_of_pythia, found)):
         text += "没有真实 Pythia 权重的记录：质量的数字都不是 Pythia 的。"
     return text
@@ -185,7 +159,10 @@ def texts(*studies: Records) -> str:
     used = sorted({name for records in studies if len(records.frame) for name in records.frame["dataset"]})
     if not used:
         raise Missing("pg19_ppl")
-    return f"\n\n质量与流式实验的文本是 {listed(used)}" + ("。" if "PG-19" in used else "，**PG-19 本身**没有用到。")
+    counts = [records.frame["n_documents"].max() for records in studies if "n_documents" in records.frame]
+    few = f"，每项实验至多 {max(counts):.0f} 篇" if counts and max(counts) == max(counts) else ""
+    text = f"\n\n**文本**：质量与流式实验用的是 {listed(used)}{few}。"
+    return text if "PG-19" in used else f"{text}**PG-19 本身**没有用到。"
 
 
 # ---- versions -------------------------------------------------------------------------------------------------------
