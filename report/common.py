@@ -15,6 +15,7 @@ from kvneox_lib.pages import (
     copying,
     correctness,
     decision,
+    degenerate,
     diagrams,
     earlier,
     figures,
@@ -29,6 +30,7 @@ from kvneox_lib.pages import (
     payoff,
     quality,
     retrieval,
+    setup,
     shapes,
     storage,
     streams,
@@ -36,6 +38,7 @@ from kvneox_lib.pages import (
     tables,
     timings,
     turns,
+    verdicts,
     wordings,
 )
 from kvneox_lib.pages import report as reporting

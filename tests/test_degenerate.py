@@ -1,5 +1,7 @@
 """Degenerate settings are found where arithmetic says so, and nowhere else; pages name them and rank none."""
 
+from types import SimpleNamespace
+
 import kvpress
 import pandas as pd
 import pytest
@@ -179,6 +181,16 @@ def test_pages_name_degenerate_runs_and_rank_the_others():
     assert "lagkv" not in tasks.at_middle_ratio(scored, "outside").index
     before = runs.drop(columns=["degenerate", "fixed_share"])  # records from before it was looked for
     assert pages.healthy(before).equals(before) and pages.said(before) == []
+
+
+def test_the_table_merges_studies_and_bits():
+    frame = table()
+    other = frame.assign(degenerate=frame["degenerate"].str.replace("1.00", "0.20"), kv_bits=2)
+    several = [SimpleNamespace(study="recall", frame=frame), SimpleNamespace(study="tasks", frame=other)]
+    (row,) = pages.table(several).itertuples(index=False)
+    assert row.press == "lagkv" and row.设置 == "压缩率 0.9" and row.实验 == "检索、任务"
+    assert row.原因 == "留下的条目里 20% 至 100% 是在同分者中随意取的；留下的与 streaming_llm 完全相同"
+    assert pages.table([SimpleNamespace(study="recall", frame=frame.assign(degenerate=None))]).empty
 
 
 def test_every_phrase_has_its_words():

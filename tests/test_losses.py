@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot
 
-from kvneox_lib.pages import losses, overview, quality
+from kvneox_lib.pages import losses, quality, setup
 from kvneox_lib.pages import report as reporting
 from kvneox_lib.pages.selecting import at_ratio, left_out_of_figures, middle_ratio, of_one_storage
 from kvneox_lib.pages.shapes import cache_shares
@@ -181,19 +181,51 @@ def test_no_press_alone_leaves_notes_in_place_of_pictures():
     assert losses.lasting(table, None) == "没有由压缩率决定强度的 press，这一节略去。"
 
 
-def test_near_and_far_weigh_each_bin_by_its_tokens():
+def distances(*lost: tuple[str, float, float]) -> pd.DataFrame:
+    """Table `distance`: (press, loss of the first two tokens, loss of the others)."""
     edges = [(1, 1), (2, 2), (3, 16), (17, 40)]
     rows = [
-        {"press": press, "compression_ratio": 0.5, "from_token": a, "to_token": b, "delta_nll": loss * (1 + (b < 3))}
-        for press, loss in (("snapkv", 0.1), ("random", 0.3))
+        {
+            "press": press,
+            "compression_ratio": 0.5,
+            "from_token": a,
+            "to_token": b,
+            "delta_nll": first if b < 3 else then,
+        }
+        for press, first, then in lost
         for a, b in edges
     ]
-    found = losses.near_and_far(pd.DataFrame(rows))
-    assert found.near == pytest.approx((2 * 0.4 + 14 * 0.2) / 16) and found.far == pytest.approx(0.2)
-    assert (found.from_token, found.to_token) == (17, 40)
-    assert "前 16 个计分的词元每个损失 0.225 nat，第 17–40 个每个损失 0.200 nat，是前者的 89%" in losses.lasting(
-        pd.DataFrame(rows), 0.5
-    )
+    return pd.DataFrame(rows)
+
+
+def test_near_and_far_weigh_each_bin_by_its_tokens():
+    table = distances(("snapkv", 0.1, 0.1), ("random", 0.6, 0.3), ("kvzip", -0.1, 0.0))
+    found = losses.near_and_far(table).set_index("press")
+    assert found.loc["random", "near"] == pytest.approx((2 * 0.6 + 14 * 0.3) / 16)
+    assert found["far"].to_dict() == pytest.approx({"snapkv": 0.1, "random": 0.3, "kvzip": 0.0})
+    assert found["kind"].to_dict() == {"snapkv": "看末尾窗口的注意力", "random": "随机", "kvzip": "重读上下文"}
+    assert found["share"].isna().to_dict() == {"snapkv": False, "random": False, "kvzip": True}, "nothing is lost near"
+    said = losses.lasting(table, 0.5)
+    assert "第 17–40 个计分的词元" in said and "看末尾窗口的注意力 100%（snapkv）；随机 89%（random）。" in said
+
+
+def test_what_hardly_fades_is_told_apart_by_text(monkeypatch):
+    steady, fading = ("snapkv", 0.1, 0.1), ("snapkv", 2.0, 0.1)
+    random = ("random", 1.0, 0.1)
+    tables = {"wikitext_ppl": distances(steady, random), "pg19_ppl": distances(fading, random)}
+    monkeypatch.setattr(reporting.Records, "table", lambda records, name, **wanted: tables[records.study])
+    wiki, books = (records(name, study()) for name in tables)
+    table = quality.fading_table(wiki, books).set_index("怎样取舍")
+    assert table.loc["看末尾窗口的注意力", ["短文实验 近处", "短文实验 远比近"]].tolist() == ["0.100", "100%"]
+    assert table.index.tolist() == ["随机", "看末尾窗口的注意力"], "what loses most near stands first"
+    said = quality.lasting(wiki, books)
+    assert "短文实验里，随机淘汰的损失到远处只剩 47%，几乎不消退的：snapkv；" in said
+    assert "长书实验里，随机淘汰的损失到远处只剩 47%，几乎不消退的：没有一种" in said
+    assert "短文实验 64%、长书实验 36%" in quality.hidden_by_means(wiki, books)
+    assert "各篇文本都如此" not in said and "各篇文本都如此" in quality.lasting(wiki)
+    tables["wikitext_ppl"] = distances(steady)
+    with pytest.raises(reporting.Missing, match="random"):
+        quality.lasting(wiki)
 
 
 def test_along_the_first_book():
@@ -210,22 +242,89 @@ def records(name: str, frame: pd.DataFrame) -> reporting.Records:
     return reporting.Records(name, None, None, frame.assign(dataset="a letter"))
 
 
-def test_texts_are_compared_at_what_both_have():
-    wiki, books = records("wikitext_ppl", study()), records("pg19_ppl", study()[lambda runs: runs["press"] != "random"])
-    books.frame["delta_nll"] *= 2
-    said = quality.same_cost(wiki, books)
-    assert said == (
-        "压缩率同为 0.50，两个实验都测了的 1 种方法，平均损失在长书实验（a letter）里是 0.400 nat，"
-        "在短文实验（a letter）里是 0.200 nat。"
-    )
+def test_texts_are_compared_where_intervals_part():
+    wiki, books = records("wikitext_ppl", study()), records("pg19_ppl", study())
+    for name in ("delta_nll", losses.LOW, losses.HIGH):
+        books.frame[name] *= 2
+    assert quality.shown_ratios(wiki, books) == (0.25, 0.75)
+    said = quality.texts_apart(wiki, books)
+    assert "在长书实验（a letter）里的损失比在短文实验（a letter）里的大：4 对里有 4 对" in said
+    assert "2.0 到 2.0 倍" in said
+    assert "都相交" in quality.texts_apart(wiki, records("pg19_ppl", study()))
+
+
+def test_tables_put_presses_that_work_alike_together():
+    frame = study().assign(degenerate=None)
+    frame.loc[(frame["press"] == "snapkv") & (frame["compression_ratio"] == 0.75), "degenerate"] = "tied 1.00"
+    wiki, books = records("wikitext_ppl", frame), records("pg19_ppl", study()[lambda runs: runs["press"] != "random"])
     table = quality.loss_table(wiki, books)
-    assert table.columns.tolist() == ["实验", "press", "0.25", "0.5", "0.75"]
-    assert table["press"].tolist() == ["snapkv", "random", "snapkv"] and table["0.75"].iloc[2] == "+0.800"
-    assert quality.extremes(wiki).endswith("snapkv（0.200 [0.190, 0.210]），最大的是 random（0.300 [0.290, 0.310]）。")
+    assert table.columns.tolist() == ["实验", "怎样取舍", "press", "0.25", "0.5", "0.75"]
+    assert table["press"].tolist() == ["snapkv", "random", "snapkv"]
+    assert table["0.75"].tolist() == ["（+0.400）", "+0.300", "+0.400"]
+
+
+def test_how_losses_grow():
+    with_one, without = (records("wikitext_ppl", study(ends)) for ends in (0.01, None))
+    said = quality.example(with_one)
+    assert "0.25 时每个词元多损失 0.100 [0.090, 0.110] nat（困惑度乘以 1.11），压缩率 0.75 时" in said
+    assert quality.rising(with_one).startswith("2 条线里有 1 条") and quality.rising(with_one).endswith("是 random。")
+    rising = records("wikitext_ppl", study()[lambda runs: runs["press"] != "random"])
+    assert quality.rising(rising).startswith("每一种方法都是压得越多、损失越大")
     with pytest.raises(reporting.Missing, match="wikitext_ppl 的 有压缩率的 press"):
         quality.rising(records("wikitext_ppl", study()[:1]))
     with pytest.raises(reporting.Missing, match="多个压缩率的区间"):
-        quality.rising(records("wikitext_ppl", study(None)))
+        quality.rising(without)
+    assert "压缩率 0.25 时损失最大的方法是最小的 2.9 倍" in quality.converging(with_one)
+    with pytest.raises(reporting.Missing, match="几种方法"):
+        quality.converging(rising)
+    assert "仍相交" not in quality.converging(with_one)
+    assert "仍相交" in quality.converging(records("pg19_ppl", study(0.2)))
+
+
+def test_all_presses_by_how_they_choose(monkeypatch):
+    frame = study().assign(kept_fraction=0.5, n_windows=20)
+    frame.loc[frame["press"] == "random", "press"] = "kvzip"
+    frame.loc[frame["press"] == "think", "degenerate"] = "same as streaming_llm"
+    monkeypatch.setattr(quality, "widest", lambda name: records(name, frame))
+    table = quality.every_press("wikitext_ppl", "pg19_ppl").set_index("press")
+    assert table.index.tolist() == ["think", "snapkv", "kvzip"], "at 0.5 or a strength of its own, the best first"
+    assert table.loc["kvzip", ["怎样取舍", "另外的代价"]].tolist() == ["重读上下文", "压缩时再读一遍上下文"]
+    assert table.loc["think", "长书实验的损失"] == "（-0.500 [-0.510, -0.490]）"
+    assert table.loc["snapkv", ["实际保留", "短文实验的损失"]].tolist() == ["0.50", "0.200 [0.190, 0.210]"]
+    assert "短文实验 20 个窗口，长书实验 20 个窗口" in quality.every_windows("wikitext_ppl", "pg19_ppl")
+
+
+def test_without_intervals_nothing_is_said_to_overlap():
+    without = records("wikitext_ppl", study(None)), records("pg19_ppl", study(None))
+    for sentence in (lambda: quality.texts_apart(*without), lambda: quality.converging(without[0])):
+        with pytest.raises(reporting.Missing, match="区间"):
+            sentence()
+
+
+def test_what_loses_next_to_nothing_is_named():
+    frame = study()
+    assert "没有一种方法" in quality.nearly_free(records("wikitext_ppl", frame))
+    frame.loc[frame["press"] == "snapkv", ["press", "delta_nll"]] = "kvzip", 0.01
+    said = quality.nearly_free(records("wikitext_ppl", frame), records("pg19_ppl", frame))
+    assert "kvzip（重读上下文）的损失" in said and "至多 0.010 nat" in said and "重放一遍上下文" in said
+    assert "没有一种方法" in quality.nearly_free(records("wikitext_ppl", frame), records("pg19_ppl", study()))
+    with pytest.raises(reporting.Missing, match="random"):
+        quality.nearly_free(records("wikitext_ppl", frame[frame["press"] != "random"]))
+
+
+def test_heads_that_keep_unequal_shares():
+    rows = [("snapkv", layer, head, 0.5) for layer in range(2) for head in range(2)]
+    rows += [("pyramidkv", layer, head, (0.8, 0.2)[layer]) for layer in range(2) for head in range(2)]
+    rows += [("adakv_snapkv", 0, head, 0.5) for head in range(2)]
+    rows += [("adakv_snapkv", 1, 0, 0.8), ("adakv_snapkv", 1, 1, 0.2)]
+    heads = pd.DataFrame(rows, columns=["press", "layer", "head", "kept"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reporting.Records, "table", lambda records, name, **wanted: heads)
+        said = quality.spread(records("pg19_ppl", study()))
+    assert said == (
+        "压缩率 0.5：snapkv 每层每头都留 50%；pyramidkv 各层平均从 20% 到 80%；"
+        "adakv_snapkv 同一层的头相差最多的从 20% 到 80%。"
+    )
 
 
 def test_intervals_from_before_dependence_are_not_said_to_know_of_it():
@@ -235,15 +334,13 @@ def test_intervals_from_before_dependence_are_not_said_to_know_of_it():
     mixed = records("wikitext_ppl", now.frame.assign(n_documents=[None, *[1] * (len(now.frame) - 1)]))
     assert [quality.knows_dependence(each) for each in (before, now, mixed)] == [False, True, False]
     assert "没有考虑窗口来自哪篇文本、与哪些相邻" in quality.reach(before)
-    assert "先抽文本" in overview.protocol_of_perplexity(now)
+    assert "先抽文本" in setup.protocol_of_perplexity(now)
     for each in (before, mixed):
-        assert "先抽" not in overview.protocol_of_perplexity(each) and "彼此独立的" in overview.protocol_of_perplexity(
-            each
-        )
+        assert "先抽" not in setup.protocol_of_perplexity(each) and "彼此独立的" in setup.protocol_of_perplexity(each)
     keys = records("recall", pd.DataFrame({"context_length": [64], "n_keys": 4}))
-    assert "把每个口令都当作独立的" in overview.protocol_of_recall(keys)
+    assert "把每个口令都当作独立的" in setup.protocol_of_recall(keys)
     contexts = records("recall", keys.frame.assign(n_contexts=2))
-    assert "同一段上下文里的口令不当作彼此独立的" in overview.protocol_of_recall(contexts)
+    assert "同一段上下文里的口令不当作彼此独立的" in setup.protocol_of_recall(contexts)
 
 
 def test_an_infinite_perplexity_is_named():
@@ -251,7 +348,10 @@ def test_an_infinite_perplexity_is_named():
     runs.loc[(runs["press"] == "random") & (runs["compression_ratio"] == 0.75), "ppl_ratio"] = None
     assert "有的不是有限的数" in quality.breaking(records("wikitext_ppl", runs))
     said = quality.breaking(records("wikitext_ppl", study()))
-    assert "只留 25%：困惑度乘以 1.350（random）到 1.492（snapkv），都是有限的数" in said and "2e-06 nat" in said
+    assert "只留 25% 时，2 种方法让续文的困惑度乘以 1.35 到 1.49：press 确实起了作用" in said
+    assert "2e-06 nat" in quality.unmoved(records("wikitext_ppl", study()))
+    still = records("wikitext_ppl", study().assign(control_delta_nll=0.0))
+    assert "6 次运行的对照与不压缩逐位相同" in quality.unmoved(still)
 
 
 def test_the_share_of_the_cache_grows_with_length_and_batch():

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from kvneox_lib.pages import overview
+from kvneox_lib.pages import overview, setup
 from kvneox_lib.pages import report as reporting
 from kvneox_lib.pages.report import Records
 from kvneox_lib.pages.words import weights_in_words
@@ -59,19 +59,34 @@ def test_what_only_heads_show_is_not_said_without_their_records(tmp_path):
 
 
 def test_settings_and_versions_name_what_was_measured(tmp_path, monkeypatch):
-    asked = [records("recall", "demo-wordings", "pretrained", tmp_path, template=name) for name in ("passkey", "house")]
+    asked = [
+        records("recall", "demo-wordings", "pretrained", tmp_path, template=name, n_keys=n, context_length=64)
+        for name, n in (("passkey", 10), ("house", 20))
+    ]
     several = Records("recall", tmp_path, tmp_path, pd.concat([one.frame for one in asked]))
     parts = [
-        records("tasks", "demo", "bundled", tmp_path, n_tokens=None, dataset=f"task {n}", context_tokens=n)
+        records("tasks", "demo", "bundled", tmp_path, n_documents=7, dataset=f"task {n}", context_tokens=n)
         for n in range(1, 6)
     ]
     tasks = Records("tasks", tmp_path, tmp_path, pd.concat([one.frame for one in parts]))
-    table = overview.setup_table(asked[0], several, tasks)
-    assert table["实验"].tolist() == ["检索", "检索（几种说法）", "任务"]
-    assert "；上下文 100；每份至多 50 个词元" in table["设置"][0]
-    assert "文本 task 1、task 2" in table["设置"][2] and table["设置"][2].endswith("；上下文 1 至 5")
+    none = Records("heads", tmp_path, tmp_path, pd.DataFrame())
+    table = setup.setup_table(asked[0], several, tasks, none)
+    assert table["实验"].tolist() == ["检索", "检索", "任务", "抄写的头"]
+    assert table["多少"].tolist()[:3] == [
+        "10 个口令，上下文 64",
+        "2 种说法，10、20 个口令，上下文 64",
+        "每项 7 题，上下文约 1 至 5",
+    ]
+    assert "缺少记录：heads" in table["多少"][3] and table["文本"][3] == "—"
+    assert "task 1、task 2" in table["文本"][2] and "未随包附带" in table["模型"][0]
+
+
+def test_all_records_are_counted(tmp_path, monkeypatch):
     state = records("recall", "demo-wordings", "pretrained", tmp_path, revision="step125")
-    monkeypatch.setattr(
-        overview, "settings", lambda study, revisions: [state] if revisions and study == "recall" else []
-    )
-    assert overview.version_table()["模型"].tolist() == ["demo-wordings（含训练途中的 1 个状态）"]
+    timed = [records("speed", "pythia-70m", "random", tmp_path, dtype=dtype) for dtype in ("float32", "bfloat16")]
+    monkeypatch.setattr(overview, "every_setting", lambda: [state, *timed])
+    table = setup.records_table()
+    assert table["模型"].tolist() == ["demo-wordings，训练途中的 1 个状态", "pythia-70m"]
+    assert table["设置"].tolist() == ["1", "2"] and table["记录"].tolist() == ["1", "2"]
+    assert table["设备与精度"][1] == "a processor（cpu，float32、bfloat16）" and table["提交"][1] == "abcdef0"
+    assert setup.version_table()["实验"].tolist() == ["检索、速度"] and setup.version_table()["记录"].tolist() == ["3"]

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from kvneox_lib import __main__
 from kvneox_lib.measures import verify
 from kvneox_lib.neox import modeling
+from kvneox_lib.pages import correctness
 from kvneox_lib.pages.tables import press_table
 from kvneox_lib.presses.registry import REGISTRY
 
@@ -23,6 +24,7 @@ def pages(reading):
 def test_every_check_passes_on_the_demo_model(demo, pages):
     checks = list(verify.run_checks(demo, pages))
     assert len(checks) == 16 and all(check.passed for check in checks), "\n".join(map(str, checks))
+    assert [check.name for check in checks if check.name == correctness.in_words(check.name)[0]] == [], "not in Chinese"
 
 
 def test_checks_serve_eager_attention_and_bfloat16(demo, pages):

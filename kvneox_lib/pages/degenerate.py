@@ -1,13 +1,15 @@
 """Runs in which a press did not do what its name says (`measures.degenerate`): named, and left out of every rank."""
 
 import re
+from collections.abc import Iterable
 
 import pandas as pd
 
 from kvneox_lib.pages.selecting import with_strength
-from kvneox_lib.pages.words import listed
+from kvneox_lib.pages.words import STUDY_NAMES, listed
 
 MOSTLY = 0.5  # of the entries kept
+NOT_COMPARED = "名不副实的设置不参加比较（@tbl-degenerate）。"  # for all sections: the table is in an appendix
 
 
 def is_degenerate(runs: pd.DataFrame) -> pd.Series:
@@ -42,17 +44,50 @@ def said(runs: pd.DataFrame) -> list[str]:
     return lines
 
 
+def table(several: Iterable) -> pd.DataFrame:
+    """All that is ranked nowhere in several settings (`Records`), a row a press and ratio, and in which studies. In how
+    many bits it was stored changes nothing of it."""
+    found = [
+        records.frame.loc[is_degenerate(records.frame)].assign(study=records.study)
+        for records in several
+        if is_degenerate(records.frame).any()
+    ]
+    rows: dict[tuple[str, str], list] = {}
+    for runs in found:
+        for run in runs.drop(columns="kv_bits", errors="ignore").itertuples():
+            setting = with_strength(run).removeprefix(run.press).removeprefix("，") or "自己的强度"
+            rows.setdefault((run.press, setting), []).append(run)
+    told = [
+        {
+            "press": press,
+            "设置": setting,
+            "原因": "；".join(_merged("; ".join(run.degenerate for run in runs))),
+            "实验": listed(dict.fromkeys(STUDY_NAMES[run.study] for run in runs)),
+        }
+        for (press, setting), runs in sorted(rows.items())
+    ]
+    return pd.DataFrame(told, columns=["press", "设置", "原因", "实验"])
+
+
 def reasons(phrases: str) -> str:
     """Why, in Chinese."""
-    return "，".join(_reason(phrase) for phrase in phrases.split("; "))
+    return "，".join(_merged(phrases))
 
 
-def _reason(phrase: str) -> str:
-    for pattern, words in WORDS.items():
-        match = re.fullmatch(pattern, phrase)
-        if match:
-            return words(*match.groups())
-    raise ValueError(f"degenerate={phrase!r}: allowed is what `Behaviour.phrases` makes")
+def _merged(phrases: str) -> list[str]:
+    """Each reason once, with the span of the shares that come with it."""
+    shares: dict[str, list] = {}
+    for phrase in phrases.split("; "):
+        pattern = next((pattern for pattern in WORDS if re.fullmatch(pattern, phrase)), None)
+        if pattern is None:
+            raise ValueError(f"degenerate={phrase!r}: allowed is what `Behaviour.phrases` makes")
+        shares.setdefault(pattern, []).append(re.fullmatch(pattern, phrase).groups())
+    return [WORDS[pattern].format(*map(_span, zip(*found))) for pattern, found in shares.items()]
+
+
+def _span(shares: tuple[str, ...]) -> str:
+    ends = _percent(min(shares, key=float)), _percent(max(shares, key=float))
+    return " 至 ".join(dict.fromkeys(ends))
 
 
 def _percent(share: str) -> str:
@@ -60,9 +95,9 @@ def _percent(share: str) -> str:
 
 
 WORDS = {
-    r"tied ([\d.]+)": lambda share: f"留下的条目里 {_percent(share)} 是在同分者中随意取的",
-    r"kept ([\d.]+) for ([\d.]+)": lambda kept, asked: f"应留 {_percent(asked)}，实留 {_percent(kept)}",
-    r"same as streaming_llm": lambda: "留下的与 streaming_llm 完全相同",
-    r"same as recent window": lambda: "留下的恰是最近的一段",
-    r"fixed ([\d.]+)": lambda share: f"留下的条目里 {_percent(share)} 是不论打分都留的窗口",
+    r"tied ([\d.]+)": "留下的条目里 {} 是在同分者中随意取的",
+    r"kept ([\d.]+) for ([\d.]+)": "应留 {1}，实留 {0}",
+    r"same as streaming_llm": "留下的与 streaming_llm 完全相同",
+    r"same as recent window": "留下的恰是最近的一段",
+    r"fixed ([\d.]+)": "留下的条目里 {} 是不论打分都留的窗口",
 }

@@ -2,14 +2,12 @@
 distances and heads. Notebooks 01 and 02 show these, and the report builds on them.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from kvneox_lib.measures.intervals import FEW_DOCUMENTS, comparison, holm, interval
-from kvneox_lib.pages import degenerate, figures
+from kvneox_lib.pages import degenerate, figures, kinds
 from kvneox_lib.pages.degenerate import healthy
 from kvneox_lib.pages.report import Missing
 from kvneox_lib.pages.selecting import (
@@ -289,40 +287,41 @@ def distance_lines(table: pd.DataFrame, ratio: float | None) -> Figure:
     )
 
 
-@dataclass(frozen=True)
-class NearAndFar:
-    """Mean loss of presses near the cut and in the farthest bin, in nat a token."""
-
-    near: float
-    far: float
-    from_token: int  # of the farthest bin
-    to_token: int
-
-
-def near_and_far(table: pd.DataFrame, near: int = 16) -> NearAndFar:
-    """Of the table `distance` at one ratio: bins up to `near`, and the last."""
-    tokens, last = table["to_token"] - table["from_token"] + 1, table["to_token"] == table["to_token"].max()
-    means = [
-        (table["delta_nll"] * tokens)[part].sum() / max(tokens[part].sum(), 1)
-        for part in (table["to_token"] <= near, last)
-    ]
-    farthest = table[last].iloc[0]
-    return NearAndFar(*map(float, means), int(farthest["from_token"]), int(farthest["to_token"]))
+def near_and_far(table: pd.DataFrame, near: int = 16) -> pd.DataFrame:
+    """Of the table `distance` at one ratio, a row a press: `near`, its mean loss in the bins up to `near`, `far`, that
+    in the last, and `share`, far over near; NaN where nothing is lost near."""
+    rows, last = [], table["to_token"].max()
+    for press, bins in table.groupby("press", sort=False):
+        close = bins[bins["to_token"] <= near]
+        tokens = close["to_token"] - close["from_token"] + 1
+        lost = (close["delta_nll"] * tokens).sum() / max(tokens.sum(), 1)
+        rows.append({"press": press, "near": lost, "far": bins.loc[bins["to_token"] == last, "delta_nll"].mean()})
+    found = pd.DataFrame(rows, columns=["press", "near", "far"])
+    return found.assign(
+        kind=found["press"].map(kinds.kind_of), share=(found["far"] / found["near"]).where(found.near > 0)
+    )
 
 
 def lasting(table: pd.DataFrame, ratio: float | None) -> str:
-    """How long the loss lasts, at one ratio."""
-    table = of_one_storage(table)
-    shown = table[table["compression_ratio"] == ratio]
+    """How long the loss lasts at one ratio: what is left of it far from the cut, for presses that work alike."""
+    shown = of_one_storage(table)
+    shown = shown[shown["compression_ratio"] == ratio]
     if shown.empty:
         return "没有由压缩率决定强度的 press，这一节略去。"
-    found = near_and_far(shown)
-    share = f"，是前者的 {found.far / found.near:.0%}" if found.near > 0 else ""
+    found, farthest = near_and_far(shown).dropna(subset="share"), shown.loc[shown["to_token"].idxmax()]
+    parts = [
+        f"{kind} {span(part['share'])}（{listed(part['press'])}）" for kind, part in found.groupby("kind", sort=False)
+    ]
     return (
-        f"压缩率 {ratio:.2f}，各方法平均：切口之后前 16 个计分的词元每个损失 {found.near:.3f} nat，第 "
-        f"{found.from_token}–{found.to_token} 个每个损失 {found.far:.3f} nat{share}。"
+        f"压缩率 {ratio:.2f}，切口之后第 {farthest['from_token']}–{farthest['to_token']} 个计分的词元上的损失，"
+        f"是前 16 个词元上的：{'；'.join(parts)}。"
         "续文取多长会影响平均损失：比较两份结果，先要看计分的范围是否一样。"
     )
+
+
+def span(shares: pd.Series) -> str:
+    """From the least to the most, or the one share there is."""
+    return " 至 ".join(dict.fromkeys(f"{share:.0%}" for share in (shares.min(), shares.max())))
 
 
 def kept_maps(heads: pd.DataFrame) -> Figure:

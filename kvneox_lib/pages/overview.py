@@ -1,93 +1,14 @@
-"""What the report says of all studies together: settings, limits, versions."""
-
-import json
+"""What the report says of all studies together: what they show, and what they don't."""
 
 import pandas as pd
 
-from kvneox_lib.inputs.weights import PYTHIA, demo_folder
-from kvneox_lib.pages import quality
+from kvneox_lib.inputs.weights import PYTHIA
 from kvneox_lib.pages.degenerate import healthy
-from kvneox_lib.pages.report import NOTEBOOKS, Missing, Records, middle_ratio, models, setting, settings
+from kvneox_lib.pages.report import NOTEBOOKS, Missing, Records, middle_ratio, models, settings
 from kvneox_lib.pages.retrieval import RULE, copying_heads
 from kvneox_lib.pages.selecting import of_one_storage
-from kvneox_lib.pages.wordings import trained_on, wordings_in
 from kvneox_lib.pages.words import STUDY_NAMES, listed
 from kvneox_lib.studies.table import STUDIES
-
-# ---- settings -------------------------------------------------------------------------------------------------------
-
-
-def setup_table(*studies: Records) -> pd.DataFrame:
-    return pd.DataFrame([{"实验": _name(records), "设置": _setup(records)} for records in studies])
-
-
-def _name(records: Records) -> str:
-    """Recall was asked again in many wordings, in a setting of its own."""
-    return STUDY_NAMES[records.study] + ("（几种说法）" if len(wordings_in(records.frame)) > 1 else "")
-
-
-def _setup(records: Records) -> str:
-    try:
-        runs = records.runs()
-    except Missing as missing:
-        return str(missing)
-    lengths, tokens = sorted(runs["context_tokens"].dropna().unique()), pd.to_numeric(runs["n_tokens"]).max()
-    told = (
-        "、".join(f"{length:.0f}" for length in lengths)
-        if len(lengths) < 4
-        else f"{lengths[0]:.0f} 至 {lengths[-1]:.0f}"
-    )
-    counted = "" if pd.isna(tokens) else f"；每份至多 {tokens:.0f} 个词元"  # tasks are counted in documents
-    where = setting(runs.iloc[0], listed(dict.fromkeys(runs["dataset"])))
-    return f"{len(runs)} 份记录；{where}；上下文 {told}{counted}"
-
-
-def demo_model() -> str:
-    demo = json.loads((demo_folder() / "config.json").read_text())
-    return (
-        f"**模型。** 随包附带的演示模型（demo）是一个从头训练的 GPT-NeoX：{demo['num_hidden_layers']} 层，"
-        f"每层 {demo['num_attention_heads']} 个头，隐层宽 {demo['hidden_size']}，"
-        f"训练长度 {demo['max_position_embeddings']}。"
-        "它读过公有领域的英文小说、技术手册、WikiText-2 的验证集，以及带口令的合成段落，因此能抄出一串口令；"
-        "参考记录所用的评测文本它没有读过。"
-        f"{trained_on()}"
-        "真实的 Pythia 权重换一个参数就能测，本文的记录用的是哪些模型，见 @tbl-setup 与 @tbl-versions。"
-    )
-
-
-def protocol_of_perplexity(wiki: Records) -> str:
-    run = wiki.run(press="no_press")
-    drawn = "相邻的窗口彼此相像，所以先抽文本，再在每篇里成块抽取窗口（@sec-books 写明各实验的文本有几篇）。"
-    if not quality.knows_dependence(wiki):
-        drawn = "这些记录的区间把窗口当作彼此独立的。"
-    return (
-        f"**困惑度。** 每个窗口的前 {run.context_length} 个词元是上下文，由 press 压缩；后 {run.continuation_length} "
-        "个是续文，接着读压缩后的缓存，位置从真实长度续起。续文的第一个词元由预填充预测，不计分。短文实验共 "
-        f"{run.n_windows} 个窗口、{run.n_tokens} 个计分的词元。"
-        f"差值都是同一窗口上压缩与不压缩之差，区间是自助法得到的 95 % 区间：{drawn}"
-        f"对照在前 {run.control_windows} 个窗口上做一次教师强制。"
-    )
-
-
-def protocol_of_recall(recall: Records) -> str:
-    run = recall.run()
-    counted = "n_contexts" in recall.frame and recall.frame["n_contexts"].notna().all()
-    keys = "同一段上下文里的口令不当作彼此独立的" if counted else "这些记录把每个口令都当作独立的"
-    return (
-        f"\n\n**检索。** 在 {run.context_length} 个词元的上下文里藏几句口令，压缩之后再问；{run.n_keys} 个口令，"
-        f"五位数字的每个词元都是模型的首选才算答对。区间是 Wilson 95 % 区间，{keys}。"
-    )
-
-
-def protocol_of_speed(speed: Records) -> str:
-    run = speed.run()
-    return (
-        f"\n\n**速度。** 同一格里的各种实现轮流运行 {run.repeats} 轮，先热身，报告中位数与四分位数；"
-        f"读带宽与运算的峰值在同一次运行里测得，下界由 @eq-floor 算出。{run.n_threads} 个线程。"
-    )
-
-
-# ---- limits ---------------------------------------------------------------------------------------------------------
 
 
 def can_say(causes: Records, *studies: Records) -> str:
@@ -163,25 +84,3 @@ def texts(*studies: Records) -> str:
     few = f"，每项实验至多 {max(counts):.0f} 篇" if counts and max(counts) == max(counts) else ""
     text = f"\n\n**文本**：质量与流式实验用的是 {listed(used)}{few}。"
     return text if "PG-19" in used else f"{text}**PG-19 本身**没有用到。"
-
-
-# ---- versions -------------------------------------------------------------------------------------------------------
-
-
-def version_table() -> pd.DataFrame:
-    """The software that made the records, a row for each study, model, and set of versions."""
-    columns = {f"{name}_version": name for name in ("python", "torch", "transformers", "kvpress")}
-    rows = []
-    runs = pd.concat([records.frame.assign(study=records.study) for records in every_setting()])
-    for (study, model, *_), part in runs.groupby(["study", "model", *columns], dropna=False, sort=False):
-        commits = sorted({commit[:7] for commit in part["git_commit"].dropna()})
-        used = {name: part[column].iloc[0] for column, name in columns.items()}
-        counted = {"记录": f"{len(part)}", "提交": "、".join(commits) or "不详"}
-        rows.append({"实验": STUDY_NAMES[study], "模型": f"{model}{_states(part)}", **used, **counted})
-    return pd.DataFrame(rows).rename(columns={"python": "Python"})
-
-
-def _states(runs: pd.DataFrame) -> str:
-    """After a name."""
-    n = runs["revision"].nunique() if "revision" in runs else 0
-    return f"（含训练途中的 {n} 个状态）" if n else ""

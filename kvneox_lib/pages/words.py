@@ -48,6 +48,12 @@ def number(value, spec: str) -> str:
     return "—" if pd.isna(value) else format(float(value), spec)
 
 
+def signed(difference: float) -> str:
+    """With its sign, and none where it is rounded to zero."""
+    text = f"{difference:+.3f}"
+    return text if float(text) else text[1:]
+
+
 def numbers(values: pd.Series, spec: str) -> list[str]:
     return [number(value, spec) for value in values]
 
