@@ -57,7 +57,7 @@ format: $(STAMP) ## put that in order
 	$(BIN)/ruff format .
 	$(call for_notebooks,)
 
-readme: $(STAMP) ## put current tables and figures into README_zh.md
+readme: $(STAMP) ## put current tables and pictures into the READMEs and docs/
 	$(BIN)/python tools/readme.py
 
 constraints: | $(BIN)/pip ## pin the newest versions that fit, for all Pythons and platforms; torch stays

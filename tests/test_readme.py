@@ -1,4 +1,4 @@
-"""What the two READMEs say is so: their commands and examples run, their tables and figures are of today's records.
+"""What the READMEs and docs/ say is so: commands and examples run, tables and figures are of today's records.
 
 A block of commands that cannot run here has a line `<!-- needs: ... -->` above it, with words of NEEDS. Of such a block
 the syntax is checked, and that the files are there that it names. All others run: examples on the bundled model, make
@@ -6,6 +6,7 @@ and snakemake up to doing what they plan (-n), and papermill's through its own c
 one call into the library is then made in its place, with smaller numbers.
 """
 
+import ast
 import json
 import re
 import shlex
@@ -15,6 +16,7 @@ import warnings
 from pathlib import Path
 
 import matplotlib
+import pandas as pd
 import papermill
 import papermill.cli
 import pytest
@@ -27,11 +29,12 @@ from kvneox_lib.pages.report import Missing
 from kvneox_lib.studies import explore, heads, perplexity, recall, records, speed, streaming, tasks
 
 sys.path.insert(0, str(REPOSITORY / "tools"))
+import pictures  # noqa: E402
 import readme  # noqa: E402
 
 matplotlib.use("agg")
 
-PAGES = {name: (REPOSITORY / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md")}
+PAGES = {path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8") for path in readme.WRITTEN}
 BLOCK = re.compile(r"(?:<!-- needs: (?P<needs>[^>]*?) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)```", re.DOTALL)
 NEEDS = {
     "browser": "a person in front of it",
@@ -41,6 +44,8 @@ NEEDS = {
     "quant": "optimum-quanto and a C++ compiler",
     "slurm": "a cluster",
     "time": "many minutes",
+    "windows": "Windows",
+    "wsl": "Linux within Windows",
 }
 ENDS = ("_ci95_low", "_ci95_high")
 CHECKED = ("export", "make", "papermill", "snakemake")
@@ -71,14 +76,46 @@ def starting_with(word: str) -> list[str]:
 
 
 def test_every_block_is_of_a_kind_that_is_checked():
-    for page in PAGES.values():
-        assert {match["language"] for match in BLOCK.finditer(page)} == {"bash", "python"}
+    for name, page in PAGES.items():
+        drawings = {""} if name == "docs/architecture.md" else set()
+        assert {match["language"] for match in BLOCK.finditer(page)} <= {"bash", "python"} | drawings
         assert page.count("```") == 2 * len(BLOCK.findall(page)) and page.count("needs:") == len(marks(page))
         assert set().union(*marks(page), set()) <= set(NEEDS)
-    # tests/test_task_study.py runs those of the harness' command line
-    by_hand = [line for line in COMMANDS if line.split()[0] not in CHECKED]
-    assert by_hand and all(line.startswith("python -m kvneox_lib tasks ") for line in by_hand)
+    # tests/test_task_study.py runs those of the harness' command line; the others are make's
+    by_hand = {" ".join(line.split()[:4]) for line in COMMANDS if line.split()[0] not in CHECKED}
+    assert by_hand == {"python -m kvneox_lib tasks", "python -m kvneox_lib verify", "python -m pytest -n"}
     assert len(starting_with("papermill")) > 15 and len(starting_with("make")) > 6
+
+
+@pytest.mark.parametrize(("target", "module"), [("smoke", "kvneox_lib"), ("test", "pytest")])
+def test_what_stands_for_make_on_windows_is_what_make_runs(target, module):
+    done = subprocess.run(["make", target, "-n"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    ours = next(
+        line for line in starting_with("python") if line.startswith(f"python -m {module} ") and " tasks" not in line
+    )
+    asked = [word for word in ours.split()[1:] if not word.startswith("tests/")]
+    assert " ".join(asked) in done.stdout
+
+
+UNIX_ONLY = {"fcntl", "grp", "pwd", "resource", "termios", "fork", "getuid", "killpg", "setsid"}
+
+
+def names_in(path: Path) -> set[str]:
+    """Modules that it imports, and attributes of os that it asks for."""
+    tree = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    found = {alias.name for node in tree if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
+    found |= {node.module for node in tree if isinstance(node, ast.ImportFrom)}
+    return found | {node.attr for node in tree if isinstance(node, ast.Attribute)}
+
+
+def test_nothing_but_the_sweep_needs_unix():
+    """As the section for Windows says, of what its commands run."""
+    (tests,) = (line for line in starting_with("python") if "pytest" in line)
+    paths = [REPOSITORY / word for word in tests.split() if word.startswith("tests/")]
+    for folder in ("kvneox_lib", "report", "tools"):
+        paths += (REPOSITORY / folder).rglob("*.py")
+    assert len(paths) > 60 and all(not names_in(path) & UNIX_ONLY for path in paths)
+    assert "fcntl" in names_in(REPOSITORY / "workflow" / "only_one.py")
 
 
 def marks(page: str) -> list[set[str]]:
@@ -97,23 +134,32 @@ def test_what_cannot_run_here_is_at_least_well_formed():
             compile(code, "README", "exec")
 
 
+def slugs(page: str) -> set[str]:
+    titles = re.findall(r"^#+ (.*)", BLOCK.sub("", page), re.M)
+    return {re.sub(r"[^\w -]", "", title.strip().lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere(name):
-    page = BLOCK.sub("", PAGES[name])
-    slugs = {
-        re.sub(r"[^\w -]", "", title.strip().lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)", page, re.M)
-    }
-    for target in re.findall(r"\]\(([^)]*)\)", page):
-        if target.startswith("#"):
-            assert target[1:] in slugs, target
-        elif not target.startswith("https://"):
-            assert (REPOSITORY / target).exists(), target
+    for target in re.findall(r"\]\(([^)]*)\)", BLOCK.sub("", PAGES[name])):
+        if target.startswith("https://"):
+            continue
+        path, _, place = target.partition("#")
+        there = ((REPOSITORY / name).parent / path).resolve() if path else REPOSITORY / name
+        assert there.exists(), target
+        assert not place or place in slugs(there.read_text(encoding="utf-8")), target
+
+
+def test_every_page_is_reached_and_the_longest_is_not_long():
+    linked = set(re.findall(r"\]\((docs/\w+\.md)\)", PAGES["README_zh.md"]))
+    assert linked == {name for name in PAGES if name.startswith("docs/")}
+    assert len(PAGES["README_zh.md"].splitlines()) <= 481
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", [name for name in PAGES if name.startswith("README")])
 def test_the_examples_run(name, tmp_path):
     """In order, on the bundled model."""
     parts = [code for code, needs in blocks(PAGES[name], "python") if not needs]
@@ -194,17 +240,28 @@ def test_papermill_runs_it(line, tmp_path, monkeypatch):
 # -- tables and figures -----------------------------------------------------------------------------------------------
 
 
-def test_the_tables_are_current():
-    assert readme.filled(PAGES["README_zh.md"]) == PAGES["README_zh.md"], "run: make readme"
+@pytest.mark.parametrize("name", PAGES)
+def test_the_tables_are_current(name):
+    assert readme.filled(PAGES[name]) == PAGES[name], "run: make readme"
+
+
+def test_spans_of_notebooks():
+    assert readme.spans(["00", "01", "03", "04", "05", "08"]) == "00、01、03–05、08"
+
+
+def test_every_block_stands_in_one_place():
+    assert sorted(re.findall(r"^<!-- /(\S+) -->$", "\n".join(PAGES.values()), re.M)) == sorted(readme.BLOCKS)
     with pytest.raises(ValueError, match="must have <!-- presses -->"):
-        readme.filled("no marks")
+        readme.filled("<!-- /presses -->")
 
 
 def test_the_table_of_quality_is_of_the_records():
-    row = next(line for line in readme.quality_table().splitlines() if line.startswith("| `lagkv`"))
+    rows = [line for line in readme.quality_table().splitlines() if line.startswith("| `")]
+    row = next(line for line in rows if line.startswith("| `lagkv`"))
+    assert len(rows) == len(readme.SHOWN_PRESSES) <= 8
     expected = []
     for study, column in (("wikitext_ppl", "ppl_ratio"), ("pg19_ppl", "ppl_ratio"), ("recall", "accuracy")):
-        runs = records.load_records(readme.REFERENCE / study).query("press == 'lagkv'")
+        runs = records.load_records(pictures.REFERENCE / study).query("press == 'lagkv'")
         runs = runs[runs["max_windows"] == 200] if "max_windows" in runs else runs[~runs["query_aware"].astype(bool)]
         shown = runs.set_index("compression_ratio").loc[[0.5, 0.9]]
         degenerate = shown["degenerate"].notna()
@@ -219,8 +276,12 @@ def write(folder: Path, name: str, **row) -> None:
     (folder / f"{name}.json").write_text(json.dumps({"run_id": name, **where, **row}))
 
 
+def steps():
+    return pictures.PICTURES["speed.png"].data()[""]
+
+
 def test_the_table_of_speed_is_of_one_machine_and_the_figure_of_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(readme, "REFERENCE", tmp_path)
+    monkeypatch.setattr(pictures, "REFERENCE", tmp_path)
     assert "还没有记录" in readme.speed_table() and "还没有记录" in readme.streaming_table()
     measured = [
         (machine, engine, ms)
@@ -243,12 +304,12 @@ def test_the_table_of_speed_is_of_one_machine_and_the_figure_of_all(tmp_path, mo
     assert "| transformers（DynamicCache），不压缩 | 1000 (1000–1000) | 40.0 (36.0–48.0) | 1.00 | 100 | —" in table
     assert "| 31.0 (27.9–37.2) |" in table and not re.search(r"tova|\| 200 \||77.0|\| 9.0", table)
     with pytest.raises(Missing, match="与本库不压缩的对照"):
-        readme.speed_data()
+        steps()
     for machine, ms in (("A", 20), ("B", 10)):
         cell |= {"engine": "ours", "press": "no_press", "compression_ratio": 0.0, "device_name": machine}
         cell |= {f"step_s{end}": ms / 1e3 for end in ("", "_q25", "_q75")}
         write(tmp_path / "speed", f"plain-{machine}", **cell, **{**where, "context_tokens": 512, "context_length": 512})
-    shown = readme.speed_data().set_index(["device_name", "name"])["value"].to_dict()
+    shown = steps().set_index(["device_name", "name"])["value"].to_dict()
     assert shown == pytest.approx(
         {
             ("A", "transformers（DynamicCache），不压缩"): 2.0,
@@ -260,7 +321,7 @@ def test_the_table_of_speed_is_of_one_machine_and_the_figure_of_all(tmp_path, mo
 
 
 def test_the_table_of_streaming(tmp_path, monkeypatch):
-    monkeypatch.setattr(readme, "REFERENCE", tmp_path)
+    monkeypatch.setattr(pictures, "REFERENCE", tmp_path)
     ppl = {f"{part}_ppl{end}": 20.5 + i for part in ("within", "beyond") for i, end in enumerate(("", *ENDS))}
     held = {"n_tokens": 1000, "timed": True}
     write(tmp_path / "streaming", "a", press="sinks", n_sink=4, window=60, kv_bytes=2.5e6, step_s=0.0031, **held, **ppl)
@@ -272,30 +333,117 @@ def test_the_table_of_streaming(tmp_path, monkeypatch):
     assert "| 全部保留 | 0 | — | 1000 | 20.5 [21.5, 22.5] | 20.5 | 9.00 | — |" in table and "| 56 |" not in table
 
 
-@pytest.mark.parametrize("name", readme.FIGURES)
-def test_the_figures_are_current_and_whole(name, tmp_path):
+# -- the results in three sentences -----------------------------------------------------------------------------------
+
+
+def write_kept(monkeypatch, ppl: dict, recall: dict) -> None:
+    """Records in which these presses, at every ratio, have that perplexity and answer that share."""
+    rows = {"wikitext_ppl": ("ppl_ratio", ppl), "recall": ("accuracy", {"no_press": 0.8, **recall})}
+    tables = {
+        study: pd.DataFrame(
+            [
+                {"press": press, "compression_ratio": ratio, "query_aware": False, name: value, "degenerate": None}
+                for press, value in values.items()
+                for ratio in ([0.0] if press == "no_press" else readme.SHOWN_RATIOS)
+            ]
+        )
+        for study, (name, values) in rows.items()
+    }
+    monkeypatch.setattr(readme, "core_runs", tables.get)
+    run = pd.Series(
+        {"model": "m", "weights": "random", "context_tokens": 2, "batch_size": 4, "device_name": "A", "dtype": "f"}
+    )
+    monkeypatch.setattr(readme, "faster", lambda: [readme.Faster(run, 0.75, (0.25, 0.25), (0.5, 0.75), (0.96, 1.45))])
+
+
+def test_the_results_in_words(monkeypatch):
+    write_kept(monkeypatch, {"a": 1.5, "b": 1.25, "c": 2.0}, {"a": 0.6, "b": 0.01, "c": 0.125})
+    chinese, english = readme.results_in_chinese(), readme.results_in_english()
+    assert "`a` 答对 60%，其余 2 种最多答对 12.5%；不压缩时 80%。困惑度增加得最少（点估计）的 `b` 答对 1%。" in chinese
+    assert "`a` answers 60%, the other 2 methods at most 12.5%; without compression 80%. `b`, whose" in english
+    assert "丢掉 50%，困惑度变为 1.25–2.00 倍" in chinese and "perplexity is 1.25–2.00 times" in english
+    assert (
+        "缓存占原来的 25%，一步用时是本库不压缩时的 0.50–0.75 倍；" in chinese and "是本库的 0.96–1.45 倍。" in chinese
+    )
+    assert "a step takes 0.50–0.75 times as long" in english and "uncompressed, 0.96–1.45 times." in english
+
+
+def test_the_results_in_words_when_they_are_others(monkeypatch):
+    write_kept(monkeypatch, {"a": 1.5, "b": 1.25}, {"a": 0.01, "b": 0.7})
+    assert "困惑度增加得最少" not in readme.results_in_chinese() and "rises least" not in readme.results_in_english()
+    write_kept(monkeypatch, {"a": 1.5, "b": 1.25}, {"a": 0.01, "b": 0.02})
+    assert "口令，2 种最多答对 2%；" in readme.results_in_chinese()
+    assert "evicted, 2 methods at most 2%;" in readme.results_in_english()
+
+
+def test_the_ranges_of_times(tmp_path, monkeypatch):
+    """Of all presses and precisions of a model and size; quartiles where turns were not written down."""
+    monkeypatch.setattr(pictures, "REFERENCE", tmp_path)
+    steps = {"ours": 10, "static": 15, "stock": 30, "a": 5, "b": 8}
+    for dtype, slower in (("float32", 1), ("bfloat16", 1.25)):
+        for name, ms in steps.items():
+            engine, press = (name, "no_press") if name in ("ours", "static", "stock") else ("ours", name)
+            ends = {"": 1, "_q25": 0.9, "_q75": 1.2} if name == "a" else dict.fromkeys(("", "_q25", "_q75"), 1)
+            longer = slower if name == "b" else 1
+            times = {f"step_s{end}": ms * longer / 1e3 * by for end, by in ends.items()} | {"times_floor": 1.0}
+            where = {
+                "context_tokens": 9,
+                "context_length": 9,
+                "batch_size": 2,
+                "kv_bytes_compressed": 4,
+                "kv_bytes_full": 16,
+            }
+            asked = {"engine": engine, "press": press, "compression_ratio": 0.75 if press in "ab" else 0.0}
+            write(tmp_path / "speed", f"{dtype}-{name}", **asked, **where, **times, dtype=dtype, failure=None)
+    (found,) = readme.faster()
+    assert found.step == pytest.approx((0.45, 1.0)) and found.transformers == pytest.approx((1.5, 1.5))
+    assert found.cache == (0.25, 0.25) and found.ratio == 0.75
+
+
+def test_which_records_are_of_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "REFERENCE", tmp_path)
+    write(tmp_path / "recall", "a", device="cpu")
+    assert readme.on_gpus().startswith("没有")
+    write(tmp_path / "recall", "b", device="cuda", device_name="G", dtype="bfloat16")
+    assert "检索 2 份里的 1 份（G，bfloat16）在 GPU 上测得，其余都在 CPU 上。速度没有" in readme.on_gpus()
+    write(tmp_path / "speed", "c", device="cuda", device_name="G", dtype="bfloat16")
+    assert "速度没有" not in readme.on_gpus()
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", pictures.PICTURES)
+def test_the_pictures_are_current_and_whole(name, tmp_path):
     path = REPOSITORY / "docs" / name
-    assert readme.digest_in(path) == readme.digest(name), "run: make readme"
-    assert path.stat().st_size < 200_000 and f"(docs/{name})" in PAGES["README_zh.md"]
+    assert pictures.digest_in(path) == pictures.digest(name), "run: make readme"
+    assert path.stat().st_size < 100_000 and re.search(rf"!\[[^\]]+\]\((docs/)?{name}\)", "".join(PAGES.values()))
     with matplotlib.rc_context(), warnings.catch_warnings():
         figures.use_style()
         warnings.filterwarnings("error", message="Glyph")
-        figure = readme.draw(name)
+        figure = pictures.draw(name)
         figure.savefig(tmp_path / name)
-    data, column, _ = readme.FIGURES[name]
-    if name == "speed.svg":
-        drawn = [len(bars.lines[0].get_xdata()) for axes in figure.axes for bars in axes.containers]
-        pyplot.close(figure)
-        assert sum(drawn) == len(data()) > 20
-        return
-    drawn = {line.get_label(): line.lines[0].get_ydata().tolist() for line in figure.axes[0].containers}
     pyplot.close(figure)
-    shown = data().sort_values("compression_ratio")
-    assert drawn == {press: rows[column].tolist() for press, rows in shown.groupby("press")} and len(drawn) == 12
 
 
-def test_a_figure_of_other_data_is_noticed(monkeypatch):
-    name = "recall.svg"
-    before, (data, *labels) = readme.digest(name), readme.FIGURES[name]
-    monkeypatch.setitem(readme.FIGURES, name, (lambda: data().assign(accuracy=data()["accuracy"] + 0.001), *labels))
-    assert readme.digest(name) != before
+def drawn_in(axes) -> set[tuple]:
+    return {tuple(map(float, line.get_ydata())) for line in axes.lines}
+
+
+def test_the_first_picture_draws_the_records():
+    name = "loss_and_recall.png"
+    figure, panels = pictures.draw(name), pictures.PICTURES[name].data()
+    pyplot.close(figure)
+    for axes, shown in zip(figure.axes, panels.values()):
+        for press, rows in shown.sort_values("compression_ratio").groupby("press"):
+            assert tuple(rows["value"].astype(float)) in drawn_in(axes), press
+        assert set(readme.SHOWN_PRESSES) <= set(shown["press"])
+    assert all(f"(docs/{name})" in PAGES[page] for page in ("README.md", "README_zh.md"))
+
+
+def test_a_picture_of_other_data_is_noticed(monkeypatch):
+    name = "depth.png"
+    before, picture = pictures.digest(name), pictures.PICTURES[name]
+    changed = picture.data()[""].assign(correct=lambda table: table["correct"] + 0.001)
+    monkeypatch.setitem(pictures.PICTURES, name, pictures.Picture(lambda: {"": changed}, picture.draw))
+    assert pictures.digest(name) != before

@@ -1,38 +1,36 @@
-"""What README_zh.md does not say by hand: tables of presses, parameters and results, and its figures.
+"""What the READMEs and docs/ do not say by hand: tables of presses, parameters and results, and pictures.
 
     make readme
 
-puts each block between its marks, `<!-- name -->` and `<!-- /name -->`, and draws docs/*.svg. Tables of results and
-figures are of the records in results/reference alone. A figure carries a digest of what is drawn in it, by which a test
-knows whether it is current: the drawing itself differs between versions of matplotlib and between fonts.
+puts each block between its marks, `<!-- name -->` and `<!-- /name -->`, and draws docs/*.png (`pictures.py`). All
+numbers are of the records in results/reference alone.
 """
 
-import hashlib
-import json
 import re
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import matplotlib
 import pandas as pd
 import papermill
-from matplotlib.figure import Figure
+import pictures
+from pictures import ROOT, asked_afterwards, core_runs, runs_of, settings
 
-from kvneox_lib import expand_presses
 from kvneox_lib.pages import losses, streams, timings, turns, wordings
-from kvneox_lib.pages import report as reporting
 from kvneox_lib.pages import tasks as task_pages
-from kvneox_lib.pages.degenerate import healthy, said
-from kvneox_lib.pages.figures import dots, press_lines, use_style
-from kvneox_lib.pages.selecting import of_finished_models, of_one_storage, of_one_wording, of_ratios
+from kvneox_lib.pages.degenerate import healthy
+from kvneox_lib.pages.selecting import pressed
 from kvneox_lib.pages.tables import press_table
-from kvneox_lib.pages.words import number
+from kvneox_lib.pages.words import STUDY_NAMES, listed, number, weights_in_words
 from kvneox_lib.studies.records import load_records
+from kvneox_lib.studies.table import STUDIES
 
-ROOT = Path(__file__).resolve().parents[1]
-REFERENCE = ROOT / "results" / "reference"
-TEXTS = {"wikitext_ppl": "WikiText", "pg19_ppl": "长书"}
+WRITTEN = [ROOT / "README_zh.md", ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {"wikitext_ppl": "短文", "pg19_ppl": "长书"}
 SHOWN_RATIOS = (0.5, 0.9)
+# A control; by position; by keys, two that contradict each other; by attention; budgets for heads; by neighbours.
+SHOWN_PRESSES = ("random", "streaming_llm", "knorm", "keydiff", "snapkv", "tova", "adakv_snapkv", "lagkv")
+NOT_WHAT_IT_SAYS = "“—”：这个设置名不副实，不参加比较，原因见报告附录。"
 SAID_IN_NO_NOTEBOOK = {
     "batch_size": "每批几个窗口",
     "batch_sizes": "批的大小；与 `context_lengths` 的每个组合都测",
@@ -72,8 +70,19 @@ def _defaults(by_notebook: dict[str, dict]) -> tuple[str, str]:
     values: dict[str, list[str]] = {}
     for notebook, parameter in by_notebook.items():
         values.setdefault(parameter["default"].replace('"', ""), []).append(notebook)
-    shown = [f"`{value}`" if len(values) == 1 else f"{'、'.join(of)}：`{value}`" for value, of in values.items()]
-    return "、".join(by_notebook), "；".join(shown)
+    shown = [f"`{value}`" if len(values) == 1 else f"{spans(of)}：`{value}`" for value, of in values.items()]
+    return spans(by_notebook), "；".join(shown)
+
+
+def spans(numbers: Iterable[str]) -> str:
+    """01–03、05"""
+    found: list[list[str]] = []
+    for number_of in numbers:
+        if found and int(number_of) == int(found[-1][-1]) + 1:
+            found[-1].append(number_of)
+        else:
+            found.append([number_of])
+    return "、".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else "、".join(run) for run in found)
 
 
 def _meaning(name: str, by_notebook: dict[str, dict]) -> str:
@@ -85,49 +94,34 @@ def _meaning(name: str, by_notebook: dict[str, dict]) -> str:
             meanings.setdefault(parameter["help"], []).append(notebook)
     if not meanings:
         raise ValueError(f"{name}: no notebook says what it means, nor does SAID_IN_NO_NOTEBOOK")
-    return "；".join(text if len(meanings) == 1 else f"{'、'.join(of)}：{text}" for text, of in meanings.items())
-
-
-def core_runs(study: str) -> pd.DataFrame:
-    """The core presses and no_press on the largest number of windows or keys, the cache as it is."""
-    frame = of_one_wording(of_ratios(of_one_storage(of_finished_models(load_records(REFERENCE / study)))))
-    frame = frame[frame["press"].isin(expand_presses("all"))]
-    return frame[frame["n_keys"] == frame["n_keys"].max()] if study == "recall" else _most_windows(frame)
-
-
-def _most_windows(frame: pd.DataFrame) -> pd.DataFrame:
-    return frame[frame["max_windows"] == frame["max_windows"].max()]
+    return "；".join(text if len(meanings) == 1 else f"{spans(of)}：{text}" for text, of in meanings.items())
 
 
 def quality_table() -> str:
-    """What the core presses cost on the bundled model: perplexity as a multiple of no compression's, and recall."""
+    """What some core presses cost on the bundled model: perplexity as a multiple of no compression's, and recall."""
     columns, notes, shown = {}, [], []
     for study, text in TEXTS.items():
         runs = core_runs(study)
         shown.append(runs)
         plain = runs[runs["press"] == "no_press"].iloc[0]
         notes.append(
-            f"{text}（{plain['dataset']}）取 {plain['n_windows']:.0f} 个窗口{losses.of_documents(plain)}，"
-            f"每个窗口上下文 {plain['context_tokens']} 个词元，"
-            f"共计分 {plain['n_tokens']} 个词元，不压缩时困惑度 {plain['ppl']:.1f}"
+            f"{text}（{plain['dataset']}）{plain['n_windows']:.0f} 个窗口{losses.of_documents(plain)}，"
+            f"每个窗口上下文 {plain['context_tokens']} 个词元，不压缩时困惑度 {plain['ppl']:.1f}"
         )
         for ratio in SHOWN_RATIOS:
             columns[f"{text} {ratio:.2f}"] = _by_press(runs, ratio, "ppl_ratio")
-    recall = core_runs("recall")
-    recall = recall[~recall["query_aware"].astype(bool)]
-    shown.append(recall)
+    recall = asked_afterwards(core_runs("recall"))
     plain = recall[recall["press"] == "no_press"].iloc[0]
     notes.append(
-        f"口令 {plain['n_keys']:.0f} 个，上下文 {plain['context_tokens']} 个词元，先压缩再提问，不压缩时准确率 "
-        f"{plain['accuracy']:.2f}；{wordings.known(recall).removesuffix('。')}"
+        f"口令 {plain['n_keys']:.0f} 个，上下文 {plain['context_tokens']} 个词元，先压缩再提问，不压缩时答对 "
+        f"{plain['accuracy']:.2f}"
     )
     for ratio in SHOWN_RATIOS:
         columns[f"口令 {ratio:.2f}"] = _by_press(recall, ratio, "accuracy")
-    table = pd.DataFrame(columns).sort_values(f"{TEXTS['wikitext_ppl']} {SHOWN_RATIOS[-1]:.2f}")
-    rows = [[f"`{name}`", *(number(value, ".3f") for value in row)] for name, row in zip(table.index, table.to_numpy())]
-    weights = "、".join(sorted({f"{row.model}（权重：{row.weights}）" for row in recall.itertuples()}))
-    note = f"模型 {weights}，{plain['device_name']}，{plain['dtype']}。" + "；".join(notes) + "。" + _named(shown)
-    return markdown(rows, head=["press", *table.columns]) + f"\n\n{note}"
+    table = pd.DataFrame(columns)
+    table = table[table.index.isin(SHOWN_PRESSES)].sort_values(f"{TEXTS['wikitext_ppl']} {SHOWN_RATIOS[-1]:.2f}")
+    note = f"{_measured_on(*shown, recall)}。{'；'.join(notes)}。{wordings.known(recall)}{_dashes(table)}"
+    return f"{_by_name(table, '.3f')}\n\n{note}"
 
 
 def _by_press(runs: pd.DataFrame, ratio: float, column: str) -> pd.Series:
@@ -136,15 +130,26 @@ def _by_press(runs: pd.DataFrame, ratio: float, column: str) -> pd.Series:
     return runs[runs["compression_ratio"] == ratio].set_index("press")[column]
 
 
-def _named(tables: list[pd.DataFrame]) -> str:
-    """The degenerate runs among those shown, whose cells are empty."""
+def _by_name(table: pd.DataFrame, spec: str) -> str:
+    rows = [[f"`{name}`", *(number(value, spec) for value in row)] for name, row in zip(table.index, table.to_numpy())]
+    return markdown(rows, head=["press", *table.columns])
+
+
+def _measured_on(*tables: pd.DataFrame) -> str:
     runs = pd.concat(tables)
-    return "".join(said(runs[runs["compression_ratio"].isin(SHOWN_RATIOS)]))
+    models = [
+        f"{model}（权重：{weights}）" for model, weights in runs[["model", "weights"]].drop_duplicates().to_numpy()
+    ]
+    return f"模型 {listed(models)}，{listed(runs['device_name'].unique())}，{listed(runs['dtype'].unique())}"
+
+
+def _dashes(table: pd.DataFrame) -> str:
+    return NOT_WHAT_IT_SAYS if table.isna().any(axis=None) else ""
 
 
 def task_table() -> str:
     """Scores of the tasks in the box, the question read after compression, the best of the hardest ratio first."""
-    runs = of_finished_models(load_records(REFERENCE / "tasks"))
+    runs = runs_of("tasks")
     if runs.empty:
         return missing("tasks")
     outside = task_pages.in_mode(runs, "outside")
@@ -155,49 +160,42 @@ def task_table() -> str:
     }
     table = pd.DataFrame(columns)
     table = table.loc[table.mean(axis=1).sort_values(ascending=False).index]
-    rows = [[f"`{name}`", *(number(value, ".2f") for value in row)] for name, row in zip(table.index, table.to_numpy())]
     plain = outside[outside["press"] == "no_press"]
     bare = "，".join(f"{task_pages.named(row.dataset)} {row.score:.2f}" for row in plain.itertuples())
-    first = plain.iloc[0]
     note = (
-        f"模型 {first['model']}（权重：{first['weights']}），{first['device_name']}，{first['dtype']}；每项 "
-        f"{first['n_documents']:.0f} 篇，列名里的数是压缩率。不压缩时：{bare}。{wordings.known(plain)}"
-        f"{_named([outside])}"
+        f"{_measured_on(outside)}；每项 {plain['n_documents'].iloc[0]:.0f} 篇，列名里的数是压缩率。不压缩时：{bare}。"
+        f"{wordings.known(plain)}{_dashes(table)}"
     )
-    return markdown(rows, head=["press", *table.columns]) + f"\n\n{note}"
+    return f"{_by_name(table, '.2f')}\n\n{note}"
 
 
 def control_line() -> str:
     """How little the teacher-forced control moved, beside how much the truth did."""
     runs = pd.concat([core_runs(study) for study in TEXTS], ignore_index=True)
-    pressed = runs[runs["press"] != "no_press"]
-    worst = pressed.loc[pressed["delta_nll"].idxmax()]
+    compressed, moved = runs[runs["press"] != "no_press"], runs["control_delta_nll"].abs().max()
+    worst = compressed.loc[compressed["delta_nll"].idxmax()]
+    control = f"最多动了 {moved:.1g} nat" if moved else "一次也没有动"
     return (
-        f"{len(pressed)} 次运行里，教师强制的对照最多只动了 {runs['control_delta_nll'].abs().max():.1g} nat，而压缩之后"
-        f"续读的 nll 最多增加 {worst['delta_nll']:.2f} nat（`{worst['press']}`，压缩率 "
-        f"{worst['compression_ratio']:.2f}）。"
+        f"{len(compressed)} 次运行里，教师强制的对照（[怎样才算测到了](#怎样才算测到了)）{control}，而压缩之后续读的 "
+        f"nll 最多增加 {worst['delta_nll']:.2f} nat（`{worst['press']}`，压缩率 {worst['compression_ratio']:.2f}）。"
     )
-
-
-def speed_settings() -> list:
-    return reporting.settings_in(Path("speed"), REFERENCE)
 
 
 def speed_table() -> str:
     """Five rows of the first setting; its other presses, and the other settings, are in the figure."""
-    if not speed_settings():
+    if not settings("speed"):
         return missing("speed")
-    runs = timings.timed_settings(speed_settings())[0].frame
+    runs = timings.timed_settings(settings("speed"))[0].frame
     run, table = timings.at_corner(runs).iloc[0], timings.in_short(runs).drop(columns="上下文×批")
     caption = (
         f"{run.model}（权重：{run.weights}），{run.device_name}，{run['dtype']}，上下文 {run.context_tokens}，批 "
         f"{run.batch_size}；毫秒，各轮的中位数（四分位数）。{turns.basis(timings.at_corner(runs))}"
     )
-    return f"{caption}\n\n{markdown(table.to_numpy().tolist(), head=list(table))}"
+    return f"{markdown(table.to_numpy().tolist(), head=list(table))}\n\n{caption}"
 
 
 def streaming_table() -> str:
-    runs = of_finished_models(load_records(REFERENCE / "streaming"))
+    runs = runs_of("streaming")
     if not len(runs):
         return missing("streaming")
     timed, parts = runs[runs["timed"].eq(True)], []  # the ablation's are not timed
@@ -205,13 +203,161 @@ def streaming_table() -> str:
         table = streams.reading_table(group.sort_values(["n_tokens", "press", "n_sink"]))
         note = "计分的词元不同的行，困惑度不能直接相比；同一批词元上的比较见笔记本和报告。"
         rows = markdown(table.to_numpy().tolist(), head=list(table))
-        parts.append(f"{model}（权重：{weights}），{dataset}，{device}。{note}\n\n{rows}")
+        parts.append(f"{rows}\n\n{model}（权重：{weights}），{dataset}，{device}。{note}")
     return "\n\n".join(parts)
 
+
+# ---- the results in three sentences ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Faster:
+    """One model, context and batch in all precisions that were timed, at the middle ratio. Ranges go from the lowest
+    end of an interval to the highest."""
+
+    run: pd.Series  # this library without compression
+    ratio: float
+    cache: tuple[float, float]  # its bytes against the whole cache's
+    step: tuple[float, float]  # of all presses, against this library's without one
+    transformers: tuple[float, float]  # a step over its own fastest cache against this library's, without compression
+
+
+def faster() -> list[Faster]:
+    cells = [timings.at_middle_ratio(timings.at_corner(one.frame)) for one in timings.timed_settings(settings("speed"))]
+    by_size = pd.concat(cells).groupby(["model", "context_tokens", "batch_size", "device_name"], sort=False)
+    return [_faster([part for _, part in size.groupby("dtype", sort=False)]) for _, size in by_size]
+
+
+def _faster(precisions: list[pd.DataFrame]) -> Faster:
+    steps, others, compressed = [], [], []
+    for cell in precisions:
+        ours = cell[cell["engine"] == "ours"]
+        plain = ours[ours["press"] == "no_press"].iloc[0]
+        compressed.append(pressed(ours))
+        steps += [turns.ratio(row, plain) for _, row in compressed[-1].iterrows()]
+        others.append(turns.ratio(timings.fastest_transformers(cell), plain))
+    shown = pd.concat(compressed)
+    shares = shown["kv_bytes_compressed"] / shown["kv_bytes_full"]
+    return Faster(plain, shown["compression_ratio"].iloc[0], (shares.min(), shares.max()), _ends(steps), _ends(others))
+
+
+def _ends(ratios: list[turns.Ratio]) -> tuple[float, float]:
+    return min(one.low for one in ratios), max(one.high for one in ratios)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is left of the core presses' quality at a ratio."""
+
+    ratio: float
+    perplexity: tuple[float, float]  # as a multiple of no compression's, least and most
+    plain_recall: float
+    finding: dict[str, float]  # presses that answer at least half of what is answered without one
+    others: list[float]
+    of_least_loss: tuple[str, float]  # the press whose perplexity rises least, and its recall
+
+
+def kept(ratio: float) -> Kept:
+    recall = asked_afterwards(core_runs("recall"))
+    plain = recall.loc[recall["press"] == "no_press", "accuracy"].iloc[0]
+    perplexity = _by_press(core_runs("wikitext_ppl"), ratio, "ppl_ratio")
+    answered = _by_press(recall, ratio, "accuracy").sort_values(ascending=False)
+    finds = answered >= plain / 2
+    least = perplexity[perplexity.index.isin(answered.index)].idxmin()
+    return Kept(
+        ratio=ratio,
+        perplexity=(perplexity.min(), perplexity.max()),
+        plain_recall=plain,
+        finding=answered[finds].to_dict(),
+        others=answered[~finds].tolist(),
+        of_least_loss=(least, answered[least]),
+    )
+
+
+def results_in_chinese() -> str:
+    sizes, (half, hard) = faster(), map(kept, SHOWN_RATIOS)
+    least, its_recall = hard.of_least_loss
+    run, found = sizes[0].run, [f"`{name}` 答对 {_percent(share)}" for name, share in hard.finding.items()]
+    if hard.others:
+        found.append(f"{'其余 ' if found else ''}{len(hard.others)} 种最多答对 {_percent(max(hard.others))}")
+    least_loss = f"困惑度增加得最少（点估计）的 `{least}` 答对 {_percent(its_recall)}。"
+    times = "".join(
+        f"  - {at.run.model}，上下文 {at.run.context_tokens}，批 {at.run.batch_size}：丢掉 {_percent(at.ratio)}，缓存占"
+        f"原来的 {_range(at.cache, '.0%')}，一步用时是本库不压缩时的 {_range(at.step, '.2f')} 倍；transformers 较快的"
+        f"那种缓存（不压缩）是本库的 {_range(at.transformers, '.2f')} 倍。\n"
+        for at in sizes
+    )
+    return (
+        f"- **快多少、省多少**（Pythia 的形状，{weights_in_words(run.model, run.weights)}，{run.device_name}；"
+        f"范围由各方法、各精度的 95 % 区间合成，没有逐轮记录的是四分位数）：\n{times}"
+        f"- **续写损失多少**（自带的 demo 模型，WikiText）：丢掉 {_percent(half.ratio)}，困惑度变为 "
+        f"{_range(half.perplexity, '.2f')} 倍；丢掉 {_percent(hard.ratio)}，{_range(hard.perplexity, '.2f')} 倍，"
+        "视方法而定。\n"
+        f"- **找东西损失多少**（同一模型）：丢掉 {_percent(hard.ratio)} 再问文中的口令，{'，'.join(found)}；不压缩时 "
+        f"{_percent(hard.plain_recall)}。{'' if least in hard.finding else least_loss}"
+    )
+
+
+def results_in_english() -> str:
+    sizes, (half, hard) = faster(), map(kept, SHOWN_RATIOS)
+    least, its_recall = hard.of_least_loss
+    run, found = sizes[0].run, [f"`{name}` answers {_percent(share)}" for name, share in hard.finding.items()]
+    if hard.others:
+        found.append(f"{'the other ' if found else ''}{len(hard.others)} methods at most {_percent(max(hard.others))}")
+    least_loss = f" `{least}`, whose perplexity rises least (a point estimate), answers {_percent(its_recall)}."
+    times = "".join(
+        f"  - {at.run.model}, {at.run.context_tokens} tokens of context, batch {at.run.batch_size}: with "
+        f"{_percent(at.ratio)} evicted, the cache has {_range(at.cache, '.0%')} of its bytes, and a step takes "
+        f"{_range(at.step, '.2f')} times as long as this library's without compression; over the faster of "
+        f"transformers' own caches, uncompressed, {_range(at.transformers, '.2f')} times.\n"
+        for at in sizes
+    )
+    return (
+        f"- **Speed and memory** of decoding (Pythia's shapes, {run.weights} weights, {run.device_name}; ranges put "
+        "together the 95 % intervals of all methods and precisions, quartiles where turns were not written down):\n"
+        f"{times}"
+        f"- **Continuing a text** (the bundled demo model, WikiText): with {_percent(half.ratio)} evicted, perplexity "
+        f"is {_range(half.perplexity, '.2f')} times what it was; with {_percent(hard.ratio)}, "
+        f"{_range(hard.perplexity, '.2f')} times, depending on the method.\n"
+        f"- **Finding something in it** (the same model): asked for passkeys after {_percent(hard.ratio)} of the "
+        f"context was evicted, {', '.join(found)}; without compression {_percent(hard.plain_recall)}."
+        f"{'' if least in hard.finding else least_loss}"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}%"
+
+
+def _range(ends: tuple[float, float], spec: str) -> str:
+    low, high = (format(end, spec) for end in ends)
+    return low if low == high else f"{low}–{high}"
+
+
+def on_gpus() -> str:
+    """Which of the reference records come from a GPU."""
+    all_runs = {study: load_records(pictures.REFERENCE / study) for study in STUDIES if study != "explore"}
+    on_one = {study: runs[runs["device"] == "cuda"] for study, runs in all_runs.items() if len(runs)}
+    parts = [
+        f"{STUDY_NAMES[study]} {len(all_runs[study])} 份里的 {len(runs)} 份（{listed(runs['device_name'].unique())}，"
+        f"{listed(runs['dtype'].unique())}）"
+        for study, runs in on_one.items()
+        if len(runs)
+    ]
+    if not parts:
+        return "没有：参考记录全部在 CPU 上测得。"
+    speed = "" if len(on_one.get("speed", ())) else "速度没有：GPU 上的吞吐与显存峰值还没有记录，CPU 上的倍数不能照搬。"
+    return f"参考记录中，{'、'.join(parts)}在 GPU 上测得，其余都在 CPU 上。{speed}"
+
+
+# ---- pages ----------------------------------------------------------------------------------------------------------
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "presses": press_table,
     "parameters": parameter_table,
+    "found": results_in_chinese,
+    "found-in-short": results_in_english,
+    "on-gpus": on_gpus,
     "quality": quality_table,
     "tasks": task_table,
     "control": control_line,
@@ -222,69 +368,18 @@ BLOCKS: dict[str, Callable[[], str]] = {
 
 def filled(text: str) -> str:
     """`text` with what is between its marks made anew."""
-    for name, make in BLOCKS.items():
+    for name in re.findall(r"^<!-- /(\S+) -->$", text, re.M):
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         if text.count(start) != 1 or text.count(end) != 1:
-            raise ValueError(f"README_zh.md: must have {start} and {end} once each")
+            raise ValueError(f"must have {start} and {end} once each")
         before, rest = text.split(start)
-        text = f"{before}{start}\n{make()}\n{end}{rest.split(end)[1]}"
+        text = f"{before}{start}\n{BLOCKS[name]()}\n{end}{rest.split(end)[1]}"
     return text
-
-
-# ---- figures --------------------------------------------------------------------------------------------------------
-
-
-def perplexity_data() -> pd.DataFrame:
-    runs = core_runs("wikitext_ppl")
-    columns = ["press", "compression_ratio", "delta_nll", "delta_nll_ci95_low", "delta_nll_ci95_high"]
-    return runs[runs["press"] != "no_press"][columns]
-
-
-def recall_data() -> pd.DataFrame:
-    runs = core_runs("recall")
-    runs = runs[~runs["query_aware"].astype(bool) & (runs["press"] != "no_press")]
-    return runs[["press", "compression_ratio", "accuracy", "accuracy_ci95_low", "accuracy_ci95_high"]]
-
-
-def speed_data() -> pd.DataFrame:
-    return timings.against_plain(speed_settings())
-
-
-FIGURES = {  # file: its data, the column drawn, its axis
-    "perplexity.svg": (perplexity_data, "delta_nll", "每个词元的 nll 与不压缩之差（nat）"),
-    "recall.svg": (recall_data, "accuracy", "口令准确率（先压缩，再提问）"),
-    "speed.svg": (speed_data, "value", timings.STEP),
-}
-
-
-def draw(name: str) -> Figure:
-    data, column, label = FIGURES[name]
-    if name == "speed.svg":
-        return dots(timings.step_dots(data()))
-    return press_lines(data(), "compression_ratio", column, xlabel="压缩率", ylabel=label)
-
-
-def digest(name: str) -> str:
-    data, *labels = FIGURES[name]
-    rounded = data().sort_values(["press", "compression_ratio"]).round(6)
-    return hashlib.sha256(json.dumps([rounded.to_csv(index=False), *labels]).encode()).hexdigest()
-
-
-def digest_in(path: Path) -> str | None:
-    found = re.search(r"<dc:description>data ([0-9a-f]{64})</dc:description>", path.read_text(encoding="utf-8"))
-    return found and found[1]
-
-
-def save(name: str) -> None:
-    with matplotlib.rc_context():
-        use_style()
-        matplotlib.rcParams.update({"svg.hashsalt": "kvneox", "path.simplify": True})
-        draw(name).savefig(ROOT / "docs" / name, metadata={"Date": None, "Description": f"data {digest(name)}"})
 
 
 if __name__ == "__main__":
     matplotlib.use("agg")
-    readme = ROOT / "README_zh.md"
-    readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")
-    for name in FIGURES:
-        save(name)
+    for page in WRITTEN:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for name in pictures.PICTURES:
+        pictures.save(name)
