@@ -36,6 +36,7 @@ from kvneox_lib.pages import (
     streams,
     suite,
     tables,
+    task_verdicts,
     timings,
     turns,
     verdicts,

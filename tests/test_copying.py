@@ -299,8 +299,9 @@ def test_every_place_where_another_press_is_better_is_named(four):
         (task, 0.9): "worse",
     }
     said = page.verdicts(*four)
-    assert "共 8 对" in said and "更好的 6 对" in said and "分不出高下的 1 对" in said
-    assert f"更差的 1 对，即不如 snapkv（{task}，压缩率 0.9）" in said
+    assert (
+        f"明确更好的，对 snapkv 8 项里 6 项；明确更差的共 1 项，即不如 snapkv（{task}，压缩率 0.9），其余分不出" in said
+    )
     assert said.endswith("短文的损失、长书的损失的文本只有一篇或几篇，好坏只说这些文本。")
 
 
@@ -323,23 +324,37 @@ def test_degenerate_runs_are_not_compared_and_leave_a_dash(four):
     wiki["degenerate"] = np.where((wiki["press"] == "snapkv") & (wiki["compression_ratio"] == 0.9), "tied 0.63", None)
     pairs = page.compared(*four)
     assert len(pairs) == 7 and ("短文的损失", 0.9) not in set(zip(pairs["measure"], pairs["compression_ratio"]))
-    assert page.beside_snapkv(*four).count("（snapkv 0.600）") == 1  # that of books
     table = page.table(*four).set_index(["press", "压缩率"])
     assert table.loc[("snapkv", "0.9"), "短文的损失"] == "—" != table.loc[("snapkv", "0.9"), "长书的损失"]
-    assert "snapkv，压缩率 0.9（留下的条目里 63% 是" in page.not_ranked(*four)
-    assert page.not_ranked(*four[1:]) == ""
+
+
+def test_the_short_table_has_the_two_highest_ratios_and_an_arrow_where_it_is_clear(four):
+    table = page.short_table(*four).set_index(["压缩率", "press"])
+    task = list(table)[-1]
+    assert table.index.tolist() == [(ratio, name) for ratio in ("0.5", "0.9") for name in ("copying_heads", "snapkv")]
+    assert table["短文的损失"].tolist() == ["0.010", "0.300 ↓", "0.200", "0.600 ↓"]
+    assert table[task].tolist() == ["0.50", "0.52", "0.50", "0.80 ↑"]
 
 
 def test_what_is_said_is_of_the_right_runs(four):
-    assert "压缩率 0.9，短文的损失 0.200（snapkv 0.600）" in page.beside_snapkv(*four)
-    assert "口令检索 0.99（snapkv 0.10）" in page.beside_snapkv(*four)
+    assert "压缩率 0.9，短文的损失 0.200（snapkv 0.600），" in page.first_page(*four)
     duo = page.at_own_strength(*four)
-    assert "口令检索 0.98（留下 60%；copying_heads 只留 50%，0.99）" in duo and "留 10%" not in duo
+    assert duo.endswith("它留下缓存的 60% 时，与只留 50% 的 copying_heads 相比，4 项的区间都重叠。")
+    four[2].frame.loc[four[2].frame["press"] == "duo_attention", ["accuracy_ci95_low", "accuracy_ci95_high"]] = 0.1, 0.2
+    assert page.at_own_strength(*four).endswith("区间不重叠的是：口令检索 0.98 对 0.99；其余重叠。")
+
+
+def test_what_it_costs_all_the_same_is_said_at_the_highest_ratio_that_shows_it(four):
+    four[3].frame[["mcnemar_p", "delta_score", "delta_score_ci95_high"]] = 0.9, -0.1, -0.05
     lost = page.still_lost(*four)  # 0.01 ± 0.05 holds zero
-    assert "短文的损失压缩率 0.9" in lost and "压缩率 0.5" not in lost
+    assert "短文的损失在压缩率 0.9 时是 0.200 [0.150, 0.250] nat" in lost and "压缩率 0.5" not in lost
+    tasks = four[3].frame
+    tasks.loc[(tasks["press"] == "copying_heads") & (tasks["compression_ratio"] == 0.5), "mcnemar_p"] = 1e-6
+    assert page.still_lost(*four).endswith("在压缩率 0.5 时少 0.10 分。")
     for records in four[:2]:
         records.frame["delta_nll_ci95_low"] = -1.0
-    assert "4 处损失里没有区间全在零以上的" in page.still_lost(*four)
+    tasks["mcnemar_p"] = 0.9
+    assert page.still_lost(*four) == "与不压缩相比，看不出 copying_heads 损失了什么。"
 
 
 def test_the_table_has_what_keeps_most_first(four):
@@ -366,7 +381,7 @@ def test_who_got_the_budget(tmp_path):
 
 def test_what_is_not_measured_is_said_to_be_missing(four):
     studies = ("wikitext_ppl", "pg19_ppl", "recall", "tasks")
-    for sentence in (page.verdicts, page.beside_snapkv, page.still_lost, page.at_own_strength, page.table):
+    for sentence in (page.verdicts, page.short_table, page.still_lost, page.at_own_strength, page.table):
         with pytest.raises(Missing, match="copying_heads"):
             sentence(*map(nothing, studies))
     with pytest.raises(Missing, match="calibration_s"):
@@ -384,8 +399,11 @@ def test_heads_found_by_random_tokens_are_counted_among_those_that_say_passkeys(
     write_table(tmp_path, "one", "heads", table)
     run = {"run_id": "one", "press": "no_press", "compression_ratio": 0.0, "path": str(tmp_path / "one.json")}
     records = Records("heads", tmp_path, tmp_path, pd.DataFrame([run]))
-    assert page.same_heads(records).startswith("按随机词元找到的 3 个头里，有 2 个就是 @sec-heads 的抄写的头")
-    assert "共 3 个" in page.same_heads(records)
+    assert page.same_heads(records) == (
+        "4 个头里，按随机词元找到的有 3 个，其中 2 个也在 @sec-trial 按口令找到的 3 个之中。"
+    )
+    write_table(tmp_path, "one", "heads", table.assign(copies=[True, True, False, True]))
+    assert page.same_heads(records) == "按随机词元找到的 3 个头，正是 @sec-trial 按口令找到的那 3 个。"
 
 
 def test_the_criterion_is_that_of_the_press():

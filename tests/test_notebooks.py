@@ -174,7 +174,7 @@ def test_heads_notebook(tmp_path):
     text = said(notebook)
     assert "模型 **demo**（权重：bundled）" in text and "个头里抄写的有" in text
     assert "抄写的头是必要的" in text and "在抄写的头里留住数字是充分的" in text
-    assert "压缩率 0.90，每词元多付：" in text and "三类每词元多付的 nat" in text
+    assert "压缩率 0.90，每词元多付：" in text and "这一对是否见过来分" in text
     assert len(records.load_records(tmp_path / "out")) == 1 + 2 * 2 and "5 份记录" in text
     pictures = [output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in str(output)]
     assert len(pictures) == 3

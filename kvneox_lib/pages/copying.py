@@ -6,21 +6,21 @@ What each loses in perplexity, in recall and in tasks when as much is kept, from
 import contextlib
 import math
 
-import numpy as np
 import pandas as pd
 
-from kvneox_lib.measures.intervals import FEW_DOCUMENTS, comparison, holm
-from kvneox_lib.pages import retrieval, tasks
-from kvneox_lib.pages.degenerate import healthy, is_degenerate, said
+from kvneox_lib.measures.intervals import FEW_DOCUMENTS
+from kvneox_lib.pages import paired, retrieval, tasks
+from kvneox_lib.pages.degenerate import healthy
 from kvneox_lib.pages.report import Missing, Records, found_in
 from kvneox_lib.pages.selecting import of_one_storage
-from kvneox_lib.pages.storage import KINDS
 from kvneox_lib.pages.words import listed, machine_of, number, with_interval
 from kvneox_lib.presses.by_name import make_press
 from kvneox_lib.presses.copying import DRAWS, REPEATED
 
 OURS = "copying_heads"
 BESIDE = (OURS, "kvzip", "adakv_snapkv", "keydiff", "snapkv", "duo_attention")  # the last has a strength of its own
+SHOWN = (OURS, "kvzip", "keydiff", "snapkv")  # in the table of the text
+ARROWS = {paired.BETTER: " ↓", paired.WORSE: " ↑", paired.LEVEL: ""}  # OURS is better: the other is worse
 DIGITS = {"delta_nll": 3, "accuracy": 2, "score": 2}
 UNCALIBRATED = ("adakv_snapkv", "keydiff", "snapkv")  # of BESIDE, those that know nothing of a model beforehand
 
@@ -28,19 +28,19 @@ UNCALIBRATED = ("adakv_snapkv", "keydiff", "snapkv")  # of BESIDE, those that kn
 # ---- which runs -----------------------------------------------------------------------------------------------------
 
 
-def measured(wiki: Records, books: Records, recall: Records, task_runs: Records) -> pd.DataFrame:
+def measured(*records: Records) -> pd.DataFrame:
     """A row for each of BESIDE at each ratio and each thing that was measured of it (`measure`): `value` with its
     interval, and `kept_fraction`. Questions come after compression. Without degenerate runs."""
-    return healthy(_all_measured(wiki, books, recall, task_runs))
+    return healthy(_all_measured(*records))
 
 
-def _all_measured(wiki: Records, books: Records, recall: Records, task_runs: Records) -> pd.DataFrame:
+def _all_measured(*records: Records) -> pd.DataFrame:
     parts = []
-    for records in (wiki, books, recall, task_runs):
+    for one in records:
         with contextlib.suppress(Missing):  # a study that nobody has run says nothing
-            parts += _measures_of(records)
+            parts += _measures_of(one)
     found = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["press"])
-    found_in(wiki.study, found[found["press"] == OURS], OURS)
+    found_in(records[0].study, found[found["press"] == OURS], OURS)
     return found
 
 
@@ -70,43 +70,16 @@ def at_equal_ratios(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def compared(*records: Records) -> pd.DataFrame:
-    """Each pair of `at_equal_ratios` on the windows, keys or documents that both were measured on: `ahead`, by how much
-    OURS is better in the mean, `p` after Holm's correction for all pairs together, over how many `documents`, and
-    `verdict`, "better" or "worse" where that p is below 0.05, else "". Pairs of too few units to tell are left
-    out."""
-    by_study, rows = {one.study: one for one in records}, []
-    pairs = at_equal_ratios(measured(*records))
-    for pair in pairs.itertuples():
-        ahead, documents = _ahead(by_study[pair.study], pair.run_id, pair.run_id_other)
-        p = comparison(ahead, documents).p
-        rows.append({"ahead": ahead.mean() if len(ahead) else np.nan, "p": p, "documents": len(set(documents))})
-    found = pd.concat([pairs, pd.DataFrame(rows, columns=["ahead", "p", "documents"])], axis=1).dropna(subset="p")
-    found = found.assign(p=holm(found["p"].to_numpy(dtype=float)))
-    sure = np.where(found["ahead"] > 0, "better", "worse")
-    return found.assign(verdict=np.where(found["p"] < 0.05, sure, ""))
-
-
-def _ahead(records: Records, ours: str, other: str) -> tuple[np.ndarray, np.ndarray]:
-    """Unit by unit, and the document that each is of."""
-    kind = KINDS[records.study]
-    try:
-        one, two = (
-            records.table(kind.table, run_id=run).set_index(list(kind.unit))[kind.value].astype(float)
-            for run in (ours, other)
-        )
-    except Missing:
-        return np.array([]), np.array([])
-    ahead = ((two - one) if kind.less_is_better else (one - two)).dropna()
-    of = np.arange(len(ahead)) if kind.of is None else ahead.index.get_level_values(kind.of).to_numpy()
-    return ahead.to_numpy(), of
+    """Each pair of `at_equal_ratios` as `paired.judged` tells it, all together."""
+    return paired.judged(at_equal_ratios(measured(*records)), [*records])
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 
-def table(wiki: Records, books: Records, recall: Records, task_runs: Records) -> pd.DataFrame:
-    """What most is kept by comes first; a degenerate run has a dash, and `not_ranked` says why."""
-    found = _all_measured(wiki, books, recall, task_runs)
+def table(*records: Records) -> pd.DataFrame:
+    """What most is kept by comes first; a degenerate run has a dash."""
+    found = _all_measured(*records)
     found = found.assign(
         strength=found["compression_ratio"].map(lambda ratio: "自定" if pd.isna(ratio) else f"{ratio:g}")
     )
@@ -120,6 +93,24 @@ def table(wiki: Records, books: Records, recall: Records, task_runs: Records) ->
     return pd.DataFrame([row for row, _ in ordered], columns=columns).fillna("—")
 
 
+def short_table(*records: Records) -> pd.DataFrame:
+    """SHOWN at the two highest ratios of OURS, without intervals; an arrow where a press is clearly better or worse
+    than OURS."""
+    found, pairs = measured(*records), compared(*records)
+    verdicts = dict(zip(zip(pairs["run_id_other"], pairs["measure"]), pairs["verdict"]))
+    ratios = sorted(found.loc[found["press"] == OURS, "compression_ratio"].dropna().unique())[-2:]
+    rows = []
+    for (ratio, press), part in found.groupby(["compression_ratio", "press"]):
+        if ratio in ratios and press in SHOWN:
+            cells = {
+                row.measure: f"{row.value:.{row.digits}f}{ARROWS[verdicts.get((row.run_id, row.measure), '')]}"
+                for row in part.itertuples()
+            }
+            rows.append({"压缩率": f"{ratio:g}", "press": press, **cells})
+    rows.sort(key=lambda row: (row["压缩率"], SHOWN.index(row["press"])))
+    return pd.DataFrame(rows, columns=["压缩率", "press", *found["measure"].unique()]).fillna("—")
+
+
 def _span(kept: pd.Series) -> str:
     """Of contexts of several lengths."""
     low, high = f"{kept.min():.2f}", f"{kept.max():.2f}"
@@ -129,27 +120,17 @@ def _span(kept: pd.Series) -> str:
 # ---- sentences ------------------------------------------------------------------------------------------------------
 
 
-def not_ranked(*records: Records) -> str:
-    """Why there are dashes; nothing where there are none."""
-    parts = []
-    for one in records:
-        with contextlib.suppress(Missing):
-            runs = of_one_storage(one.runs())
-            parts.append(runs[runs["press"].isin(BESIDE) & is_degenerate(runs)])
-    return "".join(said(pd.concat(parts))) if parts else ""
-
-
 def same_heads(causes: Records) -> str:
     """How many of the heads that random tokens find are those that say the passkeys: table `heads` of study `heads`."""
     heads, threshold = causes.table("heads", press="no_press"), make_press(OURS).threshold
     if "repeated_tokens" not in heads:
         raise Missing(causes.study, "repeated_tokens")
     found, copying = heads["repeated_tokens"] >= threshold, heads["copies"].astype(bool)
-    if not found.any():
-        return f"{len(heads)} 个头里，按随机词元一个也没有找到；@sec-heads 按口令找到的有 {copying.sum()} 个。"
+    if (found == copying).all() and found.any():
+        return f"按随机词元找到的 {found.sum()} 个头，正是 @sec-trial 按口令找到的那 {copying.sum()} 个。"
     return (
-        f"按随机词元找到的 {found.sum()} 个头里，有 {(found & copying).sum()} 个就是 @sec-heads 的抄写的头"
-        f"（按口令找到的共 {copying.sum()} 个）。"
+        f"{len(heads)} 个头里，按随机词元找到的有 {found.sum()} 个，其中 {(found & copying).sum()} 个也在 @sec-trial "
+        f"按口令找到的 {copying.sum()} 个之中。"
     )
 
 
@@ -165,12 +146,6 @@ def criterion() -> str:
         f"SnapKV 的观察窗口是 {window} 个词元；超出的预算按这份注意力的大小在抄写的头之间分，"
         "它们都留满了，余下的再由其余的头平分。"
     )
-
-
-def beside_snapkv(wiki: Records, books: Records, recall: Records, task_runs: Records) -> str:
-    """What became of the loss and of recall, at each ratio."""
-    parts = _beside_snapkv(wiki, books, recall, task_runs).values()
-    return f"{OURS} 与单用 SnapKV，缓存一样大：{'；'.join(parts)}。"
 
 
 def first_page(wiki: Records, books: Records, recall: Records, task_runs: Records) -> str:
@@ -195,57 +170,76 @@ def _beside_snapkv(*records: Records) -> dict[float, str]:
 
 
 def verdicts(*records: Records) -> str:
-    """How often it is ahead, and every place where it is not."""
+    """How often it is ahead of each of the others, and every place where it is not."""
     pairs = found_in(records[0].study, compared(*records), f"与 {OURS} 压缩率相同、可以配对的方法")
-    worse = pairs[pairs["verdict"] == "worse"]
+    parts = [
+        f"对 {press} {len(part)} 项里 {(part['verdict'] == paired.BETTER).sum()} 项"
+        for press, part in pairs.groupby("press_other")
+    ]
+    worse = pairs[pairs["verdict"] == paired.WORSE]
     where = listed(
         f"{row.press_other}（{row.measure}，压缩率 {row.compression_ratio:g}）" for row in worse.itertuples()
     )
-    better, level = ((pairs["verdict"] == verdict).sum() for verdict in ("better", ""))
     few = pairs.loc[pairs["documents"] <= FEW_DOCUMENTS, "measure"].unique()
     return (
-        f"与其余方法在同一压缩率下、同样的窗口（口令、文档）上逐项相比，共 {len(pairs)} 对，按 Holm 法一起校正"
-        f"（p < 0.05）：{OURS} 更好的 {better} 对，分不出高下的 {level} 对，更差的 {len(worse)} 对"
-        + (f"，即不如 {where}。" if len(worse) else "。")
+        f"在同一压缩率下、同样的窗口（口令、文档）上与其余方法逐项相比，按 Holm 法一起校正，{OURS} 明确更好的，"
+        f"{'，'.join(parts)}；明确更差的共 {len(worse)} 项"
+        + (f"，即不如 {where}" if len(worse) else "")
+        + "，其余分不出。"
         + (f"{listed(few)}的文本只有一篇或几篇，好坏只说这些文本。" if len(few) else "")
     )
 
 
 def still_lost(wiki: Records, books: Records, recall: Records, task_runs: Records) -> str:
-    """What it costs all the same, beside a whole cache."""
+    """What it costs all the same, beside a whole cache: by text over all ratios, and which tasks it harms."""
     found = measured(wiki, books, recall, task_runs)
     losses = found[(found["press"] == OURS) & found["measure"].isin(tasks.LOSSES.values())]
-    losses = losses.dropna(subset="value_ci95_low")
-    harmed = found_in(wiki.study, losses, f"{OURS} 的区间")[losses["value_ci95_low"] > 0]
-    if harmed.empty:
-        return f"与不压缩相比，{OURS} 测过的 {len(losses)} 处损失里没有区间全在零以上的。"
-    where = listed(
-        f"{row['measure']}压缩率 {row['compression_ratio']:g}（{with_interval(row, 'value', row['digits'])} nat）"
-        for _, row in harmed.sort_values(["measure", "compression_ratio"]).iterrows()
-    )
-    return f"它并非没有代价。与不压缩相比，损失的区间全在零以上的：{where}。"
+    losses = found_in(wiki.study, losses.dropna(subset="value_ci95_low"), f"{OURS} 的区间")
+    harmed = losses[losses["value_ci95_low"] > 0].sort_values("compression_ratio")
+    parts = [
+        f"{measure}在压缩率 {part['compression_ratio'].iloc[-1]:g} 时是 {with_interval(part.iloc[-1], 'value', 3)} nat"
+        for measure, part in harmed.groupby("measure", sort=False)
+    ]
+    with contextlib.suppress(Missing):
+        runs = tasks.harmed(task_runs.runs())
+        runs = runs[(runs["press"] == OURS) & (runs["question"] == "outside")]
+        parts += [
+            f"{tasks.named(run.dataset)}在压缩率 {run.compression_ratio:g} 时少 {-run.delta_score:.2f} 分"
+            for run in runs.itertuples()
+        ]
+    if not parts:
+        return f"与不压缩相比，看不出 {OURS} 损失了什么。"
+    return f"它并非没有代价，与不压缩相比（差的区间不含零的）：{'，'.join(parts)}。"
 
 
 def at_own_strength(wiki: Records, books: Records, recall: Records, task_runs: Records) -> str:
     """DuoAttention cannot be set to a ratio; beside it stands the run of OURS that keeps most, but not more."""
     found = measured(wiki, books, recall, task_runs)
     duo = found_in(wiki.study, found[found["press"] == "duo_attention"], "duo_attention")
-    parts = []
-    for _, row in duo.iterrows():
-        ours = found[(found["press"] == OURS) & (found["measure"] == row["measure"])]
-        ours = ours[ours["kept_fraction"] <= row["kept_fraction"]].sort_values("kept_fraction")
-        if len(ours):
-            best, digits = ours.iloc[-1], row["digits"]
-            parts.append(
-                f"{row['measure']} {row['value']:.{digits}f}（留下 {row['kept_fraction']:.0%}；{OURS} 只留 "
-                f"{best['kept_fraction']:.0%}，{best['value']:.{digits}f}）"
-            )
-    found_in(wiki.study, parts, f"保留得不多于 duo_attention 的 {OURS}")
-    return (
-        "DuoAttention 的强度是流式头的比例，流式头又总要留下汇聚点和近窗，不能调到任意大小；"
-        "它按平均的查询看得多远来分，"
-        f"不问头抄不抄写：{'，'.join(parts)}。"
+    ours = found[found["press"] == OURS].sort_values("kept_fraction")
+    pairs = duo.merge(ours, on="measure", suffixes=("", "_ours"))
+    pairs = pairs[pairs["kept_fraction_ours"] <= pairs["kept_fraction"]].drop_duplicates("measure", keep="last")
+    found_in(wiki.study, pairs, f"保留得不多于 duo_attention 的 {OURS}")
+    apart = (pairs["value_ci95_low"] > pairs["value_ci95_high_ours"]) | (
+        pairs["value_ci95_high"] < pairs["value_ci95_low_ours"]
     )
+    text = (
+        "DuoAttention 的强度是流式头的比例，不能调到任意大小；它按平均的查询看得多远来分头，不问头抄不抄写。"
+        f"它留下缓存的 {_percent(pairs['kept_fraction'])}时，"
+        f"与只留 {_percent(pairs['kept_fraction_ours'])}的 {OURS} 相比，"
+    )
+    if not apart.any():
+        return f"{text}{len(pairs)} 项的区间都重叠。"
+    parts = [
+        f"{row.measure} {row.value:.{row.digits}f} 对 {row.value_ours:.{row.digits}f}"
+        for row in pairs[apart].itertuples()
+    ]
+    return f"{text}区间不重叠的是：{'，'.join(parts)}；其余重叠。"
+
+
+def _percent(shares: pd.Series) -> str:
+    low, high = f"{shares.min():.0%}", f"{shares.max():.0%}"
+    return f"{low} " if low == high else f"{low} 至 {high} "
 
 
 def uneven(records: Records) -> str:

@@ -92,17 +92,17 @@ def _ratio(row) -> str:
 
 def found(heads: pd.DataFrame) -> str:
     """Which heads copy, by the keys on which they were looked for, and whether others tell the same."""
-    copying = heads[heads["copies"].astype(bool)].sort_values("copy_attention", ascending=False)
+    copying = heads[heads["copies"].astype(bool)]
     rule = f"说出数字时投给该数字的注意力不低于 {LEAST_ATTENTION:g}，也不低于最高者的 {OF_THE_MOST:.0%}"
     if copying.empty:
         most = heads["copy_attention"].max()
         return f"按“{rule}”的标准，{len(heads)} 个头里没有抄写的头：投得最多的头也只有 {most:.3f}。"
-    names = listed([f"第 {row.layer} 层第 {row.head} 头（{row.copy_attention:.2f}）" for row in copying.itertuples()])
     rest = heads[~heads["copies"].astype(bool)]["copy_attention_tried"]
-    beside = f"，其余各头最高 {rest.max():.2f}" if len(rest) else ""
+    beside = f"，其余各头至多 {rest.max():.2f}" if len(rest) else ""
+    where = listed([f"第 {layer} 层 {n} 个" for layer, n in copying.groupby("layer").size().items()])
     return (
-        f"{len(heads)} 个头里抄写的有 {len(copying)} 个：{names}。标准是{rule}；在找头时没有用过的口令上，"
-        f"这些头的注意力最低 {copying['copy_attention_tried'].min():.2f}{beside}。"
+        f"按“{rule}”的标准，{len(heads)} 个头里抄写的有 {len(copying)} 个（{where}）；在找头时没有用过的口令上，"
+        f"它们投给数字的注意力至少 {copying['copy_attention_tried'].min():.2f}{beside}。"
     )
 
 
@@ -129,49 +129,58 @@ def sufficient(trial: pd.DataFrame) -> str:
     """Of the presses that do not find the keys, each at its highest ratio. Heads are sufficient where with their digits
     at least half is recalled, and less than half with those of all others. What else the others keep is what the press
     kept: that they need not see anything is not tried."""
-    table, parts, enough = _hardest(tried(trial)), [], []
+    table, rows = _hardest(tried(trial)), []
     if untried := _untried(_by_condition(table, "no_press")):
         return untried
     for press in dict.fromkeys(table["press"]):
         shares = _by_condition(table, press)
         own = shares.loc["as_is", "none"]
-        if press == "no_press" or own.value >= 0.5 or ("kept", "copying") not in shares.index:
-            continue
-        given, others = shares.loc["kept", "copying"], _there(shares, "kept", "others")
-        enough.append(given.low >= 0.5 > max(own.high, others.high))
-        parts.append(
-            f"{press}{_ratio(own)} 准确率 {_share(own)}；预算不变，只在抄写的头里留住数字，{_share(given)}；"
-            f"只在其余全部头里留住，{_share(others)}"
-        )
-    if not parts:
+        if press != "no_press" and own.value < 0.5 and ("kept", "copying") in shares.index:
+            rows.append((own, shares.loc["kept", "copying"], _there(shares, "kept", "others")))
+    if not rows:
         raise Missing("heads", "压缩后答不出一半的 press")
-    verdict = (
-        "只在抄写的头里留住数字，就答得出大半；只在其余的头里留住则不行：对答出口令，在抄写的头里留住数字是充分的。"
-        if all(enough)
-        else "并非每种方法都因此答得出大半，这些提问不足以说在抄写的头里留住数字是充分的。"
+    own, given, others = (pd.DataFrame(part).reset_index(drop=True) for part in zip(*rows))
+    text = (
+        f"{_these(own)}的准确率是 {_span(own)}；预算不变，只在抄写的头里留住数字，便是 {_span(given)}；"
+        f"只在其余全部头里留住，是 {_span(others)}。"
     )
-    return f"{'。'.join(parts)}。{verdict}"
+    if (given["low"] >= 0.5).all() and (own["high"] < 0.5).all() and (others["high"] < 0.5).all():
+        text += "只在抄写的头里留住数字，就答得出大半；只在其余的头里留住则不行："
+        return text + "对答出口令，在抄写的头里留住数字是充分的。"
+    return text + "并非每种方法都因此答得出大半，这些提问不足以说在抄写的头里留住数字是充分的。"
 
 
 def lent(runs: pd.DataFrame, trial: pd.DataFrame) -> str:
     """Of the presses whose copying heads kept what another press keeps."""
-    table = _hardest(tried(trial))
+    table, rows = _hardest(tried(trial)), []
     if untried := _untried(_by_condition(table, "no_press")):
         return untried
-    parts = []
     for press in dict.fromkeys(table["press"]):
         shares = _by_condition(table, press)
         if ("lent", "copying") in shares.index:
-            own, borrowed = shares.loc["as_is", "none"], shares.loc["lent", "copying"]
-            swapped = _there(shares, "lent", "others")
-            parts.append(
-                f"{press}{_ratio(own)} 由 {own.value:.2f} 变为 {borrowed.value:.2f}"
-                f"（反过来，只有其余的头改留，{swapped.value:.2f}）"
-            )
+            rows.append((shares.loc["as_is", "none"], shares.loc["lent", "copying"], _there(shares, "lent", "others")))
     lender = runs["lender"].dropna().unique()
-    if not parts or len(lender) != 1:
+    if not rows or len(lender) != 1:
         raise Missing("heads", "lent 的条件")
-    return f"只让抄写的头改留 {lender[0]} 在同一压缩率下所留的条目，准确率：{'；'.join(parts)}。"
+    own, borrowed, swapped = (pd.DataFrame(part) for part in zip(*rows))
+    return (
+        f"不是放回指定的数字，而是让抄写的头改留 {lender[0]} 在同一压缩率下所留的条目，{_these(own)}的准确率由 "
+        f"{_span(own)} 变为 {_span(borrowed)}；反过来，只有其余的头改留，是 {_span(swapped)}。"
+    )
+
+
+def _these(rows: pd.DataFrame) -> str:
+    """The presses, and the ratio where it is the same for all."""
+    ratios = rows["compression_ratio"].unique()
+    if len(ratios) == 1 and pd.notna(ratios[0]):
+        return f"{listed(rows['press'])}（压缩率 {ratios[0]:g}）"
+    return f"{listed([f'{row.press}{_ratio(row)}' for row in rows.itertuples()])} "
+
+
+def _span(rows: pd.DataFrame) -> str:
+    """From the lowest share to the highest."""
+    low, high = f"{rows['value'].min():.2f}", f"{rows['value'].max():.2f}"
+    return low if low == high else f"{low} 至 {high}"
 
 
 def _by_condition(table: pd.DataFrame, press: str) -> pd.DataFrame:

@@ -1,11 +1,13 @@
 """Whose loss a loss in perplexity is, by heads and by tokens: table `losses` of study `heads`."""
 
+import math
+
 import pandas as pd
 from matplotlib.figure import Figure
 
 from kvneox_lib.measures.causes import NEAR
 from kvneox_lib.pages import figures
-from kvneox_lib.pages.report import Missing, Records, found_in
+from kvneox_lib.pages.report import Records, found_in
 from kvneox_lib.pages.selecting import middle_ratio
 from kvneox_lib.pages.words import listed, number
 from kvneox_lib.studies.heads import LOST, loss_of
@@ -92,12 +94,14 @@ def _whole(losses: pd.DataFrame) -> pd.DataFrame:
 
 def by_heads(losses: pd.DataFrame) -> str:
     """Whose loss it is, at the middle ratio."""
-    table, parts = _at_middle(lost_by_heads(losses)), []
-    for press, rows in table.groupby("press", sort=False):
-        nat = rows.set_index("heads")["value"]
-        alone = f"只压抄写的头 {nat['copying']:.4f}，只压其余的头 {nat['others']:.4f}"
-        parts.append(f"{press} {nat['all']:.4f} nat，{alone}")
+    table = _at_middle(lost_by_heads(losses)).pivot(index="press", columns="heads", values="value")
+    parts = [f"{words}压缩，{_range(table[name], '.4f')} nat" for name, words in ACTING.items()]
     return f"{of_text(losses)}，{at_which_ratio(losses)}，每词元多付：{'；'.join(parts)}。{whose(losses)}"
+
+
+def _range(values: pd.Series, spec: str) -> str:
+    low, high = format(values.min(), spec), format(values.max(), spec)
+    return low if low == high else f"{low} 至 {high}"
 
 
 def whose(losses: pd.DataFrame) -> str:
@@ -131,60 +135,78 @@ def _mostly_copying(part: pd.DataFrame) -> bool | None:
 
 def by_tokens(losses: pd.DataFrame) -> str:
     """How few tokens carry the loss, at the middle ratio. Those that lose much are chosen by what became of them, and
-    so would have a share in a loss that is none; those that gain as much stand beside them."""
+    so would have a share in a loss that is none; those that gain as much are set against them."""
     whole = _whole(losses)
-    parts = [_lost_and_gained(row) for row in whole.itertuples()]
-    text = f"比不压缩多付 {LOST:g} nat 以上的词元：{'；'.join(parts)}。"
+    text = (
+        f"比不压缩多付 {LOST:g} nat 以上的词元占 {_range(whole['tokens_lost'], '.1%')}，"
+        f"少付这么多的占 {_range(whole['tokens_gained'], '.1%')}。"
+    )
     sure = whole[whole["sure"]]
-    few = (sure["part_lost"] + sure["part_gained"] >= 0.5).sum()
     if sure.empty:
-        return text
-    if few == len(sure):
-        return text + "两相抵之后，损失的一半以上仍在这样的词元上。"
-    return text + f"两相抵之后，{len(sure)} 种方法里，损失有一半以上在这样的词元上的有 {few} 种。"
+        return text + "损失与零分不开，不谈它们占多少。"
+    net = (sure["part_lost"] + sure["part_gained"]).set_axis(sure["press"])
+    few, many = net[net >= 0.5], net[net < 0.5]
+    parts = [f"{listed(few.index)} 的损失有 {_range(few, '.0%')} 在这少数词元上"] if len(few) else []
+    parts += (
+        [f"{listed(many.index)} 的损失只有 {_range(many, '.0%')} 在其上，大半是许多词元分摊的"] if len(many) else []
+    )
+    return f"{text}两相抵之后，{'；'.join(parts)}。"
 
 
-def _lost_and_gained(row) -> str:
-    if not row.sure:
-        return (
-            f"{row.press} {row.tokens_lost:.1%}，少付这么多的也有 {row.tokens_gained:.1%}（损失与零分不开，不谈占比）"
-        )
-    against = f"少付 {LOST:g} nat 以上的有 {row.tokens_gained:.1%}，抵去 {-row.part_gained:.0%}"
-    return f"{row.press} {row.tokens_lost:.1%}，占损失的 {row.part_lost:.0%}（{against}）"
+def dilution(whole: pd.DataFrame) -> pd.DataFrame:
+    """Of rows of `lost_by_heads` with a loss: the mean loss as `p` of the tokens, those that lose much, times `c`, and
+    the others times `rest`."""
+    whole = whole[whole["sure"] & (whole["tokens_lost"] > 0)]
+    p, much = whole["tokens_lost"], whole["part_lost"] * whole["value"]
+    return whole.assign(p=p, c=much / p, much=much, rest=(whole["value"] - much) / (1 - p))
 
 
-def decomposed(losses: pd.DataFrame) -> str:
-    """The mean loss as how many tokens lose much, times how much; at the middle ratio, of presses that lose at all."""
-    whole = _whole(losses)
+def dilution_table(texts: list[Records]) -> pd.DataFrame:
+    """Of `of_one_protocol`, at the middle ratio."""
     parts = []
-    for row in whole[whole["sure"] & (whole["tokens_lost"] > 0)].itertuples():
-        each = row.part_lost * row.value / row.tokens_lost
-        parts.append(
-            f"{row.press} 的 $p$ 是 {row.tokens_lost:.2%}，$c$ 是 {each:.2f} nat，"
-            f"$p c$ 是 {row.part_lost * row.value:.4f} nat，而 $\\Delta$ 是 {row.value:.4f} nat"
-        )
-    if not parts:
-        raise Missing("heads", f"损失不是零、又有词元多付 {LOST:g} nat 以上的运行")
-    return f"{of_text(losses)}，{at_which_ratio(losses)}，以多付 {LOST:g} nat 以上为界：{'；'.join(parts)}。"
+    for records in of_one_protocol(texts):
+        found = dilution(_whole(records.table("losses")))
+        shown = {
+            "文本": records.run()["dataset"],
+            "press": found["press"],
+            "$p$": found["p"].map("{:.2%}".format),
+            "$c$": found["c"].map("{:.2f}".format),
+            "$p c$": found["much"].map("{:.4f}".format),
+            "$\\epsilon$": found["rest"].map("{:.4f}".format),
+            "$\\Delta$": found["value"].map("{:.4f}".format),
+            "困惑度变为": found["value"].map(lambda nat: f"{math.exp(nat):.3f} 倍"),
+        }
+        parts.append(pd.DataFrame(shown))
+    return found_in("heads", pd.concat(parts, ignore_index=True), f"损失不是零、又有词元多付 {LOST:g} nat 以上的运行")
+
+
+def diluted(losses: pd.DataFrame) -> str:
+    """What a mean makes of tokens that lose much, at the middle ratio."""
+    found = found_in("heads", dilution(_whole(losses)), f"损失不是零、又有词元多付 {LOST:g} nat 以上的运行")
+    worst = found.loc[found["c"].idxmax()]
+    return (
+        f"{of_text(losses)}，{at_which_ratio(losses)}，{worst.press} 之下 {worst.p:.2%} 的词元多付逾 {LOST:g} nat，"
+        f"每个平均 {worst.c:.2f} nat；摊到全部词元上只是 {worst.value:.3f} nat，困惑度不过变为 "
+        f"{math.exp(worst.value):.3f} 倍。"
+    )
 
 
 def by_seen(losses: pd.DataFrame) -> str:
     """Which tokens pay, at the middle ratio."""
     whole = _whole(losses)
-    parts = []
-    for row in whole.to_dict("records"):
-        nat, of_all = ([row[f"{what}_{name}"] for name in SEEN] for what in ("nat", "part"))
-        shares = f"占全部损失的 {listed(map('{:.0%}'.format, of_all))}" if row["sure"] else "损失与零分不开，不谈占比"
-        parts.append(f"{row['press']} {listed(map('{:.3f}'.format, nat))}（{shares}）")
     shares = listed([f"{words}的 {whole[f'tokens_{name}'].mean():.0%}" for name, words in SEEN.items()])
-    text = (
-        f"按“前一个词元加这个词元”这一对是否见过来分：在上下文里（最后 {NEAR} 个词元之前）{shares}。"
-        f"三类每词元多付的 nat 依次是：{'；'.join(parts)}。"
-    )
-    most = (whole["nat_far_low"] > whole[["nat_near_high", "nat_new_high"]].max(axis=1)).sum()
-    if most == len(whole):
-        return text + "远处出现过、本可以照抄的词元付得最多。"
-    return text + f"{len(whole)} 种方法里，远处出现过的词元付得明显最多的有 {most} 种。"
+    text = f"按“前一个词元加这个词元”这一对是否见过来分：在上下文里（最后 {NEAR} 个词元之前）{shares}。"
+    most = whole["nat_far_low"] > whole[["nat_near_high", "nat_new_high"]].max(axis=1)
+    if not most.any():
+        return text + "没有哪种方法，远处出现过的词元付得明显最多。"
+    these, others = whole[most], whole[~most]
+    text += f"{listed(these['press'])} 的损失，本可以照抄的词元（远处出现过的）付得最多，{_per_token(these)}。"
+    return text + (f"{listed(others['press'])} 则分不出谁付得最多：{_per_token(others)}。" if len(others) else "")
+
+
+def _per_token(rows: pd.DataFrame) -> str:
+    far, new = (_range(rows[f"nat_{name}"], ".3f") for name in ("far", "new"))
+    return f"每个 {far} nat，没有出现过的每个 {new} nat"
 
 
 # ---- of several texts -----------------------------------------------------------------------------------------------
@@ -201,18 +223,32 @@ def of_one_protocol(texts: list[Records]) -> list[Records]:
 
 
 def loss_by_text(texts: list[Records]) -> pd.DataFrame:
-    """Of `of_one_protocol`, at the middle ratio: whose loss it is, and which tokens pay."""
+    """Of `of_one_protocol`, at the middle ratio: whose loss it is."""
     rows = []
     for records in of_one_protocol(texts):
-        losses = records.table("losses")
-        table = _at_middle(lost_by_heads(losses))
+        table = _at_middle(lost_by_heads(records.table("losses")))
         for press, part in table.groupby("press", sort=False):
-            by_heads, whole = part.set_index("heads"), part.set_index("heads").loc["all"]
-            row = {"文本": records.run()["dataset"], "press": press, "压缩率": number(whole.compression_ratio, "g")}
+            row = {
+                "文本": records.run()["dataset"],
+                "press": press,
+                "压缩率": number(part["compression_ratio"].iloc[0], "g"),
+            }
             for name, words in ACTING.items():
-                of = by_heads.loc[name]
+                of = part.set_index("heads").loc[name]
                 row[words] = f"{of.value:.4f} [{of.low:.4f}, {of.high:.4f}]"
-            parts = {name: f"{whole[f'part_{name}']:.0%}" if whole.sure else "—" for name in PARTS}
-            row |= {f"多付逾 {LOST:g} nat 的词元": f"{whole.tokens_lost:.1%}", "占损失": parts["lost"]}
-            rows.append(row | {f"{words}的词元占损失": parts[name] for name, words in SEEN.items()})
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def tokens_by_text(texts: list[Records]) -> pd.DataFrame:
+    """Of the same: which tokens pay, where the press acts in all heads."""
+    rows = []
+    for records in of_one_protocol(texts):
+        for _, whole in _whole(records.table("losses")).iterrows():
+            parts = {name: f"{whole[f'part_{name}']:.0%}" if whole["sure"] else "—" for name in PARTS}
+            row = {"文本": records.run()["dataset"], "press": whole["press"]}
+            row |= {f"多付逾 {LOST:g} nat 的词元": f"{whole['tokens_lost']:.1%}", "占损失": parts["lost"]}
+            row |= {f"少付逾 {LOST:g} nat 的词元": f"{whole['tokens_gained']:.1%}"}
+            row |= {"抵去": parts["gained"].removeprefix("-")}
+            rows.append(row | {f"{words}的词元占": parts[name] for name, words in SEEN.items()})
     return pd.DataFrame(rows)

@@ -10,22 +10,36 @@ def rank_correlation(one: pd.Series, other: pd.Series) -> float:
     return both["one"].corr(both["other"]) if both.nunique().min() > 1 else float("nan")
 
 
-def rank_correlation_ci95(one: pd.Series, other: pd.Series, n_resamples: int = 2000) -> tuple[float, float]:
-    """Its 95 % interval over rows drawn with replacement, always the same draws, ranked anew in each."""
-    both = pd.concat([one, other], axis=1, keys=["one", "other"]).apply(pd.to_numeric).dropna()
-    if len(both) < 4:
-        return float("nan"), float("nan")
-    drawn = np.random.default_rng(0).integers(len(both), size=(n_resamples, len(both)))
-    x, y = (_centred_ranks(values[drawn]) for values in both.to_numpy().T)
-    spread = np.sqrt((x**2).sum(1) * (y**2).sum(1))
-    found = (x * y).sum(1)[spread > 0] / spread[spread > 0]
-    low, high = np.percentile(found, [2.5, 97.5]) if len(found) else (np.nan, np.nan)
+def rank_correlation_ci95(
+    one: pd.Series, other: pd.Series, n_resamples: int = 2000, groups: pd.Series | None = None
+) -> tuple[float, float]:
+    """Its 95 % interval, see `drawn_rank_correlations`."""
+    return interval_of(drawn_rank_correlations(one, other, n_resamples, groups))
+
+
+def interval_of(drawn: np.ndarray) -> tuple[float, float]:
+    """Between which 95 % of the draws lie that have a value."""
+    drawn = drawn[np.isfinite(drawn)]
+    low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (np.nan, np.nan)
     return float(low), float(high)
 
 
-def _centred_ranks(values: np.ndarray) -> np.ndarray:
-    """Of each row (rows, n), ties at their mean rank, less the mean."""
-    return np.sign(values[:, :, None] - values[:, None, :]).sum(2) / 2
+def drawn_rank_correlations(
+    one: pd.Series, other: pd.Series, n_resamples: int = 2000, groups: pd.Series | None = None
+) -> np.ndarray:
+    """Spearman's correlation over rows drawn with replacement, always the same draws, ranked anew in each. Rows of one
+    of `groups`, where there are such, are drawn together. NaN where one column is the same in all, or of too few."""
+    groups = pd.Series(range(len(one)), index=one.index) if groups is None else groups
+    both = pd.concat([one, other, groups], axis=1, keys=["one", "other", "of"]).dropna()
+    of = pd.factorize(both.pop("of"))[0]
+    n = of.max() + 1 if len(of) else 0
+    if n < 4:
+        return np.full(n_resamples, np.nan)
+    drawn = np.random.default_rng(0).integers(n, size=(n_resamples, n))
+    counts = (drawn[:, :, None] == np.arange(n)).sum(1)[:, of].astype(float)  # (resamples, rows)
+    x, y = (counts @ np.sign(values - values[:, None]) / 2 for values in both.to_numpy(dtype=float).T)
+    spread = np.sqrt((counts * x**2).sum(1) * (counts * y**2).sum(1))  # x, y: ranks less their mean, ties at theirs
+    return np.divide((counts * x * y).sum(1), spread, out=np.full(n_resamples, np.nan), where=spread > 0)
 
 
 def kendall(one: pd.Series, other: pd.Series, n_resamples: int = 2000) -> tuple[float, float, float, int]:
@@ -38,9 +52,7 @@ def kendall(one: pd.Series, other: pd.Series, n_resamples: int = 2000) -> tuple[
     signs = [np.sign(values[:, None] - values[None, :]) for values in both.to_numpy().T]
     drawn = np.random.default_rng(0).integers(n, size=(n_resamples, n))
     found = np.array([_tau(*(sign[np.ix_(rows, rows)] for sign in signs)) for rows in drawn])
-    found = found[np.isfinite(found)]
-    low, high = np.percentile(found, [2.5, 97.5]) if len(found) else (np.nan, np.nan)
-    return _tau(*signs), float(low), float(high), n
+    return _tau(*signs), *interval_of(found), n
 
 
 def _tau(one: np.ndarray, other: np.ndarray) -> float:

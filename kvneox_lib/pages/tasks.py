@@ -6,9 +6,9 @@ from functools import partial
 import pandas as pd
 
 from kvneox_lib.measures.intervals import holm
-from kvneox_lib.pages.degenerate import healthy, said
+from kvneox_lib.pages.degenerate import healthy
 from kvneox_lib.pages.ranks import kendall
-from kvneox_lib.pages.report import Missing, found_in
+from kvneox_lib.pages.report import found_in
 from kvneox_lib.pages.selecting import (
     bits_of,
     budget_column,
@@ -199,20 +199,36 @@ def plain(runs: pd.DataFrame) -> str:
     return f"不压缩时的得分：{'，'.join(parts)}。"
 
 
-def not_ranked(runs: pd.DataFrame) -> str:
-    return "".join(said(pressed(of_one_storage(runs))))
+def harmed(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs of one storage that score clearly less than no compression: by McNemar's p, corrected for all of them
+    together, or by the interval where documents are not independent. Degenerate runs are not judged."""
+    runs = pressed(healthy(of_one_storage(runs)))
+    p, high = corrected(runs), pd.to_numeric(runs["delta_score_ci95_high"])
+    return runs[(p < 0.05).where(p.notna(), high < 0) & (pd.to_numeric(runs["delta_score"]) < 0)]
 
 
 def unharmed(runs: pd.DataFrame, mode: str) -> str:
-    """Which presses lose nothing that these documents show, of each task at the middle ratio; degenerate runs are not
-    judged."""
-    ratio, parts = middle_ratio(runs), []
-    for task, part in in_mode(pressed(healthy(runs)), mode).groupby("dataset", sort=False):
-        at = part[part["compression_ratio"] == ratio]
-        highest = there(pd.to_numeric(at["delta_score_ci95_high"]).dropna(), "差的区间")
-        whole = at.loc[highest.index[highest >= 0]]
-        parts.append(f"{named(task)}，{listed(whole.sort_values('score', ascending=False)['press'], '一个也没有')}")
-    return f"{MODES[mode]}，压缩率 {ratio:.2f}，与不压缩的差的区间碰到零的：{'；'.join(parts)}。"
+    """At the middle ratio: in which tasks each press shows no harm; most are harmed in most tasks."""
+    ratio = middle_ratio(runs)
+    of_ratio = in_mode(pressed(healthy(runs)), mode)
+    of_ratio = of_ratio[of_ratio["compression_ratio"] == ratio]
+    whole = of_ratio.drop(harmed(in_mode(runs, mode)).index, errors="ignore")
+    tasks = there(of_ratio, f"压缩率 {ratio}")["dataset"].map(named).unique()
+    n_presses = of_ratio["press"].nunique()
+    by_press = whole.groupby("press", sort=False)["dataset"].agg(lambda names: tuple(map(named, names)))
+    all_whole = by_press.index[by_press.map(len) == len(tasks)]
+    text = (
+        f"压缩率 {ratio:g} 时，{n_presses} 种方法里，各项任务都看不出变差的有 {listed(all_whole)}"
+        "（与不压缩在同样的文档上成对比较，McNemar 检验，按 Holm 法一起校正）"
+    )
+    some = by_press.drop(all_whole)
+    parts = [
+        f"{listed(part.index)} 只在{'、'.join(names)}上" for names, part in some.groupby(some, sort=False) if names
+    ]
+    if parts:
+        text += f"；{'，'.join(parts)}看不出变差"
+    n_rest = n_presses - len(by_press)
+    return text + (f"；其余 {n_rest} 种各项都明确变差。" if n_rest else "。")
 
 
 def gained(runs: pd.DataFrame) -> str:
@@ -263,36 +279,12 @@ def agreement(runs: pd.DataFrame, recall: pd.DataFrame, losses: dict[str, pd.Dat
 def agreeing(runs: pd.DataFrame, recall: pd.DataFrame, losses: dict[str, pd.DataFrame], ratios) -> str:
     """With which other measures each task agrees beyond its interval, at all of these ratios."""
     found = [taus(runs, recall, losses, ratio) for ratio in ratios]
-    sure = [pair for pair in found[0] if all(of.get(pair, (0, 0))[1] > 0 for of in found)]
-    by_task = {}
-    for one, other in sure:
+    n_pairs, by_task = len(found[0]), {}
+    for one, other in (pair for pair in found[0] if all(of.get(pair, (0, 0))[1] > 0 for of in found)):
         by_task.setdefault(one, []).append(other)
     parts = [f"{one}与{'、'.join(others)}" for one, others in by_task.items()]
     said = "、".join(f"{ratio:g}" for ratio in ratios)
-    return f"压缩率 {said} 下区间都在零以上的：{'；'.join(parts) or '一对也没有'}。"
-
-
-def spread(runs: pd.DataFrame, ratio: float) -> str:
-    """How far the presses are apart in each task: where they are not, no order can be told."""
-    parts = []
-    chosen = healthy(in_mode(runs[runs["compression_ratio"] == ratio], "outside"))
-    for task, part in chosen.groupby("dataset", sort=False):
-        at = part.set_index("press")["score"].sort_values()
-        hurt = (pd.to_numeric(part["delta_score_ci95_high"]) < 0).sum()
-        parts.append(
-            f"{named(task)}由 {at.iloc[0]:.2f}（{at.index[0]}）到 {at.iloc[-1]:.2f}（{at.index[-1]}），"
-            f"{len(at)} 种方法里 {hurt} 种与不压缩的差的区间全在零以下"
-        )
-    return f"压缩率 {ratio:g}，问题在外：{'；'.join(parts)}。"
-
-
-def places(runs: pd.DataFrame, press: str, ratio: float, mode: str) -> str:
-    """Where one press stands in each task, beside evicting at random."""
-    parts = []
-    for task, part in healthy(in_mode(runs[runs["compression_ratio"] == ratio], mode)).groupby("dataset", sort=False):
-        scores = part.set_index("press")["score"]
-        if press not in scores or "random" not in scores:
-            raise Missing("tasks", f"{press} 与 random")
-        place = int(scores.rank(ascending=False, method="min")[press])
-        parts.append(f"{named(task)}第 {place}（{scores[press]:.2f}，随机淘汰 {scores['random']:.2f}）")
-    return f"{MODES[mode]}、压缩率 {ratio:g} 时，{press} 在 {scores.size} 种方法里：{'，'.join(parts)}。"
+    if not parts:
+        return f"{n_pairs} 对里，没有一对的区间在压缩率 {said} 上都在零以上。"
+    n_sure = sum(map(len, by_task.values()))
+    return f"{n_pairs} 对里，区间在压缩率 {said} 上都在零以上的有 {n_sure} 对：{'；'.join(parts)}。"

@@ -10,7 +10,7 @@ import pandas as pd
 from kvneox_lib.inputs.templates import DEMO, TEMPLATES, WORDINGS
 from kvneox_lib.pages.degenerate import healthy
 from kvneox_lib.pages.report import Missing, Records, read, say, settings
-from kvneox_lib.pages.retrieval import in_mode
+from kvneox_lib.pages.retrieval import copying_heads, in_mode
 from kvneox_lib.pages.selecting import middle_ratio, of_one_crowd, of_one_storage, of_one_wording, pressed
 from kvneox_lib.pages.words import listed, with_interval
 
@@ -170,10 +170,10 @@ def _model(runs: pd.DataFrame) -> str:
     return listed(runs["model"].unique())
 
 
-def _grid(found: pd.DataFrame, ratio: float | None) -> pd.DataFrame:
+def _grid(found: pd.DataFrame, ratio: float | None, value: str = "accuracy") -> pd.DataFrame:
     chosen = found[(found["press"] == "no_press") | (found["compression_ratio"] == ratio)]
     names = [name for part in _groups(found).values() for name in part]
-    table = chosen.pivot_table(index="template", columns="press", values="accuracy").reindex(names)
+    table = chosen.pivot_table(index="template", columns="press", values=value).reindex(names)
     presses = [name for name in ("no_press", *dict.fromkeys(pressed(found)["press"])) if name in table]
     return table[presses].rename(columns={"no_press": PLAIN})
 
@@ -200,52 +200,89 @@ def _wording_intervals(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_training(runs: pd.DataFrame) -> str:
-    """Means over the wordings that were trained and over those that were not, without a press and with each."""
+    """Without a press: means over the wordings that were trained and over those that were not."""
     found = in_several(runs)
-    ratio, groups = middle_ratio(found), _groups(found)
-    table, text = _grid(healthy(found), ratio), f"{_model(found)}："
-    bare = table.pop(PLAIN).dropna() if PLAIN in table else pd.Series(dtype=float)
-    if len(bare):
-        known = {words: bare[bare.index.isin(part)] for words, part in groups.items()}
-        told = [f"{words and f'{words}的'} {len(part)} 种 {_mean(part)}" for words, part in known.items() if len(part)]
-        text += f"各种说法准确率的平均（括号里是最低与最高），不压缩时{'，'.join(told)}。"
-    if not table.shape[1]:
-        return text
-    means = pd.DataFrame({words: table.loc[part].mean() for words, part in groups.items()})
-    means = means.sort_values(means.columns[0], ascending=False)
-    parts = [
-        f"{press} {'、'.join(f'{words}{_after(words)}{row[words]:.2f}' for words in means)}"
-        for press, row in means.iterrows()
-    ]
-    return f"{text}压缩率 {ratio:g} 时：{'；'.join(parts)}。"
-
-
-def _after(words: str) -> str:
-    return "的 " if words else ""
+    table = _grid(found, None)
+    if PLAIN not in table:
+        raise Missing("recall", "no_press")
+    bare = table[PLAIN].dropna()
+    known = {words: bare[bare.index.isin(part)] for words, part in _groups(found).items()}
+    told = [f"{words and f'{words}的 '}{len(part)} 种{_mean(part)}" for words, part in known.items() if len(part)]
+    return f"{_model(found)} 不压缩时各种说法的准确率，{'，'.join(told)}。"
 
 
 def _mean(values: pd.Series) -> str:
-    return f"{values.mean():.2f}" + (f"（{values.min():.2f} 至 {values.max():.2f}）" if len(values) > 1 else "")
+    if len(values) == 1:
+        return f"是 {values.iloc[0]:.2f}"
+    return f"平均 {values.mean():.2f}（{values.min():.2f} 至 {values.max():.2f}）"
 
 
 def of_the_best(runs: pd.DataFrame) -> str:
-    """Whether the press that is best in the first wording is so in the others, of those that the model can answer."""
-    found = in_several(runs)
-    table = _grid(healthy(found), middle_ratio(found))
+    """Whether the press that is best in the first wording is so in the others, of those that the model can answer; and
+    where it loses what the model answers without a press."""
+    found = healthy(in_several(runs))
+    ratio = middle_ratio(found)
+    table, low, high = (_grid(found, ratio, f"accuracy{end}") for end in ("", "_ci95_low", "_ci95_high"))
     if PLAIN not in table:
         raise Missing("recall", "no_press")
     first, plain = table.index[0], table.pop(PLAIN)
-    answered = table[plain >= 0.5]
-    if table.shape[1] < 2 or first not in answered.index:
+    if table.shape[1] < 2 or not plain[first] >= 0.5:
         raise Missing("recall", f"{first} 的几种方法")
-    best, others = table.loc[first].idxmax(), answered.drop(index=first)
-    text = f"{_model(found)} 在 {first} 上最好的是 {best}（{table.loc[first, best]:.2f}）。"
-    if others.empty:
-        return f"{text}其余的说法，模型不压缩也答不对一半，比不出各方法的次序。"
-    ahead = [name for name in others.index if others.loc[name].idxmax() == best]
+    best, others = table.loc[first].idxmax(), table.index[1:]
+    text = f"{_model(found)} 在 {first} 上，压缩率 {ratio:g} 时最好的是 {best}（{table.loc[first, best]:.2f}）。"
+    answered = [name for name in others if plain[name] >= 0.5]
+    if answered:
+        ahead = [name for name in answered if low.loc[name, best] > high.loc[name, table.columns.drop(best)].max()]
+        text += (
+            f"其余不压缩时答对一半以上的 {len(answered)} 种说法里，它在 {len(ahead)} 种上也是最好的"
+            "（区间与别的方法不重叠）。"
+        )
+    else:
+        text += "其余的说法，模型不压缩也答不对一半。"
+    lost = [name for name in others if high.loc[name, best] < low.loc[name, PLAIN]]
+    if not lost:
+        return text
+    level = [name for name in table if (high.loc[lost, name] >= low.loc[lost, PLAIN]).all()]
+    level = [name for name in level if (low.loc[lost, name] <= high.loc[lost, PLAIN]).all()]
+    text += f"但 {listed(lost)} 不压缩时答对 {_span(plain[lost])}，它只答对 {_span(table.loc[lost, best])}"
+    return text + (f"，而 {listed(level)} 与不压缩分不出。" if level else "，别的方法也没有处处留得住的。")
+
+
+def _span(values: pd.Series) -> str:
+    low, high = f"{values.min():.2f}", f"{values.max():.2f}"
+    return low if low == high else f"{low} 至 {high}"
+
+
+def same_readers(several: list[Records]) -> str:
+    """Model by model: whether the heads that read the digits are the same in all wordings, and what the press that is
+    best in the first wording keeps where they read."""
+    return "".join(dict.fromkeys(say(_same_readers, records) for records in several))
+
+
+def _same_readers(records: Records) -> str:
+    runs = in_several(records.runs())
+    heads = records.table("heads", press="no_press", query_aware=False)
+    reading = {
+        name: set(zip(*copying_heads(heads[heads["template"] == name])[["layer", "head"]].to_numpy().T))
+        for name in wordings_in(runs)
+    }
+    first, *others = reading.values()
+    beyond = set().union(*others) - first
+    text = f"{_model(runs)} 的 {len(reading)} 种说法里，读数字的"
+    text += f"都在那 {len(first)} 个头之内。" if not beyond else f"除那 {len(first)} 个头外另有 {len(beyond)} 个。"
+    return text + _kept_where_read(healthy(runs))
+
+
+def _kept_where_read(runs: pd.DataFrame) -> str:
+    """Of the best in the first wording, at the middle ratio, in the others."""
+    if "digits_kept_where_read" not in runs:
+        return ""
+    ratio = middle_ratio(runs)
+    table, kept = _grid(runs, ratio).drop(columns=PLAIN, errors="ignore"), _grid(runs, ratio, "digits_kept_where_read")
+    best = table.iloc[0].idxmax()
     return (
-        f"{text}其余不压缩时答对一半以上的 {len(others)} 种说法里，它在 {len(ahead)} 种上仍是最好的，"
-        f"准确率 {others[best].min():.2f} 至 {others[best].max():.2f}。"
+        f"在第一种说法上最好的 {best}，压缩率 {ratio:g} 时在关键处留下数字的 {kept[best].iloc[0]:.0%}，"
+        f"在其余说法上留下 {kept[best].iloc[1:].min():.0%} 至 {kept[best].iloc[1:].max():.0%}。"
     )
 
 
@@ -283,14 +320,26 @@ def crowd_lines(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def crowded(runs: pd.DataFrame) -> str:
-    parts, compressed = [], pd.concat(crowd_lines(runs).values())
-    highest = compressed["compression_ratio"].max()
-    for words, part in crowds(runs).items():
-        shown = part[(part["press"] == "no_press") | (part["compression_ratio"] == highest)]
-        shown = shown.sort_values("press", key=lambda names: names != "no_press", kind="stable")
-        told = [f"{PLAIN if row.press == 'no_press' else row.press} {row.accuracy:.2f}" for row in shown.itertuples()]
-        parts.append(f"{words}：{'、'.join(told)}")
-    return (
-        f"每段上下文里数字越多，越要分得清是谁的。{_model(compressed)} 在最高的压缩率 {highest:g} 时的准确率，"
-        f"{'；'.join(parts)}。"
-    )
+    """At the highest ratio: what becomes of the presses that find half of the keys in the first kind of contexts."""
+    panels = crowds(runs)
+    compressed = pd.concat(crowd_lines(runs).values())
+    highest, least = compressed["compression_ratio"].max(), next(iter(panels))
+    rows = {words: _at(part, highest) for words, part in panels.items()}
+    finding = rows[least].index[(rows[least]["accuracy"] >= 0.5) & (rows[least].index != "no_press")]
+    text = f"压缩率 {highest:g} 时，{least}，答对一半以上的有 {listed(finding)}。"
+    fallen = [
+        f"{words}，{press} 由 {rows[least].loc[press, 'accuracy']:.2f} 降到 {row.loc[press, 'accuracy']:.2f}"
+        + (f"（不压缩 {row.loc['no_press', 'accuracy']:.2f}）" if "no_press" in row.index else "")
+        for words, row in rows.items()
+        for press in finding
+        if row.loc[press, "accuracy_ci95_high"] < rows[least].loc[press, "accuracy_ci95_low"]
+    ]
+    if not len(finding):
+        return text
+    if not fallen:
+        return f"{text}要分清的数字再多，也看不出它们变差。"
+    return f"{text}要分清的数字多了，明确变差的（区间不重叠）：{'；'.join(fallen)}。"
+
+
+def _at(part: pd.DataFrame, ratio: float) -> pd.DataFrame:
+    return part[(part["press"] == "no_press") | (part["compression_ratio"] == ratio)].set_index("press")
