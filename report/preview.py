@@ -23,6 +23,9 @@ ONLY = re.compile(r'^::: \{\.content-visible (when|unless)-format="(\w+)"\}$(.*?
 PICTURE = re.compile(
     r'^!\[(?P<caption>.*)\]\((?P<path>_made/\S+)\)\{#(?P<label>fig-[\w-]+) fig-alt="(?P<alt>.*)"\}$', re.M
 )
+CHART = re.compile(
+    r'^::: \{#(?P<label>fig-[\w-]+) fig-alt="[^"\n]*"\}$(?P<chart>.*?)\n(?P<caption>[^\n]+)\n:::$', re.M | re.S
+)
 FIGURE = re.compile(r"^\[(?P<caption>.*)\]\{\.caption of=(?P<label>fig-[\w-]+)\}$", re.M)
 TABLE = re.compile(r"^: (?P<caption>.*) \{#(?P<label>tbl-[\w-]+)\}$", re.M)
 EQUATION = re.compile(r"^\$\$ \{#(?P<label>eq-[\w-]+)\}$", re.M)
@@ -74,7 +77,7 @@ def for_html(markdown: str) -> str:
 
 
 def with_pictures(markdown: str, folder: Path) -> str:
-    """The pictures inside the page."""
+    """The pictures inside the page, and charts where there are some."""
 
     def picture(found: re.Match) -> str:
         image = base64.b64encode((folder / f"{found['path']}.svg").read_bytes()).decode()
@@ -82,7 +85,11 @@ def with_pictures(markdown: str, folder: Path) -> str:
         start = f"::: {{.figure #{found['label']}}}\n![](data:image/svg+xml;base64,{image})"
         return f'{start}{{alt="{found["alt"]}"}}\n\n{caption}\n:::'
 
-    return PICTURE.sub(picture, markdown)
+    def chart(found: re.Match) -> str:
+        caption = f"[{found['caption']}]{{.caption of={found['label']}}}"
+        return f"::: {{.figure #{found['label']}}}\n{found['chart']}\n\n{caption}\n:::"
+
+    return CHART.sub(chart, PICTURE.sub(picture, markdown))
 
 
 # ---- references -----------------------------------------------------------------------------------------------------

@@ -20,10 +20,13 @@ import yaml
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
+from kvneox_lib.pages.interactive import Both
+
 INCLUDED = re.compile(r"^\{\{< include _made/(\S+)\.md >\}\}$", re.M)
 CELL = re.compile(r"^```\{python\}\n(?P<cell>.*?)^```$", re.M | re.S)
 INLINE = re.compile(r"`\{python\} (?P<inline>.+?)`")
 OPTION = re.compile(r"^#\| (.*)\n", re.M)
+CHART = '<div class="kv-chart">'
 
 
 def weave(folder: Path) -> Path:
@@ -34,7 +37,7 @@ def weave(folder: Path) -> Path:
     made.mkdir()
     matplotlib.use("agg")
     with contextlib.chdir(folder):
-        names = runpy.run_path("common.py")
+        names, has_script = runpy.run_path("common.py"), False
         for section in INCLUDED.findall((folder / "index.qmd").read_text(encoding="utf-8")):
             text = Path("sections", f"{section}.qmd").read_text(encoding="utf-8")
             try:
@@ -42,6 +45,9 @@ def weave(folder: Path) -> Path:
             except Exception as error:
                 error.add_note(f"while weaving sections/{section}.qmd")
                 raise
+            if CHART in woven and not has_script:
+                script = Path("interactive.js").read_text(encoding="utf-8")
+                woven, has_script = f"{woven}\n{_raw_html(f'<script>{script}</script>')}", True
             (made / f"{section}.md").write_text(woven, encoding="utf-8")
     return made
 
@@ -90,13 +96,18 @@ def _block(value, asked: dict, cell: str, made: Path) -> str:
 def _figure(value, asked: dict, made: Path) -> str:
     """A vector picture, and one in pixels for docx, whose readers don't all show vectors."""
     label, caption, alt = asked["label"], _wanted(asked, "fig-cap"), html.escape(_wanted(asked, "fig-alt"))
+    chart = value.html if isinstance(value, Both) else ""
+    value = value.figure if isinstance(value, Both) else value
     if not isinstance(value, Figure):
         raise ValueError(f"{label}: the cell ends with {type(value).__name__}, wants a figure")
     value.savefig(made / f"{label}.svg")
     value.set_layout_engine("none")  # it is laid out
     value.savefig(made / f"{label}.png", dpi=200)
     pyplot.close(value)
-    return f'![{caption}](_made/{label}){{#{label} fig-alt="{alt}"}}'
+    if not chart:
+        return f'![{caption}](_made/{label}){{#{label} fig-alt="{alt}"}}'
+    still = f'::: {{.content-visible unless-format="html"}}\n![](_made/{label}){{fig-alt="{alt}"}}\n:::\n'
+    return f'::: {{#{label} fig-alt="{alt}"}}\n\n{_raw_html(chart)}\n{still}\n{caption}\n:::'
 
 
 def _wanted(asked: dict, option: str) -> str:
@@ -109,7 +120,15 @@ def _folded(cell: str) -> str:
     """The code of a figure or table, for a page on which one can unfold it."""
     source = OPTION.sub("", cell).strip()
     code = f"<details><summary>代码</summary>\n\n```python\n{source}\n```\n\n</details>"
-    return f'::: {{.content-visible when-format="html"}}\n{code}\n:::\n'
+    return _only_html(code)
+
+
+def _raw_html(text: str) -> str:
+    return _only_html(f"```{{=html}}\n{text}\n```")
+
+
+def _only_html(text: str) -> str:
+    return f'::: {{.content-visible when-format="html"}}\n{text}\n:::\n'
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def test_tables_by_wording(runs):
     ]
     figure = figures.share_grids(wordings.grids(runs), ylabel="说法", label="准确率")
     shown = [text.get_text() for text in figure.axes[0].texts]
-    assert shown == ["1.00", ".90", ".10", ".80", ".50", ".60", ".60", ".10", ".00"]
+    assert shown == ["100", "90", "10", "80", "50", "60", "60", "10", "0"]
 
 
 def test_wordings_are_compared_with_as_many_keys_beside_each_other(runs):
