@@ -45,7 +45,8 @@ report: $(STAMP) ## render report/ from the records: HTML, PDF and docx with Qua
 	@export PATH="$(CURDIR)/$(BIN):$$PATH" QUARTO_PYTHON="$(CURDIR)/$(BIN)/python"; \
 	if command -v quarto >/dev/null; then quarto render report; else \
 		echo "Quarto (1.7 or newer) is not installed: conda env create -f environment.yml brings it, or https://quarto.org/docs/download"; \
-		echo "What can be had without it, a preview in one HTML file:"; python report/preview.py; fi
+		echo "Without it: a preview in one HTML file; no PDF, no docx, nothing of Quarto's layout and navigation:"; \
+		python report/preview.py; fi
 
 lint: $(STAMP) ## check style, and that no notebook carries outputs
 	$(BIN)/ruff check .

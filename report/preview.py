@@ -2,7 +2,7 @@
 
     python report/preview.py [folder of the report] [file to write]
 
-Understands of Quarto's markdown what this report uses: includes, cells with label and caption, inline values, and
+Understands of Quarto's markdown what this report uses: includes, what is for one format alone, figures, tables, and
 references to figures, tables, equations and sections. What does not resolve ends the build.
 """
 
@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 
 import pypandoc
@@ -31,31 +30,35 @@ TABLE = re.compile(r"^: (?P<caption>.*) \{#(?P<label>tbl-[\w-]+)\}$", re.M)
 EQUATION = re.compile(r"^\$\$ \{#(?P<label>eq-[\w-]+)\}$", re.M)
 REFERENCE = re.compile(r"(?<![\w`])@((?:fig|tbl|eq|sec)-[\w-]+)")
 STYLE = """
-body { max-width: 52em; margin: 2em auto; padding: 0 1em; line-height: 1.7; }
-table { border-collapse: collapse; font-size: 85%; margin: 1em auto; } caption { margin-bottom: .5em; }
-td, th { padding: .2em .7em; border-bottom: 1px solid #ddd; } img { max-width: 100%; }
-.figure { text-align: center; margin: 1.5em 0; } .caption, .source { font-size: 88%; color: #444; }
-.number { float: right; margin-top: -3.2em; }
-pre { background: #f6f6f6; padding: .6em; overflow-x: auto; font-size: 85%; }
-div[title] { border-left: 3px solid #888; padding: .2em 1em; margin: 1em 0; background: #fafafa; }
+body { max-width: 52em; margin: 0 auto; padding: 1em; }
+.figure { text-align: center; margin: 1.5em 0 0; }
+.note { background: #fff6da; padding: 0.4em 0.8em; font-size: 0.9em; }
+div[title] { border-left: 3px solid #888; padding: 0.2em 1em; margin: 1em 0; background: #fafafa; }
 div[title]::before { content: attr(title); font-weight: bold; }
 """
+LIMITS = (
+    "这是预览：没有安装 Quarto 时也能做的一个 HTML 文件，正文、图、表、公式、编号与参考文献俱全；"
+    "没有 PDF 与 docx，没有 Quarto 的版式与侧边目录，提示框不能收起。quarto render report 得到完整的报告。"
+)
 
 
 def build(folder: Path, target: Path) -> Path:
     folder = folder.resolve()
     weave(folder)
-    text = resolve_includes((folder / "index.qmd").read_text(encoding="utf-8"), folder)
+    text = resolve_includes((folder / "index.md").read_text(encoding="utf-8"), folder)
     markdown = resolve_references(with_pictures(for_html(text), folder))
     with tempfile.TemporaryDirectory() as scratch:
-        style = Path(scratch) / "style.html"
-        style.write_text(f"<style>{STYLE}</style>", encoding="utf-8")
+        style, note = Path(scratch) / "style.html", Path(scratch) / "note.html"
+        shared = (Path(__file__).parent / "styles.css").read_text(encoding="utf-8")
+        style.write_text(f"<style>{shared}{STYLE}</style>", encoding="utf-8")
+        note.write_text(f'<p class="note">{LIMITS}</p>', encoding="utf-8")
         command = [pypandoc.get_pandoc_path(), "--from=markdown", "--to=html5", "--standalone", "--mathml", "--toc"]
         command += ["--citeproc", "--number-sections", "--fail-if-warnings"]
         command += ["--columns=10000"]  # no table is so wide that pandoc decides on its columns: HTML does
-        command += ["--metadata=lang:zh-Hans", f"--metadata=date:{date.today()}"]
-        command += [f"--bibliography={folder / 'references.bib'}", "--metadata=link-citations:true"]
-        command += [f"--include-in-header={style}", f"--output={Path(scratch) / 'preview.html'}"]
+        command += ["--metadata=lang:zh-Hans", "--metadata=link-citations:true"]
+        command += [f"--bibliography={folder / 'references.bib'}", f"--csl={Path(__file__).parent / 'gb7714.csl'}"]
+        command += [f"--include-in-header={style}", f"--include-before-body={note}"]
+        command += [f"--output={Path(scratch) / 'preview.html'}"]
         done = subprocess.run(command, input=markdown, text=True, encoding="utf-8", capture_output=True)
         if done.returncode:
             raise ValueError(f"pandoc: {done.stderr.strip()}")

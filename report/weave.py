@@ -1,6 +1,6 @@
 """Run the cells of sections/*.qmd once, and write what they show, as markdown and pictures, into _made/.
 
-Quarto runs this before it renders: index.qmd includes the sections as they are in _made/, so that the three formats
+Quarto runs this before it renders: index.md includes the sections as they are in _made/, so that the three formats
 share one run. A section is prose with cells and inline values in Quarto's own notation; cells may use every name of
 common.py. A cell shows its last expression: a figure (with label, fig-cap and fig-alt), a table (with label and
 tbl-cap), or sentences.
@@ -19,6 +19,7 @@ import matplotlib
 import yaml
 from matplotlib import pyplot
 from matplotlib.figure import Figure
+from sources import marked, places
 
 from kvneox_lib.pages.interactive import Both
 
@@ -36,9 +37,10 @@ def weave(folder: Path) -> Path:
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir()
     matplotlib.use("agg")
+    at = places(folder)
     with contextlib.chdir(folder):
         names, has_script = runpy.run_path("common.py"), False
-        for section in INCLUDED.findall((folder / "index.qmd").read_text(encoding="utf-8")):
+        for section in INCLUDED.findall((folder / "index.md").read_text(encoding="utf-8")):
             text = Path("sections", f"{section}.qmd").read_text(encoding="utf-8")
             try:
                 woven = _run(text, names, made)
@@ -48,7 +50,7 @@ def weave(folder: Path) -> Path:
             if CHART in woven and not has_script:
                 script = Path("interactive.js").read_text(encoding="utf-8")
                 woven, has_script = f"{woven}\n{_raw_html(f'<script>{script}</script>')}", True
-            (made / f"{section}.md").write_text(woven, encoding="utf-8")
+            (made / f"{section}.md").write_text(marked(woven, at), encoding="utf-8")
     return made
 
 
@@ -100,9 +102,11 @@ def _figure(value, asked: dict, made: Path) -> str:
     value = value.figure if isinstance(value, Both) else value
     if not isinstance(value, Figure):
         raise ValueError(f"{label}: the cell ends with {type(value).__name__}, wants a figure")
-    value.savefig(made / f"{label}.svg")
+    value.draw_without_rendering()
     value.set_layout_engine("none")  # it is laid out
-    value.savefig(made / f"{label}.png", dpi=200)
+    around = value.get_tightbbox().padded(0.1)  # asked for once: savefig would draw the figure each time to find it
+    value.savefig(made / f"{label}.svg", bbox_inches=around)
+    value.savefig(made / f"{label}.png", bbox_inches=around, dpi=150)
     pyplot.close(value)
     if not chart:
         return f'![{caption}](_made/{label}){{#{label} fig-alt="{alt}"}}'

@@ -124,7 +124,7 @@ def report(tmp_path_factory):
     one = SECTION.format("one", BOTH) + SECTION.format("two", STATIC)
     (folder / "sections" / "_first.qmd").write_text(f"见 @fig-one、@fig-two 与 @fig-three。\n{one}", encoding="utf-8")
     (folder / "sections" / "_last.qmd").write_text(SECTION.format("three", BOTH), encoding="utf-8")
-    (folder / "index.qmd").write_text("{{< include _made/_first.md >}}\n\n{{< include _made/_last.md >}}\n")
+    (folder / "index.md").write_text("{{< include _made/_first.md >}}\n\n{{< include _made/_last.md >}}\n")
     (folder / "references.bib").write_text("")
     with matplotlib.rc_context():
         load("weave").weave(folder)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import dataclass
 
 import pandas as pd
 import pypandoc
@@ -50,7 +51,7 @@ def test_models_and_texts_stay_apart(tmp_path):
     first, *others = reporting.settings("pg19_ppl", tmp_path)
     assert sorted(first.frame["press"]) == ["random", "snapkv"] and [len(one.frame) for one in others] == [1] * 4
     assert "来源：results/pg19_ppl，2 份记录；模型 demo（随包附带的权重）" in first.source
-    assert "device cuda" in first.source and "未用于此处" in first.source
+    assert any("device cuda" in words for words in first.left_out) and "其余设置见 @tbl-records。" in first.source
     assert "（cuda，" in next(one for one in others if one.frame["device"].iloc[0] == "cuda").source
 
 
@@ -92,7 +93,7 @@ def test_runs_with_other_parameters_stay_apart(tmp_path, differing):
     first, other = reporting.settings("pg19_ppl", tmp_path)
     assert sorted(first.frame["compression_ratio"]) == [0.5, 0.75] and list(other.frame["compression_ratio"]) == [0.5]
     name, value = next(iter(differing.items()))
-    assert f"未用于此处：{name} {value}（1 份）" in first.source
+    assert first.left_out == (f"{name} {value}（1 份）",)
 
 
 @pytest.mark.parametrize("differing", ["max_new_tokens", "min_new_tokens", "repeats", "decode_only", "n_threads"])
@@ -120,11 +121,22 @@ def test_of_two_attention_implementations_the_newest_counts_except_in_timings(tm
     assert len(reporting.settings("speed", tmp_path)) == 2
 
 
+def test_a_source_names_the_packed_table_where_there_is_one(tmp_path):
+    (tmp_path / "results" / "reference").mkdir(parents=True)
+    shutil.copy(REFERENCE / "pg19_ppl.csv", tmp_path / "results" / "reference")
+    packed = reporting.read("pg19_ppl", tmp_path).source
+    put(tmp_path, "results", "pg19_ppl", "snapkv", "0.50")
+    loose = reporting.read("pg19_ppl", tmp_path).source
+    assert packed.startswith("来源：results/reference/pg19_ppl.csv，")
+    assert loose.startswith("来源：results/pg19_ppl，1 份")
+    assert all(source.count("；笔记本 notebooks/02_pg19_ppl.ipynb。") == 1 for source in (packed, loose))
+
+
 def test_the_sources_of_several_settings(tmp_path):
     for model in ("demo", "pythia-70m"):
         put(tmp_path, "results", "pg19_ppl", "snapkv", "0.50", model=model)
     text = reporting.sources(reporting.settings("pg19_ppl", tmp_path))
-    assert text.count("来源：") == 2 and "模型 pythia-70m" in text and "未用于此处" not in text
+    assert text.count("来源：") == 2 and "模型 pythia-70m" in text and "tbl-records" not in text
 
 
 def test_what_is_asked_for_is_found_or_named(tmp_path):
@@ -158,10 +170,46 @@ def test_a_table_keeps_words_whole_and_quotes_straight():
     frame = pd.DataFrame({"方法": ["knorm", "critical_adakv_expected_attention_of_all"], "说": ["it's a|b", "长" * 30]})
     assert reporting.column_widths(frame) == [40 + 4, 24 + 4]
     assert reporting.column_widths(frame[:1]) == [5 + 4, 8 + 4]
+    assert reporting.column_widths(pd.DataFrame({"源": ["[@expected_attention]"]})) == [4 + 4]  # shown as a number
     header, widths, first, _ = reporting.tabulate(lambda: frame).data.splitlines()
     assert [len(part) - 1 for part in widths.strip("|").split("|")] == reporting.column_widths(frame)
     read = pypandoc.convert_text(f"{header}\n{widths}\n{first}", "plain", "markdown", extra_args=["--columns=200"])
     assert "it's a|b" in read
+
+
+def test_in_a_table_long_texts_give_way_and_numbers_do_not_break():
+    frame = pd.DataFrame({f"第{i}列": ["119 3/6", "0.5 [0.4, -0.6]" if i % 2 else "长" * 30] for i in range(5)})
+    narrow, wide = frame, pd.concat([frame, frame.add_suffix("二")], axis=1)
+    assert reporting.column_widths(narrow) == [24, 15 + 4, 24, 15 + 4, 24]  # one alone takes 28
+    of_narrow, of_wide = (reporting.tabulate(pd.DataFrame.copy, one).data for one in (narrow, wide))
+    assert "119\u00a03/6" in of_narrow and "0.5\u00a0[0.4,\u00a0-0.6]" in of_narrow
+    assert "0.5 [0.4, -0.6]" in of_wide and "\u00a0" not in of_wide  # wider than a page: better there than in a number
+
+
+@dataclass
+class LongLines:
+    value: int
+
+    def method(self, first: int, second: int, third: int, fourth: int, fifth: int = 5, sixth: int = 6) -> int:
+        """What it comes to, in a sentence that is longer than a page is wide, as sentences will be at times."""
+        both = self.value * (first + second) if first > second else abs(self.value - third) + fourth  # either "a  # b"
+        return f"both, of {both}, and a text with, commas, that must not be broken in two at any of them  # {fifth}"
+
+
+def test_code_is_shown_in_lines_that_fit_a_page_and_still_says_the_same():
+    text = reporting.code(LongLines.method).data
+    lines = text.splitlines()
+    assert lines[0] == "```python" and lines[1].startswith("def method(") and max(map(len, lines)) > 80
+    assert [line for line in lines if len(line) > 80] == [lines[-2]] and lines[-2].lstrip().startswith('return f"both')
+    shown = {}
+    exec("\n".join(lines[1:-1]), shown)
+    for first in (1, 3):
+        asked = LongLines(7), first, 2, 3, 4
+        assert shown["method"](*asked) == LongLines.method(*asked)
+
+
+def test_short_code_is_shown_as_it_is():
+    assert reporting.narrow("a = 1  # one\n") == "a = 1  # one\n" and reporting.narrow("if x:  # not Python") != ""
 
 
 def test_other_errors_are_not_taken_for_missing_records(tmp_path):

@@ -7,7 +7,7 @@ from kvneox_lib.inputs.weights import LoadedModel
 from kvneox_lib.measures.causes import LEAST_ATTENTION, OF_THE_MOST
 from kvneox_lib.pages import figures
 from kvneox_lib.pages.lost_tokens import at_which_ratio, of_text, whose
-from kvneox_lib.pages.report import Missing, Records, found_in, say, settings
+from kvneox_lib.pages.report import Missing, Records, found_in, say, settings, sources
 from kvneox_lib.pages.words import listed
 from kvneox_lib.studies.heads import recall_of
 
@@ -229,7 +229,7 @@ def cause_of(loaded: LoadedModel) -> str:
     records = of_model(loaded)
     trial = records.table("trial")
     told = dict.fromkeys(say(sentence, trial) for sentence in (necessary, sufficient))  # why nothing was tried, once
-    return "".join(told) + "\n\n" + records.source
+    return "".join(told) + "\n\n" + sources([records])
 
 
 def first_page(records: Records) -> str:

@@ -5,10 +5,11 @@ Of a study the records in results/ count, else the committed ones in results/ref
 what it needs; what is not there raises `Missing`, whose text `say`, `draw` and `tabulate` put in the place of it.
 """
 
+import ast
 import inspect
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -67,10 +68,10 @@ class Records:
 
     def table(self, name: str, **wanted) -> pd.DataFrame:
         """That table of those runs, one below the other, with the columns that tell the runs apart."""
-        found = tables_of(self.runs(**wanted), name)
+        found = _table(self, name, tuple(wanted.items()))
         if found.empty:
             raise Missing(self.study, f"表 {name}")
-        return found
+        return found.copy()
 
     def show(self, column: str, spec: str, **wanted) -> str:
         """One figure as text."""
@@ -78,8 +79,14 @@ class Records:
 
     @property
     def source(self) -> str:
-        """Where the figures come from, for the line under each picture."""
-        return say(lambda: _source(self) + (f"未用于此处：{'；'.join(self.left_out)}。" if self.left_out else ""))
+        """Where the figures come from, for the line under each picture; report/sources.py links it."""
+        return say(lambda: _source(self) + ("其余设置见 @tbl-records。" if self.left_out else ""))
+
+
+@lru_cache(maxsize=None)
+def _table(records: Records, name: str, wanted: tuple) -> pd.DataFrame:
+    """A report asks for the same table in many sentences."""
+    return tables_of(records.runs(**dict(wanted)), name)
 
 
 def _wanted(name: str, value) -> str:
@@ -98,10 +105,12 @@ def _source(records: Records) -> str:
     commits = sorted({str(commit)[:7] for commit in records.frame["git_commit"].dropna()})
     dirty = "，含未提交的改动" if records.frame["git_dirty"].fillna(False).any() else ""
     texts, names = (listed(dict.fromkeys(records.frame[name])) for name in ("dataset", "device_name"))
+    table = packed_path(records.folder)
+    folder = table if (records.root / table).exists() else records.folder
     return (
-        f"来源：{records.folder.as_posix()}，{len(records.frame)} 份记录；"
-        f"{setting(first, texts, names, _models_and_states(records.frame))}；提交 "
-        f"{'、'.join(commits) or '不详'}{dirty}。"
+        f"来源：{folder.as_posix()}，{len(records.frame)} 份记录；"
+        f"{setting(first, texts, names, _models_and_states(records.frame))}；"
+        f"提交 {'、'.join(commits) or '不详'}{dirty}；笔记本 notebooks/{NOTEBOOKS[records.study]}.ipynb。"
     )
 
 
@@ -262,19 +271,31 @@ def tabulate(rows: Callable[..., pd.DataFrame], *of) -> Markdown:
         frame = rows(*of)
     except Missing as missing:
         frame = pd.DataFrame({"缺少": [str(missing)]})
+    unbroken = frame.map(lambda cell: BETWEEN_NUMBERS.sub("\u00a0", str(cell)))
+    if sum(column_widths(unbroken)) <= PAGE:
+        frame = unbroken
     text = frame.map(lambda cell: re.sub(r"[|']", r"\\\g<0>", str(cell)))  # a quote stays straight: no gap in Chinese
     lines = text.to_markdown(index=False, disable_numparse=True).splitlines()
     lines[1] = "|".join(["", *(":" + "-" * width for width in column_widths(frame)), ""])
     return Markdown("\n".join(lines))
 
 
-def column_widths(frame: pd.DataFrame, most: int = 24) -> list[int]:
-    """What each column takes, in Latin letters: its longest cell, but no more than `most` unless one word does, and
-    four for the margins. pandoc makes the columns of docx in proportion."""
-    texts = [[str(name), *frame[name].astype(str)] for name in frame]
+PAGE = 112  # half-width letters of a docx table side by side
+BETWEEN_NUMBERS = re.compile(r"(?<=[\d,]) (?=[-+−\d\[])")  # where no line should end
+
+
+def column_widths(frame: pd.DataFrame) -> list[int]:
+    """What each column takes, in half-width letters, with four for the margins: its longest cell, but where these are
+    wider than a page, or than 24, less; never less than its longest word. pandoc makes the columns of docx in
+    proportion."""
+    texts = [[re.sub(r"\[@[^]]*\]", "[00]", str(text)) for text in (name, *frame[name])] for name in frame]
     whole = [max(_width(text) for text in column) for column in texts]
-    words = [max(len(word) for text in column for word in re.findall(r"[!-~]+|$", text)) for column in texts]
-    return [max(word, min(most, width)) + 4 for width, word in zip(whole, words)]
+    words = [max(len(word) for text in column for word in re.findall(r"[!-~\u00a0]+|$", text)) for column in texts]
+    for most in range(24, 7, -1):
+        widths = [max(word, min(most, width)) + 4 for width, word in zip(whole, words)]
+        if sum(widths) <= PAGE:
+            break
+    return widths
 
 
 def _width(text: str) -> int:
@@ -288,6 +309,40 @@ def sentences(*parts: Callable[[], str] | tuple) -> Markdown:
 
 
 def code(*objects) -> Markdown:
-    """Our own code as it is installed."""
-    texts = [textwrap.dedent(inspect.getsource(item)).rstrip() for item in objects]
+    """Our own code as it is installed, in lines that fit a page."""
+    texts = [narrow(textwrap.dedent(inspect.getsource(item)).rstrip()) for item in objects]
     return Markdown("\n\n".join(f"```python\n{text}\n```" for text in texts))
+
+
+def narrow(source: str, width: int = 80) -> str:
+    """The same code in lines of at most `width` letters: a long one is broken where that changes nothing."""
+    lines = source.splitlines()
+    for i, line in enumerate(lines):
+        for parts in _ways_to_break(line, width) if len(line) > width else ():
+            broken = "\n".join([*lines[:i], *parts, *lines[i + 1 :]])
+            if _meaning(broken) == _meaning(source):
+                return narrow(broken, width)
+    return source
+
+
+def _ways_to_break(line: str, width: int) -> Iterator[list[str]]:
+    """The best first: the comment at its end on a line before; between arguments; anywhere."""
+    indent = line[: len(line) - len(line.lstrip())]
+    if found := re.fullmatch(r"(.*\S)  # (.*)", line):
+        yield [*textwrap.wrap(found[2], width, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "), found[1]]
+    further = indent + " " * (0 if '"""' in line else 8 if line.lstrip().startswith("def ") else 4)
+    for gap in (", ", " "):
+        ends = [found.end() for found in re.finditer(gap, line[:width]) if found.start() > len(indent)]
+        yield from ([line[:end].rstrip(), further + line[end:]] for end in reversed(ends))
+
+
+def _meaning(source: str) -> str | None:
+    """What Python reads; of a docstring, its words."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            node.value = " ".join(node.value.split())
+    return ast.dump(tree)

@@ -1,10 +1,15 @@
 """Tables for README and report that follow from the code."""
 
+import re
+from functools import cache
+from pathlib import Path
+
 import pandas as pd
 
+from kvneox_lib.pages.report import repository
 from kvneox_lib.presses.by_name import make_press
 from kvneox_lib.presses.facts import acts, attention_needed, rows_independent
-from kvneox_lib.presses.registry import RATIO_PER_LAYER, ROWS, UNAVAILABLE
+from kvneox_lib.presses.registry import RATIO_PER_LAYER, REGISTRY, ROWS, UNAVAILABLE
 
 
 def press_table() -> str:
@@ -28,7 +33,23 @@ def press_table() -> str:
 
 def core_presses() -> pd.DataFrame:
     """The core of the registry, for the report."""
-    return pd.DataFrame([{"press": row.name, "来源": row.paper or "—", "做法": row.about} for row in ROWS if row.core])
+    return pd.DataFrame([{"press": row.name, "来源": cited(row.name), "做法": row.about} for row in ROWS if row.core])
+
+
+def cited(press: str) -> str:
+    """Its paper as a citation, in the notation of the report."""
+    paper = REGISTRY[press].paper
+    return f"[@{keys_of_papers(repository() / 'report' / 'references.bib')[paper]}]" if paper else "—"
+
+
+@cache
+def keys_of_papers(bibliography: Path) -> dict[str, str]:
+    """A paper, as the registry names it, to the key of its entry."""
+    found = {}
+    for key, entry in re.findall(r"^@\w+\{(\w+),\n(.*?)^\}$", bibliography.read_text(encoding="utf-8"), re.M | re.S):
+        for site, before in {"arXiv": "eprint = {", "openreview": "url = {https://openreview.net/forum?id="}.items():
+            found |= {f"{site}:{number}": key for number in re.findall(f"{re.escape(before)}(.*)}}", entry)}
+    return found
 
 
 def _linked(paper: str) -> str:
