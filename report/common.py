@@ -22,6 +22,7 @@ from kvneox_lib.pages import (
     first_page,
     front,
     heads,
+    interactive,
     losses,
     lost_tokens,
     machines,

@@ -83,7 +83,7 @@ class Records:
         return say(lambda: _source(self) + ("其余设置见 @tbl-records。" if self.left_out else ""))
 
 
-@lru_cache(maxsize=None)
+@lru_cache(maxsize=512)
 def _table(records: Records, name: str, wanted: tuple) -> pd.DataFrame:
     """A report asks for the same table in many sentences."""
     return tables_of(records.runs(**dict(wanted)), name)
