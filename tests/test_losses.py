@@ -289,6 +289,7 @@ def test_all_presses_by_how_they_choose(monkeypatch):
     table = quality.every_press("wikitext_ppl", "pg19_ppl").set_index("press")
     assert table.index.tolist() == ["think", "snapkv", "kvzip"], "at 0.5 or a strength of its own, the best first"
     assert table.loc["kvzip", ["怎样取舍", "另外的代价"]].tolist() == ["重读上下文", "压缩时再读一遍上下文"]
+    assert table["出处"].tolist() == ["[@think]", "[@snapkv]", "[@kvzip]"]
     assert table.loc["think", "长书实验的损失"] == "（-0.500 [-0.510, -0.490]）"
     assert table.loc["snapkv", ["实际保留", "短文实验的损失"]].tolist() == ["0.50", "0.200 [0.190, 0.210]"]
     assert "短文实验 20 个窗口，长书实验 20 个窗口" in quality.every_windows("wikitext_ppl", "pg19_ppl")

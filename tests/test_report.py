@@ -96,6 +96,8 @@ def test_a_source_follows_every_figure_of_measurements():
             "fig-share",
             "fig-hook",
             "fig-permutation",
+            "fig-overview",
+            "fig-adapter",
         ):
             after = TEXT[found.end() : found.end() + 80]
             assert re.match(r"\n\n\S{0,4}`\{python\} (\w+\.source|say\()", after), asked["label"]
@@ -465,6 +467,7 @@ def test_the_report_builds_from_the_reference_records(tmp_path):
     shown = preview.ONLY.sub("", woven)  # HTML scrolls; a page does not
     lines = [line for code in re.findall(r"^```\w*\n(.*?)^```$", shown, re.M | re.S) for line in code.splitlines()]
     assert len(lines) > 20 and [line for line in lines if len(line) > 80] == []
+    assert f"[{len(bibliography())}] " in text and f"[{len(bibliography()) + 1}] " not in text  # all are cited
     for study in ("wikitext_ppl", "pg19_ppl"):
         runs = of_finished_models(load_records(REFERENCE / study))
         base = runs[(runs["press"] == "no_press") & (runs["max_windows"] == 200) & runs["kv_bits"].isna()].iloc[0]

@@ -143,6 +143,7 @@ def test_what_is_asked_for_is_found_or_named(tmp_path):
     record = put(tmp_path, "results", "pg19_ppl", "snapkv", "0.50", table="distance")
     records = reporting.read("pg19_ppl", tmp_path)
     assert records.show("ppl", ".2f", press="snapkv", compression_ratio=0.5) == f"{record['ppl']:.2f}"
+    records.table("distance", press="snapkv")["compression_ratio"] = 0.9  # of a copy
     assert records.table("distance", press="snapkv")["compression_ratio"].eq(0.5).all()
     missing = "（缺少记录：pg19_ppl 的 {}，运行 notebooks/02_pg19_ppl.ipynb 可得）"
     assert records.show("ppl", ".2f", press="snapkv", compression_ratio=0.9) == missing.format("snapkv，0.9")

@@ -5,6 +5,7 @@ both together are no longer than without it: when what is saved in n - 1 steps i
 """
 
 from dataclasses import dataclass
+from functools import cache
 from math import ceil, inf, isfinite, isinf, nan
 
 import numpy as np
@@ -119,15 +120,16 @@ def _compared(run: pd.Series, plain: pd.Series) -> dict[str, Ratio | Payoff]:
 
 def of_most_presses(settings: list[Records]) -> Records:
     """The setting in which what a press costs is known of most presses."""
-    counts = [_n_presses(records.frame) for records in settings]
+    counts = [_n_presses(records) for records in settings]
     if not any(counts):
         raise Missing("speed", COSTS)
     return settings[counts.index(max(counts))]
 
 
-def _n_presses(runs: pd.DataFrame) -> int:
+@cache
+def _n_presses(records: Records) -> int:
     try:
-        return costs(runs)["press"].nunique()
+        return costs(records.frame)["press"].nunique()
     except Missing:
         return 0
 

@@ -9,6 +9,7 @@ from kvneox_lib.pages.degenerate import healthy, is_degenerate
 from kvneox_lib.pages.report import Missing, Records, found_in, middle_ratio, named, settings, sources
 from kvneox_lib.pages.report import pressed as pressed_in_all_bits
 from kvneox_lib.pages.selecting import numeric, of_one_storage
+from kvneox_lib.pages.tables import cited
 from kvneox_lib.pages.words import STUDY_NAMES, listed, signed, tiny, with_interval
 
 SHOWN_BESIDE_CONTROL = ("random", "snapkv", "streaming_llm", "pyramidkv", "knorm")
@@ -366,6 +367,7 @@ def every_press(*studies: str) -> pd.DataFrame:
     order = kinds.in_groups(pd.concat(means).groupby(level=0).mean().rename_axis("press").reset_index(), "delta_nll")
     table = pd.concat([kept, *tables], axis=1).fillna("—").loc[order["press"]].rename_axis("press").reset_index()
     table.insert(0, "怎样取舍", order["kind"].to_numpy())
+    table.insert(2, "出处", table["press"].map(cited))
     return table.assign(另外的代价=table["press"].map(kinds.cost_of))
 
 
