@@ -136,7 +136,8 @@ def test_the_sources_of_several_settings(tmp_path):
     for model in ("demo", "pythia-70m"):
         put(tmp_path, "results", "pg19_ppl", "snapkv", "0.50", model=model)
     text = reporting.sources(reporting.settings("pg19_ppl", tmp_path))
-    assert text.count("来源：") == 2 and "模型 pythia-70m" in text and "tbl-records" not in text
+    assert text.startswith("来源：results/pg19_ppl，2 份记录；模型 ") and text.count("来源：") == 1
+    assert "demo（随包附带的权重）" in text and "pythia-70m（随包附带的权重）" in text and "tbl-records" not in text
 
 
 def test_what_is_asked_for_is_found_or_named(tmp_path):

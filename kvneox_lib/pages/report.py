@@ -100,39 +100,45 @@ def _shown(records: Records, column: str, spec: str, wanted: dict) -> str:
     return format(value, spec)
 
 
-def _source(records: Records) -> str:
-    first = records.runs().iloc[0]
-    commits = sorted({str(commit)[:7] for commit in records.frame["git_commit"].dropna()})
-    dirty = "，含未提交的改动" if records.frame["git_dirty"].fillna(False).any() else ""
-    texts, names = (listed(dict.fromkeys(records.frame[name])) for name in ("dataset", "device_name"))
-    table = packed_path(records.folder)
-    folder = table if (records.root / table).exists() else records.folder
-    return (
-        f"来源：{folder.as_posix()}，{len(records.frame)} 份记录；"
-        f"{setting(first, texts, names, _models_and_states(records.frame))}；"
-        f"提交 {'、'.join(commits) or '不详'}{dirty}；笔记本 notebooks/{NOTEBOOKS[records.study]}.ipynb。"
+def _source(*several: Records) -> str:
+    """Of one setting or of several together."""
+    counts: dict[str, int] = {}
+    for records in several:
+        counts[_file(records)] = counts.get(_file(records), 0) + len(records.runs())
+    files = "、".join(f"{file}，{n} 份记录" for file, n in counts.items())
+    wanted = [*SETTING, "revision", "git_commit", "git_dirty"]
+    runs = pd.concat([records.frame.reindex(columns=wanted).astype(object) for records in several])
+    texts = listed("随机词元" if name == "random-tokens" else name for name in dict.fromkeys(runs["dataset"]))
+    machines = listed(
+        f"{listed(dict.fromkeys(part['device_name']))}（{device}，{dtype}）"
+        for (device, dtype), part in runs.groupby(["device", "dtype"], sort=False)
     )
+    commits = listed(sorted({str(commit)[:7] for commit in runs["git_commit"].dropna()}), none="不详")
+    dirty = "，含未提交的改动" if runs["git_dirty"].eq(True).any() else ""
+    notebooks = listed(dict.fromkeys(f"notebooks/{NOTEBOOKS[records.study]}.ipynb" for records in several))
+    return (
+        f"来源：{files}；模型 {_models_and_states(runs)}；文本 {texts}；设备 {machines}；"
+        f"提交 {commits}{dirty}；笔记本 {notebooks}。"
+    )
+
+
+def _file(records: Records) -> str:
+    packed = packed_path(records.folder)
+    return (packed if (records.root / packed).exists() else records.folder).as_posix()
 
 
 def _models_and_states(runs: pd.DataFrame) -> str:
     pairs = runs[["model", "weights"]].drop_duplicates().itertuples(index=False)
     models = listed(f"{model}（{weights_in_words(model, weights)}）" for model, weights in pairs)
-    n = runs["revision"].dropna().nunique() if "revision" in runs else 0
+    n = runs["revision"].dropna().nunique()
     return models + (f"，训练途中的 {n} 个状态" if n else "")
 
 
 def sources(found: list[Records]) -> str:
     """Where a table comes from that shows several settings; of those without records, how to make them."""
-    return "".join(dict.fromkeys(say(_source, records) for records in found))
-
-
-def setting(row: pd.Series, texts: str | None = None, machines: str | None = None, models: str | None = None) -> str:
-    """Model, weights, text and machine (or several of these) in words."""
-    text = "随机词元" if row["dataset"] == "random-tokens" else texts or row["dataset"]
-    model = f"{row['model']}（{weights_in_words(row['model'], row['weights'])}）"
-    return (
-        f"模型 {models or model}；文本 {text}；设备 {machines or row['device_name']}（{row['device']}，{row['dtype']}）"
-    )
+    there = [records for records in found if len(records.frame)]
+    missing = [say(records.runs) for records in found if not len(records.frame)]
+    return (_source(*there) if there else "") + "".join(dict.fromkeys(missing))
 
 
 def repository() -> Path:
