@@ -51,9 +51,17 @@ local function contents(blocks)
   return table.concat(entries) .. '<w:p><w:r><w:fldChar w:fldCharType="end"/></w:r></w:p>'
 end
 
+-- The first page is the results': the contents come before the second chapter.
 function Pandoc(doc)
   doc = doc:walk({ Table = unwrapped })
-  doc.blocks:insert(1, pandoc.RawBlock("openxml", '<w:p><w:pPr><w:pStyle w:val="TOCHeading"/></w:pPr><w:r><w:t>目录'
-    .. "</w:t></w:r></w:p>" .. contents(doc.blocks)))
+  local chapters = 0
+  for place, block in ipairs(doc.blocks) do
+    chapters = chapters + ((block.t == "Header" and block.level == 1) and 1 or 0)
+    if chapters == 2 then
+      doc.blocks:insert(place, pandoc.RawBlock("openxml", '<w:p><w:pPr><w:pStyle w:val="TOCHeading"/></w:pPr><w:r>'
+        .. "<w:t>目录</w:t></w:r></w:p>" .. contents(doc.blocks)))
+      return doc
+    end
+  end
   return doc
 end

@@ -102,7 +102,10 @@ def resolve_references(markdown: str) -> str:
     """Number what has a label, in the order of the text, and turn each @label into a link that says so."""
     numbers = section_numbers(markdown)
     for pattern in (FIGURE, TABLE, EQUATION):
-        numbers |= {found["label"]: str(i) for i, found in enumerate(pattern.finditer(markdown), 1)}
+        labels = [found["label"] for found in pattern.finditer(markdown)]
+        if twice := {label for label in labels if labels.count(label) > 1}:
+            raise ValueError(f"{', '.join(sorted(twice))}: labels two things")
+        numbers |= {label: str(i) for i, label in enumerate(labels, 1)}
 
     def link(found):
         if found[1] not in numbers:

@@ -5,6 +5,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+from kvneox_lib.pages.first_page import public_address
+
 FOLDED = r"^::: \{\.content-visible when-format=\"html\"\}\n<details>(?:(?!</details>).)*</details>\n:::\n\s*"
 LINE = re.compile(rf"(?P<code>{FOLDED})?(?P<line>^[^\n。]{{0,4}}来源：[^\n]*)$", re.M | re.S)
 FILE = re.compile(r"(?:notebooks|results)/[\w./-]*\w")
@@ -36,8 +38,8 @@ def linked(line: str, at: Callable[[str], str]) -> str:
 def places(folder: Path) -> Callable[[str], str]:
     """Where a reader finds a file or commit of the repository around `folder`: on the web if its origin is there, else
     the file as seen from report/_output/."""
-    origin = _git(folder, "remote", "get-url", "origin").removesuffix(".git")
-    if not re.match(r"https?://[^@]*$", origin):  # without a password
+    origin = public_address(_git(folder, "remote", "get-url", "origin"))
+    if not origin:
         return lambda found: f"../../{found}" if FILE.fullmatch(found) else ""
     head = _git(folder, "rev-parse", "HEAD")
     return lambda found: f"{origin}/blob/{head}/{found}" if FILE.fullmatch(found) else f"{origin}/commit/{found}"
@@ -46,6 +48,7 @@ def places(folder: Path) -> Callable[[str], str]:
 def _git(folder: Path, *asked: str) -> str:
     """What git answers; nothing where there is no git, repository or origin."""
     try:
-        return subprocess.run(["git", "-C", folder, *asked], capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:
+        done = subprocess.run(["git", "-C", folder, *asked], capture_output=True, encoding="utf-8", errors="replace")
+        return done.stdout.strip()
+    except OSError:
         return ""

@@ -28,6 +28,11 @@ CELL = re.compile(r"^```\{python\}\n(?P<cell>.*?)^```$", re.M | re.S)
 INLINE = re.compile(r"`\{python\} (?P<inline>.+?)`")
 OPTION = re.compile(r"^#\| (.*)\n", re.M)
 CHART = '<div class="kv-chart">'
+WITH_SOURCE = re.compile(
+    r"^(?:!\[[^\n]*\]\(_made/fig-[^\n]*\}|::: \{#fig-[^\n]*\}\n.*?\n\n(?!:::)[^\n]+\n:::)$"
+    r"(?:\n+::: \{\.source[^\n]*\n[^\n]*\n:::$)*",
+    re.M | re.S,
+)
 
 
 def weave(folder: Path) -> Path:
@@ -35,7 +40,7 @@ def weave(folder: Path) -> Path:
     folder = folder.resolve()
     made = folder / "_made"
     shutil.rmtree(made, ignore_errors=True)
-    made.mkdir()
+    made.mkdir(exist_ok=True)
     matplotlib.use("agg")
     at = places(folder)
     with contextlib.chdir(folder):
@@ -50,7 +55,7 @@ def weave(folder: Path) -> Path:
             if CHART in woven and not has_script:
                 script = Path("interactive.js").read_text(encoding="utf-8")
                 woven, has_script = f"{woven}\n{_raw_html(f'<script>{script}</script>')}", True
-            (made / f"{section}.md").write_text(marked(woven, at), encoding="utf-8")
+            (made / f"{section}.md").write_text(floating(marked(woven, at)), encoding="utf-8")
     return made
 
 
@@ -102,6 +107,8 @@ def _figure(value, asked: dict, made: Path) -> str:
     value = value.figure if isinstance(value, Both) else value
     if not isinstance(value, Figure):
         raise ValueError(f"{label}: the cell ends with {type(value).__name__}, wants a figure")
+    if (made / f"{label}.svg").exists():
+        raise ValueError(f"{label}: is the label of two figures")
     value.draw_without_rendering()
     value.set_layout_engine("none")  # it is laid out
     around = value.get_tightbbox().padded(0.1)  # asked for once: savefig would draw the figure each time to find it
@@ -125,6 +132,15 @@ def _folded(cell: str) -> str:
     source = OPTION.sub("", cell).strip()
     code = f"<details><summary>代码</summary>\n\n```python\n{source}\n```\n\n</details>"
     return _only_html(code)
+
+
+def floating(woven: str) -> str:
+    """In the PDF a figure stands, with the line under it, at the top or bottom of a page, and text fills the rest."""
+    start, end = (
+        f"```{{=typst}}\n{code}\n```"
+        for code in ("#place(auto, float: true)[#block(width: 100%)[#set align(left)", "]]")
+    )
+    return WITH_SOURCE.sub(lambda found: f"{start}\n\n{found[0]}\n\n{end}", woven)
 
 
 def _raw_html(text: str) -> str:

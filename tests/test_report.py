@@ -296,6 +296,8 @@ AS_QUARTO_WRAPS = """
 | | 1 | 2 |                                                       |
 +-----------------------------------------------------------------+
 
+# Three {#three}
+
 | a | b |
 |---|---|
 | 1 | 2 |
@@ -311,7 +313,8 @@ def test_in_the_docx_tables_stand_in_the_text_and_contents_are_filled(tmp_path):
         body = file.read("word/document.xml").decode()
     assert body.count("<w:tbl>") == 2 and not re.search(r"<w:tc>(?:(?!</w:tc>).)*<w:tbl>", body, re.S)
     assert 'w:val="TableCaption"' in body and "ImageCaption" not in body and 'w:val="center"' not in body
-    assert re.findall(r'w:val="(TOC\d)".*?w:anchor="(\w+)"', body) == [("TOC1", "one")]
+    assert re.findall(r'w:val="(TOC\d)".*?w:anchor="(\w+)"', body) == [("TOC1", "one"), ("TOC1", "three")]
+    assert body.index(">One<") < body.index("TOCHeading") < body.rindex(">Three<")  # results, contents, the rest
     assert re.findall(r'fldCharType="(\w+)"', body) == ["begin", "separate", "end"]
 
 
@@ -329,7 +332,18 @@ def test_source_lines_are_marked_and_stand_above_the_code():
     assert third.count("\n:::\n") == 2  # its own end, and that of the code
 
 
-@pytest.mark.parametrize("origin", ["https://example.org/a/b.git", "http://example.org/a/b"])
+def test_a_figure_floats_with_the_lines_under_it():
+    picture, line = '![A](_made/fig-a){#fig-a fig-alt="b"}', "::: {.source x}\n来源\n:::"
+    chart = '::: {#fig-b fig-alt="b"}\n\n::: {.only}\n![](_made/fig-b)\n:::\n\nB\n:::'
+    found = weaving.floating(f"one\n\n{picture}\n\n{line}\n\n{line}\n\ntwo\n\n{chart}\n\nthree")
+    first, second, third = found.split("#place(auto, float: true)")
+    assert first.startswith("one\n") and "two" not in second.split("]]")[0] and "three" not in third.split("]]")[0]
+    assert second.split("]]")[0].count("来源") == 2 and chart in third.split("]]")[0]
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://example.org/a/b.git", "http://example.org/a/b", "https://me:s@example.org/a/b"]
+)
 def test_source_lines_link_to_where_the_repository_is(tmp_path, origin):
     def git(*asked):
         who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
@@ -338,20 +352,20 @@ def test_source_lines_link_to_where_the_repository_is(tmp_path, origin):
     git("init", "-q")
     git("commit", "-q", "--allow-empty", "-m", "first")
     git("remote", "add", "origin", origin)
-    head, web = git("rev-parse", "HEAD").strip(), origin.removesuffix(".git")
+    head, web = git("rev-parse", "HEAD").strip(), origin.removesuffix(".git").replace("me:s@", "")
     text = sources.linked(LINE, sources.places(tmp_path))
     assert f"[05_recall.ipynb]({web}/blob/{head}/notebooks/05_recall.ipynb)" in text
     assert f"[results/reference/recall.csv]({web}/blob/{head}/results/reference/recall.csv)" in text
     assert f"提交 [0123abc]({web}/commit/0123abc)、[4567def]({web}/commit/4567def)；" in text
 
 
-@pytest.mark.parametrize("origin", ["/home/me/b", "git@example.org:a/b.git", "https://me:secret@example.org/a/b"])
+@pytest.mark.parametrize("origin", ["/home/me/b", "git@example.org:a/b.git"])
 def test_source_lines_never_show_where_the_repository_is_on_this_machine(tmp_path, origin):
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     subprocess.run(["git", "-C", tmp_path, "remote", "add", "origin", origin], check=True)
     text = sources.linked(LINE, sources.places(tmp_path))
     assert "[05_recall.ipynb](../../notebooks/05_recall.ipynb)" in text and "提交 0123abc、4567def；" in text
-    assert origin not in text and "secret" not in text
+    assert origin not in text
 
 
 # ---- the preview ----------------------------------------------------------------------------------------------------
@@ -434,6 +448,7 @@ def test_the_preview_numbers_links_and_shows(tmp_path):
         ('#| fig-alt: "Rises \\"steeply\\""\n', "", ValueError, "fig-a: lacks fig-alt"),
         ("[1, 2])\nfigure\n", "[1, 2])\n", ValueError, "fig-a: the cell ends with list, wants a figure"),
         ("{python} value`", "{python} print(value)`", ValueError, "has no value"),
+        ("{#tbl-b}", "{#tbl-a}", ValueError, "tbl-a: labels two things"),
         ('value = f"{first}_2*3"', "raise RuntimeError('on purpose')", RuntimeError, "on purpose"),
     ],
 )
