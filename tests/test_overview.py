@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from kvneox_lib.pages import overview, setup
+from kvneox_lib.pages import earlier, overview, setup, shapes
 from kvneox_lib.pages import report as reporting
 from kvneox_lib.pages.report import Records
 from kvneox_lib.pages.words import weights_in_words
@@ -90,3 +90,18 @@ def test_all_records_are_counted(tmp_path, monkeypatch):
     assert table["设置"].tolist() == ["1", "2"] and table["记录"].tolist() == ["1", "2"]
     assert table["设备与精度"][1] == "a processor（cpu，float32、bfloat16）" and table["提交"][1] == "abcdef0"
     assert setup.version_table()["实验"].tolist() == ["检索、速度"] and setup.version_table()["记录"].tolist() == ["3"]
+
+
+def test_the_largest_factor_of_the_earlier_table_is_named():
+    speeds = {("不压缩", 1): 10.0, ("不压缩", 4): 4.0, ("SnapKV", 4): 20.0, ("PyramidKV", 4): 10.0}
+    for streaming, said in ((30.0, "快到 7.5 倍（StreamingLLM）"), (15.0, "快到 5.0 倍（SnapKV）")):
+        rows = [(*of, 1800, speed) for of, speed in (speeds | {("StreamingLLM", 4): streaming}).items()]
+        table = pd.DataFrame(rows, columns=["method", "batch_size", "context_tokens", "tok_per_s"])
+        assert said in earlier.batch_of_four(table)
+
+
+def test_where_it_hardly_pays_is_said_of_the_model_of_which_it_is_true():
+    alone = shapes.cache_shares(1).query("tokens == 2048").set_index("press")["share"]
+    said = shapes.where_it_pays(1, 16)
+    assert f"{alone.idxmax()} 每步最多省 {0.75 * alone.max():.0%}" in said
+    assert f"{alone.idxmin()} 这样的模型为了速度不值得压缩" in said

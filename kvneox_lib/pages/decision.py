@@ -1,7 +1,8 @@
 """Which method for which use: the table of the report's first page, chosen from the records by a stated rule.
 
-A use is what a compressed cache is for. At each ratio the method is taken that loses least of what the use asks for,
-among those that were measured in all of it and did what their names say; those that nobody can tell from it are named.
+A use is what a compressed cache is for, and is asked for in parts, each a text or a task. Of the methods that were
+measured in all of them and did what their names say, at each ratio that is taken which loses to none for sure in any
+part; where there is no such method, each part has its own.
 """
 
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ TEXTS = ("wikitext_ppl", "pg19_ppl")
 ABOUT_THE_TEXT = ("kvneox_cloze", "kvneox_copy")  # answers that go with the text; passkeys are what recall asks for
 ELSEWHERE = "\u00a0*"  # after a time that was not measured of this row where the others were
 CONFIGURATION = ["press", "compression_ratio"]
+PARTS = {"wikitext_ppl": "短文", "pg19_ppl": "长书", "recall": "口令", "kvneox_cloze": "末词", "kvneox_copy": "抄写"}
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,13 @@ SAVING = "只省字节"
 
 @dataclass(frozen=True)
 class Choice:
-    """What loses least for a use at a ratio, and what cannot be told from it."""
+    """What loses least for a use at a ratio, and what cannot be told from it; in all parts, or in those alone."""
 
     use: Use
     ratio: float
     press: str
     level: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
 
 
 # ---- what each method loses -----------------------------------------------------------------------------------------
@@ -65,7 +68,7 @@ def that_count(records: Records, question: str) -> pd.DataFrame:
 
 def lost(records: Records, question: str) -> pd.DataFrame:
     """A row for each window, key or document, a column for each press and ratio: by how much worse it is than with the
-    whole cache. Rows with one `drawn` are drawn together in an interval."""
+    whole cache. Rows with one `drawn` are drawn together in an interval. `part`: a text or a task."""
     kind, runs = KINDS[records.study], that_count(records, question)
     runs = runs[bits_of(runs).isna() & runs["compression_ratio"].isin([0.0, *RATIOS])]
     parts = []
@@ -81,7 +84,9 @@ def lost(records: Records, question: str) -> pd.DataFrame:
             if kind.of is None
             else [f"{records.study} {name} {of}" for of in worse.index.get_level_values(kind.of)]
         )
-        parts.append(worse.set_index(pd.MultiIndex.from_arrays([of, units], names=["drawn", "unit"])))
+        part = [PARTS[name if records.study == "tasks" else records.study]] * len(worse)
+        names = ["part", "drawn", "unit"]
+        parts.append(worse.set_index(pd.MultiIndex.from_arrays([part, of, units], names=names)))
     if not parts:
         raise Missing(records.study, f"表 {kind.table}")
     return pd.concat(parts).drop(columns="no_press", level=0)
@@ -92,21 +97,48 @@ def lost(records: Records, question: str) -> pd.DataFrame:
 
 @lru_cache(maxsize=4)
 def choices(*several: Records) -> tuple[Choice, ...]:
-    """For every use and ratio, in that order. Of the studies that a use asks for, each window, key and document counts
-    the same; all comparisons with what is chosen are corrected together."""
+    """For every use and ratio, in that order: of all parts together, else of each."""
+    found = []
+    for (use, ratio), best in best_by_part(*several).items():
+        means = by_ratio(use, several)[ratio].mean()
+        common = sorted(set.intersection(*map(set, best.values())), key=means.get)
+        if common:
+            found.append(Choice(use, ratio, common[0], tuple(common[1:])))
+            continue
+        together: dict[tuple[str, ...], list[str]] = {}
+        for part, presses in best.items():
+            together.setdefault(presses, []).append(part)
+        found += [Choice(use, ratio, first, tuple(level), tuple(parts)) for (first, *level), parts in together.items()]
+    return tuple(found)
+
+
+@lru_cache(maxsize=4)
+def best_by_part(*several: Records) -> dict[tuple[Use, float], dict[str, tuple[str, ...]]]:
+    """For every use and ratio: in each part what loses least, and after it what cannot be told from that. All
+    comparisons are corrected together."""
     found, compared = {}, {}
     for use in USES:
         for ratio, losses in by_ratio(use, several).items():
-            best = losses.mean().idxmin()
-            found[use, ratio] = best
-            compared |= {(use, ratio, name): _p(losses[name] - losses[best]) for name in losses if name != best}
+            for part, of_part in losses.groupby(level="part", sort=False):
+                best = of_part.mean().idxmin()
+                found[use, ratio, part] = best
+                others = of_part.columns.drop(best)
+                compared |= {(use, ratio, part, name): _p(of_part[name] - of_part[best]) for name in others}
     if not found:
         raise Missing(several[0].study, "可以选择的方法")
     sure = dict(zip(compared, holm(np.array([*compared.values()])) < 0.05))
-    return tuple(
-        Choice(use, ratio, best, tuple(name for *of, name in compared if of == [use, ratio] and not sure[*of, name]))
-        for (use, ratio), best in found.items()
-    )
+    told: dict[tuple[Use, float], dict[str, tuple[str, ...]]] = {}
+    for (use, ratio, part), best in found.items():
+        level = [name for *of, name in compared if of == [use, ratio, part] and not sure[*of, name]]
+        told.setdefault((use, ratio), {})[part] = (best, *level)
+    return told
+
+
+def not_candidates(use: Use, *several: Records) -> list[str]:
+    """What is best elsewhere and was not measured in all parts of this use."""
+    asked = {name for losses in by_ratio(use, several).values() for name in losses}
+    named = {name for one in choices(*several) for name in (one.press, *one.level)}
+    return sorted(named - asked) if asked else []
 
 
 @lru_cache(maxsize=16)
@@ -133,7 +165,8 @@ def table(settings: list[Records], *several: Records) -> pd.DataFrame:
     whole = {"用途": "不压缩", "压缩率": "—", "方法": "—"} | _measured(several, "outside", press="no_press")
     rows = [whole | dict.fromkeys(TIMES, "1")]
     for one in choices(*several):
-        method = f"{one.press}（≈\u00a0{listed(one.level)}）" if one.level else one.press
+        level = f"（≈\u00a0{listed(one.level)}）" if one.level else ""
+        method = f"{listed(one.parts)}：{one.press}{level}" if one.parts else one.press + level
         head = {"用途": one.use.name, "压缩率": f"{one.ratio:g}", "方法": method}
         measured = _measured(several, one.use.question, press=one.press, compression_ratio=one.ratio)
         rows.append(head | measured | _times(settings, one.press, one.ratio))
@@ -191,7 +224,8 @@ def _times(settings: list[Records], press: str, ratio: float) -> dict[str, str]:
     if len(own):
         return {words: number(own[name].iloc[0].value, ".2f") for words, name in TIMES.items()}
     steps = [one.value for one in at_ratio["step_s"] if pd.notna(one.value)]
-    return {"每步": _span(steps), "首词元": _first_elsewhere(settings, press, ratio)}
+    first = _nearest(settings, press, ratio)
+    return {"每步": _span(steps), "首词元": "—" if first is None else _elsewhere(first["prefill_s"].value)}
 
 
 def _cell(settings: list[Records]) -> pd.DataFrame:
@@ -217,19 +251,39 @@ def _span(values: list[float]) -> str:
     return (low if low == high else f"{low}–{high}") + ELSEWHERE
 
 
-def _first_elsewhere(settings: list[Records], press: str, ratio: float) -> str:
-    """At this ratio if it was timed at it, and of the longest context."""
-    found = []
+def _nearest(settings: list[Records], press: str, ratio: float) -> pd.Series | None:
+    """Of the runs of a press that were timed elsewhere the one most like those in the cell: in model, then in
+    precision, length, ratio and batch."""
+    cell, found = _cell(settings).iloc[0], []
     for records in settings:
-        timed = timed_runs(records.frame)
-        for _, cell in timed.groupby(["context_tokens", "batch_size", "dtype"]):
-            pressed = _compressed(cell)
-            found.append(pressed[pressed["press"] == press])
-    runs = pd.concat(found) if found else pd.DataFrame()
-    if runs.empty:
-        return "—"
-    runs = runs.assign(same=runs["compression_ratio"] == ratio).sort_values(["same", "context_tokens"], kind="stable")
-    return _elsewhere(runs["prefill_s"].iloc[-1].value)
+        for _, one in timed_runs(records.frame).groupby(["context_tokens", "batch_size", "dtype"]):
+            pressed = _compressed(one)
+            found += [row for _, row in pressed[pressed["press"] == press].iterrows()]
+
+    def unlike(row: pd.Series) -> tuple:
+        lengths, batches = (abs(row[name] - cell[name]) for name in ("context_tokens", "batch_size"))
+        other = row["model"] != cell["model"], row["dtype"] != cell["dtype"]
+        return *other, lengths, abs(row["compression_ratio"] - ratio), batches
+
+    return min(found, key=unlike, default=None)
+
+
+def _where_first(settings: list[Records], *several: Records) -> str:
+    """Where the first token was timed of what was not timed in the cell."""
+    there = _compressed(_cell(settings))
+    timed = set(zip(there["press"], there["compression_ratio"]))
+    asked = [(one.press, one.ratio) for one in choices(*several) if (one.press, one.ratio) not in timed]
+    found = [(press, _nearest(settings, press, ratio)) for press, ratio in asked]
+    cell = _cell(settings).iloc[0]
+    places = dict.fromkeys(f"{press} 的取自{_place(row, cell)}" for press, row in found if row is not None)
+    return f"首词元的用时，{'，'.join(places)}" if places else ""
+
+
+def _place(row: pd.Series, cell: pd.Series) -> str:
+    model = {"demo": "演示模型、", cell["model"]: ""}.get(row["model"], f" {row['model']} 的形状、")
+    dtype = "" if row["dtype"] == cell["dtype"] else f"、{row['dtype']}"
+    size = f"上下文 {row['context_tokens']}、批 {row['batch_size']}"
+    return f"{model}{size}、压缩率 {row['compression_ratio']:g}{dtype}"
 
 
 def _times_in_bits(settings: list[Records], bits: float) -> dict[str, str]:
@@ -256,22 +310,34 @@ def rule(*several: Records) -> str:
     """How a row is chosen."""
     choices(*several)  # there are rows
     return (
-        "**怎样选。** 每行的方法由记录选出：名不副实的（@tbl-degenerate）不算，取损失最小的一种。"
-        "只续写时看两种文本的窗口，提问时看口令检索的口令与末词、抄写两项任务的文档，每一个算一份；"
-        "“≈”之后是与它分不出的（逐个相减，全表的比较一起校正）。挑选与评分用同一批数据，所以表里的数略为乐观。"
+        "**怎样选。** 每行的方法由记录选出：名不副实的（实际做的与名字所说的不符，@tbl-degenerate）不算；"
+        "在每种文本、每项任务上都没有明确输给最好者的，取损失最小的一种，“≈”之后是另外几种；"
+        "没有这样的方法，就各写各的（逐个相减，全表的比较一起校正）。"
+        f"{_left_out(several)}挑选与评分用同一批数据，所以表里的数略为乐观。"
     )
 
 
-def columns(settings: list[Records]) -> str:
+def _left_out(several: tuple[Records, ...]) -> str:
+    uses: dict[tuple[str, ...], list[str]] = {}
+    for use in USES:
+        uses.setdefault(tuple(not_candidates(use, *several)), []).append(use.name)
+    told = {listed(presses): listed(names) for presses, names in uses.items() if presses}
+    return "".join(f"{presses} 没有按{names}测全，不在那几行的候选里。" for presses, names in told.items())
+
+
+def columns(settings: list[Records], *several: Records) -> str:
     """What stands in them."""
     plain = _cell(settings).iloc[0]
+    elsewhere = [
+        "每步写的是同一压缩率下别的方法",
+        *filter(None, [_where_first(settings, *several), _bits_timed(settings)]),
+    ]
     return (
         "**各列。** 事后提问指压缩时还不知道问题（问题在外），问题已知指压缩时看得到它（问题在内），"
-        f"{SAVING}的各行条目全留，每个数少记几位。损失是每个词元多出的 nat；口令是检索的准确率，"
+        f"{SAVING}的各行条目全留，每个数少记几位。损失是每个词元多出的 nat；口令是答对的比例，"
         "末词、抄写是两项得分的平均；缓存是不压缩时的几分之几；每步与首词元的用时是本库不压缩时的几倍："
-        f"{plain.model} 的形状、上下文 {plain.context_tokens}、批 {plain.batch_size}。带 * 的没有在那里计时："
-        "每步写的是同一压缩率下别的方法，首词元写的是这种方法在别的形状、批或压缩率上的用时"
-        f"{_bits_timed(settings)}。"
+        f"{plain.model} 的形状、上下文 {plain.context_tokens}、批 {plain.batch_size}。"
+        f"带 * 的没有在那里计时：{'；'.join(elsewhere)}。"
     )
 
 
@@ -280,7 +346,7 @@ def _bits_timed(settings: list[Records]) -> str:
         first = timed_in_bits(settings).iloc[0]
     except Missing:
         return ""
-    return f"；几位的各行在批 {first['batch_size']}、{first['dtype']} 时测得"
+    return f"几位的各行在批 {first['batch_size']}、{first['dtype']} 时测得"
 
 
 def advice(*several: Records) -> str:
@@ -290,12 +356,13 @@ def advice(*several: Records) -> str:
 
 
 def _chosen_in_words(chosen: list[Choice]) -> str:
-    by_press: dict[tuple, list[str]] = {}
+    alike: dict[tuple, list[str]] = {}
     for one in chosen:
-        by_press.setdefault((one.press, one.level), []).append(f"{one.ratio:g}")
+        alike.setdefault((one.press, one.level, one.parts), []).append(f"{one.ratio:g}")
     parts = [
-        f"压缩率 {listed(ratios)} 用 {press}" + (f"（{listed(level)} 与它分不出）" if level else "")
-        for (press, level), ratios in by_press.items()
+        f"压缩率 {listed(ratios)} {f'的{listed(of)}' if of else ''}用 {press}"
+        + (f"（{listed(level)} 与它分不出）" if level else "")
+        for (press, level, of), ratios in alike.items()
     ]
     return "，".join(parts)
 
@@ -304,17 +371,23 @@ def knowing(*several: Records) -> str:
     """Whether it helps to show the press the question, for whoever may choose the method."""
     outside, inside = ([one for one in choices(*several) if one.use == use] for use in (AFTERWARDS, BEFOREHAND))
     pairs = [(one, other) for one in outside for other in inside if one.ratio == other.ratio]
-    if not pairs:
+    differences = {
+        (part, one.ratio): of_part
+        for one, other in pairs
+        for part, of_part in _between(one, other, several).groupby(level="part", sort=False)
+        if {part} <= set(one.parts or [part]) & set(other.parts or [part])
+    }
+    if not differences:
         raise Missing("tasks", "问题在内与在外都测过的方法")
-    differences = [_between(one, other, several) for one, other in pairs]
-    ratios = {"看到的更好": [], "不看的更好": [], "两者分不出": []}
-    better, worse, level = ratios.values()
-    for (one, _), difference, p in zip(pairs, differences, holm(np.array([*map(_p, differences)]))):
-        (level if not p < 0.05 else worse if difference.mean() > 0 else better).append(f"{one.ratio:g}")
-    told = "，".join(f"压缩率 {listed(where)} {verdict}" for verdict, where in ratios.items() if where)
-    unknown = {one.press for one, other in pairs if one.press not in by_ratio(other.use, several)[other.ratio]}
-    beside = f"（{listed(sorted(unknown))} 没有在问题在内时测全，不在那几行的候选里）" if unknown else ""
-    return f"问题已知时，让方法看到问题的最好一行，与不看问题的最好一行相比：{told}{beside}。"
+    sure = holm(np.array([*map(_p, differences.values())])) < 0.05
+    told: dict[tuple[str, str], list[str]] = {}
+    for (part, ratio), is_sure in zip(differences, sure):
+        if is_sure:
+            verdict = "不看的更好" if differences[part, ratio].mean() > 0 else "看到的更好"
+            told.setdefault((part, verdict), []).append(f"{ratio:g}")
+    said = [f"{part}在压缩率 {listed(ratios)} 是{verdict}" for (part, verdict), ratios in told.items()]
+    rest = [] if sure.all() else ["其余分不出" if said else "各项都分不出"]
+    return f"问题已知时，让方法看到问题的那一行，与不看问题的那一行逐项相比：{'，'.join(said + rest)}。"
 
 
 def _between(outside: Choice, inside: Choice, several: tuple[Records, ...]) -> pd.Series:

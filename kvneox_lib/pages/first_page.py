@@ -1,82 +1,83 @@
 """The first page of the report: what was found, in five lines and a paragraph, and where it comes from.
 
-The first three lines are of one setting: of the runs whose step nobody can tell from the shortest one, that which loses
-least.
+The first three lines are of one setting, that of the shortest step.
 """
 
 import contextlib
 import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pandas as pd
 
 from kvneox_lib.pages import storage, timings, turns
 from kvneox_lib.pages.copying import OURS
-from kvneox_lib.pages.decision import ABOUT_THE_TEXT, AFTERWARDS, SAVING, TEXTS, choices, that_count
+from kvneox_lib.pages.decision import (
+    ABOUT_THE_TEXT,
+    AFTERWARDS,
+    PARTS,
+    SAVING,
+    TEXTS,
+    Choice,
+    best_by_part,
+    choices,
+    not_candidates,
+    that_count,
+)
 from kvneox_lib.pages.degenerate import healthy
 from kvneox_lib.pages.heads import tried
 from kvneox_lib.pages.overview import every_setting
-from kvneox_lib.pages.quality import furthest_moved
+from kvneox_lib.pages.quality import WINDOW_CONTROL, furthest_moved
 from kvneox_lib.pages.report import Missing, Records, found_in, middle_ratio, models, repository
 from kvneox_lib.pages.selecting import bits_of, of_one_storage, with_strength
-from kvneox_lib.pages.tasks import named
-from kvneox_lib.pages.words import ENGINES, STUDY_NAMES, listed, number, tiny, with_interval
+from kvneox_lib.pages.words import ENGINES, listed, number, tiny, with_interval
 from kvneox_lib.studies.provenance import provenance
 
-# ---- the setting that the first lines are of ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Setting:
-    """At one context and batch: this library without a press and with one, and the faster of transformers' caches."""
-
-    plain: pd.Series
-    run: pd.Series
-    level: pd.DataFrame  # presses that are as fast
-    stock: pd.Series
-    losses: tuple[pd.Series, ...]  # of `run` on each text
-
-
-def setting(speed: Records, *texts: Records) -> Setting:
-    gains = timings.engine_gains(timings.at_corner(speed.runs()))
-    if not gains or gains[0].best is None:
-        raise Missing(speed.study, "本库与 transformers 的对照")
-    gain = gains[0]
-    fast = pd.concat([gain.best.to_frame().T, gain.level]).loc[lambda runs: bits_of(runs).isna()]
-    losses = {name: _losses(run, texts) for name, run in fast.iterrows()}
-    known = {name: found for name, found in losses.items() if len(found) == len(texts)}
-    if not known:
-        raise Missing(texts[0].study, "计过时的 press 与压缩率")
-    least = min(known, key=lambda name: sum(row["delta_nll"] for row in known[name]))
-    fastest = min(gain.stock.values(), key=lambda row: row.step_s)
-    return Setting(gain.plain, fast.loc[least], fast.drop(index=least), fastest, known[least])
-
-
-def _losses(run: pd.Series, texts: tuple[Records, ...]) -> tuple[pd.Series, ...]:
-    found = []
-    for records in texts:
-        same = of_one_storage(records.runs())
-        same = same[(same["press"] == run["press"]) & (same["compression_ratio"] == run["compression_ratio"])]
-        found += [row for _, row in same.head(1).iterrows()]
-    return tuple(found)
-
+CONTROLS = ("random", WINDOW_CONTROL)  # no methods
 
 # ---- the five lines -------------------------------------------------------------------------------------------------
 
 
-def faster(speed: Records, *texts: Records) -> str:
+def _gain(speed: Records) -> timings.Gain:
+    """At one context and batch: this library without a press and with the one that is fastest, and transformers'."""
+    gains = timings.engine_gains(timings.at_corner(speed.runs()))
+    if not gains or gains[0].best is None:
+        raise Missing(speed.study, "本库与 transformers 的对照")
+    return gains[0]
+
+
+def _of_run(run: pd.Series, records: Records) -> pd.Series | None:
+    """What was measured of its press at its ratio."""
+    same = of_one_storage(records.runs())
+    same = same[(same["press"] == run["press"]) & (same["compression_ratio"] == run["compression_ratio"])]
+    return same.iloc[0] if len(same) else None
+
+
+def faster(speed: Records) -> str:
     """What compression does, what the implementation does, and both."""
-    found = setting(speed, *texts)
-    plain, run = found.plain, found.run
-    level = f"；{listed(timings.press_and_strength(found.level))} 与它分不出快慢" if len(found.level) else ""
-    first = turns.ratio(run, plain, "prefill_s")
-    begins = "" if pd.isna(first.value) else f"首词元的用时是不压缩的 {first.in_words}。"
+    found = _gain(speed)
+    stock = found.fastest_stock
     return (
-        f"**快多少。** 压缩：解码的速度是本库不压缩时的 {turns.ratio(plain, run).in_words}"
-        f"（{with_strength(run)}{level}）。实现：都不压缩，本库是自带缓存里较快的 {ENGINES[found.stock.engine]}的 "
-        f"{turns.ratio(found.stock, plain).in_words}。合起来 {turns.ratio(found.stock, run).in_words}。{begins}"
-        f"测于 {plain.model} 的形状、上下文 {plain.context_tokens}、批 {plain.batch_size}"
-        f"（{plain.device}，{plain['dtype']}）{_at_smallest_batch(speed.runs(), run)}。"
+        f"**快多少。** 解码的速度，压缩之后（{with_strength(found.best)}）是不压缩的 {found.by_compression.in_words}；"
+        f"都不压缩，本库是 {ENGINES[stock.engine]}的 {turns.ratio(stock, found.plain).in_words}；"
+        f"两样合计 {turns.ratio(stock, found.best).in_words}。"
+        f"{found.plain.model} 的形状，{found.where}。"
+    )
+
+
+def details(speed: Records) -> str:
+    """Of that setting what the lines have no room for."""
+    found = _gain(speed)
+    plain, best = found.plain, found.best
+    fast = listed(timings.press_and_strength(found.level))
+    level = f"{fast} 与 {best['press']} 分不出快慢；" if len(found.level) else ""
+    first = turns.ratio(best, plain, "prefill_s")
+    begins = "" if pd.isna(first.value) else f"首词元的用时是不压缩的 {first.in_words}；"
+    peaks = [f"{_mb(row, 'peak_above_bytes')}（{timings.CACHES[engine]}）" for engine, row in found.stock.items()]
+    return (
+        f"前三行测于 {plain.device_name}（{plain.device}，{plain['dtype']}），方括号里是 95 % 区间；"
+        f"与本库相比的是 transformers 的缓存里最快的一种。{level}{begins}{_at_smallest_batch(speed.runs(), best)}"
+        f"内存的峰值都是比运行之前多用的，不压缩的 transformers 解码时是 {listed(peaks)}；"
+        f"连权重与程序本身，解码时整个进程{_from_to(found, 'peak_bytes')}。"
     )
 
 
@@ -90,24 +91,20 @@ def _at_smallest_batch(runs: pd.DataFrame, run: pd.Series) -> str:
     same = same[(same["batch_size"] == least.plain.batch_size) & bits_of(same).isna()]
     if least.plain.batch_size == run.batch_size or same.empty:
         return ""
-    return f"；批 {least.plain.batch_size} 时，压缩的一份是 {turns.ratio(least.plain, same.iloc[0]).in_words}"
+    return f"批 {least.plain.batch_size} 时，压缩的一份是 {turns.ratio(least.plain, same.iloc[0]).in_words}。"
 
 
-def smaller(speed: Records, *texts: Records) -> str:
-    """The cache, and what the process takes."""
-    found = setting(speed, *texts)
-    cache, decoding, prefill, process = (
-        _from_to(found, name) for name in ("kv_bytes", "peak_above_bytes", "prefill_peak_above_bytes", "peak_bytes")
+def smaller(speed: Records) -> str:
+    """The cache, and the peaks of both phases."""
+    found = _gain(speed)
+    cache, decoding, prefill = (
+        _from_to(found, name) for name in ("kv_bytes", "peak_above_bytes", "prefill_peak_above_bytes")
     )
-    return (
-        f"**省多少。** 同一设置，缓存{cache}；解码时进程比运行之前多用的内存，峰值{decoding}"
-        f"（{ENGINES[found.stock.engine]} {_mb(found.stock, 'peak_above_bytes')}）。读上下文时的峰值{prefill}；"
-        f"连权重与程序本身，解码时整个进程{process}。"
-    )
+    return f"**省多少。** 同一设置，缓存{cache}；多用的内存，解码时的峰值{decoding}，读上下文时的{prefill}。"
 
 
-def _from_to(found: Setting, name: str) -> str:
-    return f"由 {_mb(found.plain, name)} 变为 {_mb(found.run, name)}"
+def _from_to(found: timings.Gain, name: str) -> str:
+    return f"由 {_mb(found.plain, name)} 变为 {_mb(found.best, name)}"
 
 
 def _mb(run: pd.Series, name: str) -> str:
@@ -117,54 +114,84 @@ def _mb(run: pd.Series, name: str) -> str:
 
 def lost(speed: Records, *several: Records) -> str:
     """Of the same setting: of texts that go on, of what is asked for afterwards; beside the best at this ratio."""
-    wiki, books, recall, _ = several
-    found = setting(speed, wiki, books)
-    parts = [
-        f"{STUDY_NAMES[records.study]}每个词元多 {with_interval(row, 'delta_nll')} nat（困惑度乘以 "
-        f"{with_interval(row, 'ppl_ratio', 2)}）"
-        for records, row in zip((wiki, books), found.losses)
-    ]
-    same = _losses(found.run, (replace(recall, frame=that_count(recall, "outside")),))
-    asked = f"；口令答对 {with_interval(same[0], 'accuracy', 2)}" if same else ""
-    return f"**损失什么。** 同一设置，{'，'.join(parts)}{asked}。{_best_instead(found.run, several)}"
+    *texts, recall, _ = several
+    run = _gain(speed).best
+    rows = {PARTS[records.study]: _of_run(run, records) for records in texts}
+    if any(row is None for row in rows.values()):
+        raise Missing(texts[0].study, with_strength(run))
+    parts = [f"{with_interval(row, 'delta_nll')} nat（{name}）" for name, row in rows.items()]
+    same = _of_run(run, replace(recall, frame=that_count(recall, "outside")))
+    asked = "" if same is None else f"；口令答对 {with_interval(same, 'accuracy', 2)}"
+    return f"**损失什么。** 同一设置，续写每个词元多 {listed(parts)}{asked}。{_best_instead(run, several)}"
+
+
+def as_perplexity(speed: Records, *texts: Records) -> str:
+    """What the nats of that line are as factors."""
+    rows = {PARTS[records.study]: _of_run(_gain(speed).best, records) for records in texts}
+    parts = [f"{name}乘以 {with_interval(row, 'ppl_ratio', 2)}" for name, row in rows.items() if row is not None]
+    return f"换成困惑度，续写的损失是{'，'.join(parts)}。" if parts else ""
 
 
 def _best_instead(run: pd.Series, several: tuple[Records, ...]) -> str:
     """What goes on best with as much kept, if it is another press."""
     best = [one for one in choices(*several) if one.use.studies == TEXTS and one.ratio == run["compression_ratio"]]
-    if not best or run["press"] in (best[0].press, *best[0].level):
+    if any(run["press"] in (one.press, *one.level) for one in best) or not best:
         return ""
-    losses = _losses(pd.Series({**run, "press": best[0].press}), several[:2])
-    told = "、".join(f"{row['delta_nll']:.3f}" for row in losses)
-    return f"留下同样多、续写损失最小的是 {best[0].press}（{told} nat），各种用途该用哪一种见 @tbl-decision。"
+    return f"留下同样多，续写损失最小的是 {listed(_with_losses(one, several) for one in best)}。"
+
+
+def _with_losses(one: Choice, several: tuple[Records, ...]) -> str:
+    run = pd.Series({"press": one.press, "compression_ratio": one.ratio})
+    losses = [
+        f"{PARTS[records.study]} {_of_run(run, records)['delta_nll']:.3f}"
+        for records in several
+        if records.study in TEXTS and (not one.parts or PARTS[records.study] in one.parts)
+    ]
+    level = f"；与 {listed(one.level)} 分不出" if one.level else ""
+    return f"{one.press}（{'、'.join(losses)} nat{level}）"
 
 
 def answers(recall: Records, task_runs: Records) -> str:
     """What becomes of what was asked for after compression."""
-    ratio, runs = middle_ratio(recall), that_count(recall, "outside")
-    whole = found_in("recall", of_one_storage(runs[runs["press"] == "no_press"]), "no_press").iloc[0]
-    runs = of_one_storage(runs[runs["compression_ratio"] == ratio]).sort_values("accuracy", ascending=False)
+    ratio = middle_ratio(recall)
+    whole = found_in("recall", of_one_storage(that_count(recall, "outside")).query("press == 'no_press'"), "no_press")
+    every = _methods(recall, ratio)
+    runs = healthy(every)
     scores = of_one_storage(that_count(task_runs, "outside"))
-    about = listed(named(task) for task in ABOUT_THE_TEXT)
 
-    def of_tasks(press: str) -> float:
+    def of_tasks(press: str) -> str:
         same = scores[(scores["press"] == press) & scores["compression_ratio"].isin([0.0, ratio])]
-        return same["score"].mean() if len(same) else float("nan")
+        return number(same["score"].mean() if set(same["dataset"]) == set(ABOUT_THE_TEXT) else None, ".2f")
 
     good, forgotten = runs[runs["accuracy"] >= 0.5], runs[runs["accuracy"] < 0.05]
-    kept = [f"{row.press}（{row.accuracy:.2f}，{number(of_tasks(row.press), '.2f')}）" for row in good.itertuples()]
+    both = [("不压缩", whole.iloc[0].accuracy, of_tasks("no_press"))]
+    both += [(row.press, row.accuracy, of_tasks(row.press)) for row in good.itertuples()]
+    plain, *kept = (f"{name}（{said:.2f}，{score}）" for name, said, score in both)
+    about = "与".join(PARTS[task] for task in ABOUT_THE_TEXT)
     return (
         f"**检索与任务。** 压缩时不知道问题，压缩率 {ratio:g}：{len(runs)} 种方法里 {len(forgotten)} 种几乎答不出口令"
-        f"（不到二十分之一），答对一半以上的有 {listed(kept)}，不压缩时是"
-        f"（{whole.accuracy:.2f}，{of_tasks('no_press'):.2f}）；后一个数是{about}两项任务的平均得分。"
+        f"（不到二十分之一），答对一半以上的（括号里是口令答对的比例，{about}的平均得分）：{listed(kept)}；{plain}。"
+        f"{_not_what_it_says(every.drop(runs.index))}"
     )
+
+
+def _methods(recall: Records, ratio: float) -> pd.DataFrame:
+    """What was asked for after compression; the best first."""
+    runs = of_one_storage(recall.runs(query_aware=False, compression_ratio=ratio))
+    return runs[~runs["press"].isin(CONTROLS)].sort_values("accuracy", ascending=False)
+
+
+def _not_what_it_says(runs: pd.DataFrame) -> str:
+    """Who would be among those that answer, and is not counted."""
+    names = [f"{row.press}（{row.accuracy:.2f}）" for row in runs.itertuples() if row.accuracy >= 0.5]
+    return f"{listed(names)}名不副实，不在其列（@tbl-degenerate）。" if names else ""
 
 
 def fewer_bits(*with_bits: Records) -> str:
     """Where fewer bits are better than fewer entries, by the same bytes."""
     found = storage.qualities(*with_bits)
     won = _verdicts(found)
-    parts = [f"缓存只许有 float32 的 {storage.fraction(size)} 时，{_winners(won[size])}" for size in (1 / 4, 1 / 8)]
+    parts = [f"缓存只许占 {storage.fraction(size)} 时，{_winners(won[size])}" for size in (1 / 4, 1 / 8)]
     return f"**少记几位。** {_bits_alone(found[0])}。{'；'.join(parts)}。"
 
 
@@ -205,7 +232,7 @@ def _bits_alone(quality: storage.Quality) -> str:
     )
     return (
         f"条目全留，每个数只记 {bits} 位：缓存是 float32 的 {shares}，{quality.name}是 {losses}"
-        f"{quality.kind.measured_in}；再小就非淘汰不可"
+        f"{quality.kind.measured_in}"
     )
 
 
@@ -213,7 +240,7 @@ def _winners(verdicts: list[tuple[str, storage.Verdict]]) -> str:
     parts = []
     for way, words in storage.WAYS.items():
         names = [name for name, one in verdicts if one.is_clear and one.first == way]
-        parts += [f"{words}在{'、'.join(names)}上最好"] if names else []
+        parts += [f"{words}在{listed(name.removesuffix('的损失') for name in names)}上最好"] if names else []
     level = [name for name, one in verdicts if not one.is_clear]
     return "，".join(parts + ([f"{'其余' if parts else '各项'}分不出"] if level else []))
 
@@ -235,15 +262,15 @@ def argument(causes: Records, recall: Records, *several: Records) -> str:
 
 def _forgotten(recall: Records, text: Records) -> str:
     """How little perplexity may tell of presses that recall nothing."""
-    ratio, runs = middle_ratio(recall), that_count(recall, "outside")
-    at = of_one_storage(runs[runs["compression_ratio"] == ratio]).set_index("press")["accuracy"]
+    ratio = middle_ratio(recall)
+    at = healthy(_methods(recall, ratio)).set_index("press")["accuracy"]
     losses = healthy(of_one_storage(text.runs(compression_ratio=ratio))).set_index("press")["ppl_ratio"]
     forgetful = pd.to_numeric(losses[losses.index.intersection(at.index[at < 0.05])])
     if forgetful.empty:
         return ""
     return (
-        f"困惑度还会把损失摊薄：压缩率 {ratio:g} 时几乎答不出口令的 {len(forgetful)} 种方法里，有一种的困惑度只乘以 "
-        f"{forgetful.min():.2f}（@sec-blind）。"
+        f"困惑度还会把损失摊薄：压缩率 {ratio:g} 时几乎答不出口令的方法里，{forgetful.idxmin()} 的困惑度只乘以 "
+        f"{forgetful.min():.2f}（{PARTS[text.study]}，@sec-blind）。"
     )
 
 
@@ -260,8 +287,26 @@ def _copying(causes: Records) -> str:
 
 
 def _budget_for_them(several: tuple[Records, ...]) -> str:
-    asked = {one.press for one in choices(*several) if one.use == AFTERWARDS}
-    return f"先把预算给这些头的 {OURS}，在每个压缩率下都最能回答事后的问题（@sec-copying）。" if asked == {OURS} else ""
+    asked = [one for one in choices(*several) if one.use == AFTERWARDS]
+    if {(one.press, one.level, one.parts) for one in asked} != {(OURS, (), ())}:
+        return ""
+    best = [parts for (use, _), parts in best_by_part(*several).items() if use == AFTERWARDS]
+    beside = {part: [set(of[part]) - {OURS} for of in best] for part in best[0]}
+    told = [f"{part}上{_won(dict(zip([one.ratio for one in asked], sets)))}" for part, sets in beside.items()]
+    lacking = not_candidates(AFTERWARDS, *several)
+    left_out = f"；{listed(lacking)} 没有测全，不在比较之列" if lacking else ""
+    return (
+        f"先把预算给这些头的 {OURS}，在测过的压缩率（{listed(f'{one.ratio:g}' for one in asked)}）上，是唯一"
+        f"在{listed(beside)}上都没有明确输给最好者的方法。单看一项，{'，'.join(told)}{left_out}（@sec-copying）。"
+    )
+
+
+def _won(level: dict[float, set[str]]) -> str:
+    """`level`: by ratio, who cannot be told from it."""
+    alone, always = [f"{ratio:g}" for ratio, names in level.items() if not names], set.intersection(*level.values())
+    if alone:
+        return f"它只在压缩率 {listed(alone)} 明确好于其余各种" if len(alone) < len(level) else "它明确好于其余各种"
+    return f"它与 {listed(sorted(always))} 分不出" if always else "它总与别的某一种分不出"
 
 
 def evidence(speed: Records, *several: Records) -> str:

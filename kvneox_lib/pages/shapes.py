@@ -45,10 +45,11 @@ def where_it_pays(few: int, many: int) -> str:
     alone, together = (
         cache_shares(batch).query(f"tokens == {LENGTHS[-1]}").set_index("press")["share"] for batch in (few, many)
     )
-    least = alone.idxmin()
+    least, most = alone.idxmin(), alone.idxmax()
     return (
-        f"在训练长度 {LENGTHS[-1]} 处、批为 {few} 时，这个比例最高的是 {alone.idxmax()}（{alone.max():.0%}），最低的是 "
-        f"{least}（{alone[least]:.0%}）：把缓存压到四分之一，{least} 每步最多省 {0.75 * alone[least]:.0%} 的时间。"
-        f"批为 {many} 时，同一个模型的比例是 {together[least]:.0%}。**收益来自长上下文和大批**；"
-        "批为一、上下文不长时，压缩对速度几乎没有用处，对内存才有用处。"
+        f"在训练长度 {LENGTHS[-1]} 处、批为 {few} 时，这个比例最高的是 {most}（{alone[most]:.0%}），最低的是 "
+        f"{least}（{alone[least]:.0%}）：把缓存压到四分之一，{most} 每步最多省 {0.75 * alone[most]:.0%} 的时间，"
+        f"{least} 只有 {0.75 * alone[least]:.0%}。批为 {many} 时，{least} 的比例是 {together[least]:.0%}。"
+        f"**收益来自长上下文和大批**；批为 {few}、上下文不超过训练长度时，{least} 这样的模型为了速度不值得压缩，"
+        "为了内存才值得。"
     )
