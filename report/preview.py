@@ -63,8 +63,14 @@ def build(folder: Path, target: Path) -> Path:
         if done.returncode:
             raise ValueError(f"pandoc: {done.stderr.strip()}")
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes((Path(scratch) / "preview.html").read_bytes())
+        page = (Path(scratch) / "preview.html").read_text(encoding="utf-8")
+        target.write_text(with_boxes(page), encoding="utf-8")
     return target
+
+
+def with_boxes(page: str) -> str:
+    """Each table in a box that scrolls, as Quarto has it."""
+    return page.replace("<table>", '<div class="scrolls"><table>').replace("</table>", "</table></div>")
 
 
 def resolve_includes(text: str, folder: Path) -> str:

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import re
 import shutil
-import sys
 
 import matplotlib
 import pandas as pd
@@ -23,7 +22,9 @@ HOW = {"xlabel": "压缩率", "ylabel": "损失"}
 def load(name):
     spec = importlib.util.spec_from_file_location(name, REPORT / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:  # they import each other
+        patch.syspath_prepend(REPORT)
+        spec.loader.exec_module(module)
     return module
 
 
@@ -89,7 +90,8 @@ def test_a_marker_is_drawn_as_matplotlib_draws_it():
 def test_nothing_in_a_name_ends_the_data():
     frame = losses().replace({"press": {"tova": "</script><b>"}})
     html = interactive.chart({"": frame}, "ratio", "loss", **HOW)
-    assert "<b>" not in html and any(line["name"] == "</script><b>" for line in data_in(html)["panels"][0]["lines"])
+    assert html.count("</script>") == 1 and "<b>" not in html
+    assert any(line["name"] == "</script><b>" for line in data_in(html)["panels"][0]["lines"])
 
 
 SECTION = """
@@ -151,14 +153,30 @@ def test_the_script_stands_once_on_a_page_and_only_in_html(report):
 def test_the_script_loads_nothing_and_is_small():
     script = (REPORT / "interactive.js").read_text(encoding="utf-8")
     assert len(script) < 10_000
+    assert script.count("tabindex") == 1  # one stop of the keyboard a chart, however many points it has
     assert not re.search(r"\beval\b|new Function|fetch\(|import\(|innerHTML|https?://(?!www\.w3\.org)", script)
 
 
-def test_the_preview_numbers_charts_among_the_pictures(report, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(REPORT)
+def test_only_the_drawing_as_a_whole_takes_the_pointer():
+    style = (REPORT / "styles.css").read_text(encoding="utf-8")
+    assert re.search(r"^\.kv-chart :is\(\.tip, svg \*\) \{ pointer-events: none; \}$", style, re.M)
+
+
+def test_tables_of_the_preview_stand_in_boxes_that_scroll(tmp_path):
+    (tmp_path / "sections").mkdir()
+    (tmp_path / "common.py").write_text("")
+    (tmp_path / "references.bib").write_text("")
+    (tmp_path / "index.md").write_text("| a | b |\n|:--|:--|\n| 1 | 2 |\n\n: 数 {#tbl-one}\n\n见 @tbl-one。\n")
+    with matplotlib.rc_context():
+        page = load("preview").build(tmp_path, tmp_path / "page.html").read_text(encoding="utf-8")
+    style = (REPORT / "styles.css").read_text(encoding="utf-8")
+    assert re.findall(r'<div class="(\w+)"><table>.*?</table></div>', page, re.S) == ["scrolls"]
+    assert page.count("<table") == 1 and re.search(r"^\.scrolls\b.*overflow-x: auto", style, re.M)
+
+
+def test_the_preview_numbers_charts_among_the_pictures(report, tmp_path):
     with matplotlib.rc_context():
         page = load("preview").build(report, tmp_path / "page.html").read_text(encoding="utf-8")
-    sys.modules.pop("weave", None)
     assert re.findall(r"图 (\d)：图 (\w+)", page) == [("1", "one"), ("2", "two"), ("3", "three")]
     assert re.findall(r'href="#fig-(\w+)">图 (\d)', page) == [("one", "1"), ("two", "2"), ("three", "3")]
     assert page.count('<div class="kv-chart">') == 2 and page.count("data:image/svg+xml") == 1
