@@ -24,7 +24,7 @@ from click.testing import CliRunner
 from conftest import REPOSITORY
 from matplotlib import pyplot
 
-from kvneox_lib.pages import figures
+from kvneox_lib.pages import figures, kinds, quality, storage
 from kvneox_lib.pages.report import Missing
 from kvneox_lib.studies import explore, heads, perplexity, recall, records, speed, streaming, tasks
 
@@ -259,6 +259,7 @@ def test_the_table_of_quality_is_of_the_records():
     rows = [line for line in readme.quality_table().splitlines() if line.startswith("| `")]
     row = next(line for line in rows if line.startswith("| `lagkv`"))
     assert len(rows) == len(readme.SHOWN_PRESSES) <= 8
+    assert len([line for line in readme.task_table().splitlines() if line.startswith("| `")]) <= 8
     expected = []
     for study, column in (("wikitext_ppl", "ppl_ratio"), ("pg19_ppl", "ppl_ratio"), ("recall", "accuracy")):
         runs = records.load_records(pictures.REFERENCE / study).query("press == 'lagkv'")
@@ -349,7 +350,9 @@ def write_kept(monkeypatch, ppl: dict, recall: dict) -> None:
         )
         for study, (name, values) in rows.items()
     }
-    monkeypatch.setattr(readme, "core_runs", tables.get)
+    monkeypatch.setattr(readme, "bundled_runs", tables.get)
+    core = readme.expand_presses("all")
+    monkeypatch.setattr(readme, "core_runs", lambda study: tables[study].loc[lambda runs: runs["press"].isin(core)])
     run = pd.Series(
         {"model": "m", "weights": "random", "context_tokens": 2, "batch_size": 4, "device_name": "A", "dtype": "f"}
     )
@@ -357,11 +360,17 @@ def write_kept(monkeypatch, ppl: dict, recall: dict) -> None:
 
 
 def test_the_results_in_words(monkeypatch):
-    write_kept(monkeypatch, {"a": 1.5, "b": 1.25, "c": 2.0}, {"a": 0.6, "b": 0.01, "c": 0.125})
+    losses = {"keydiff": 1.5, "tova": 1.25, "knorm": 2.0, "lagkv": 1.1, "random": 9.0, "kvzip": 1.02, "kvcompose": 1.0}
+    recall = {"keydiff": 0.6, "tova": 0.01, "knorm": 0.125, "random": 0.3, "kvzip": 0.07, "random_recent": 0.5}
+    write_kept(monkeypatch, losses, recall)
     chinese, english = readme.results_in_chinese(), readme.results_in_english()
-    assert "`a` 答对 60%，其余 2 种最多答对 12.5%；不压缩时 80%。困惑度增加得最少（点估计）的 `b` 答对 1%。" in chinese
-    assert "`a` answers 60%, the other 2 methods at most 12.5%; without compression 80%. `b`, whose" in english
-    assert "丢掉 50%，困惑度变为 1.25–2.00 倍" in chinese and "perplexity is 1.25–2.00 times" in english
+    assert "核心方法里 `keydiff` 答对 60%，其余 2 种最多答对 12.5%；不压缩时 80%。两项都可比的核心方法里，" in chinese
+    assert "困惑度增加得最少（点估计）的 `tova` 答对 1%。" in chinese and "rises least (a point" in english
+    assert "of the core methods `keydiff` answers 60%, the other 2 at most 12.5%; without compression 80%." in english
+    assert "丢掉 50%，核心方法的困惑度变为 1.10–2.00 倍" in chinese and "core methods is 1.10–2.00 times" in english
+    assert chinese.endswith("：`kvzip`（压缩时再读一遍上下文）困惑度 1.02、1.02 倍，口令答对 7%、7%。")
+    assert "`kvzip` (reads the context again to compress it) has 1.02 and 1.02 times" in english
+    assert "`random" not in chinese + english and "kvcompose" not in chinese + english
     assert (
         "缓存占原来的 25%，一步用时是本库不压缩时的 0.50–0.75 倍；" in chinese and "是本库的 0.96–1.45 倍。" in chinese
     )
@@ -369,11 +378,26 @@ def test_the_results_in_words(monkeypatch):
 
 
 def test_the_results_in_words_when_they_are_others(monkeypatch):
-    write_kept(monkeypatch, {"a": 1.5, "b": 1.25}, {"a": 0.01, "b": 0.7})
+    losses = {"keydiff": 1.5, "tova": 1.25}
+    write_kept(monkeypatch, losses, {"keydiff": 0.01, "tova": 0.7})
     assert "困惑度增加得最少" not in readme.results_in_chinese() and "rises least" not in readme.results_in_english()
-    write_kept(monkeypatch, {"a": 1.5, "b": 1.25}, {"a": 0.01, "b": 0.02})
-    assert "口令，2 种最多答对 2%；" in readme.results_in_chinese()
-    assert "evicted, 2 methods at most 2%;" in readme.results_in_english()
+    assert "之外" not in readme.results_in_chinese() and "Beside" not in readme.results_in_english()
+    write_kept(monkeypatch, losses, {"keydiff": 0.01, "tova": 0.02})
+    assert "核心方法里 2 种最多答对 2%；" in readme.results_in_chinese()
+    assert "of the core methods 2 at most 2%;" in readme.results_in_english()
+
+
+def test_what_a_method_asks_for_is_said_in_english_too():
+    assert set(readme.COSTS_IN_ENGLISH) == set(kinds.COSTS)
+    assert readme._cost_in_english("copying_heads") == "measures a model once before"
+    assert readme._cost_in_english("snapkv") == "at no price of its own"
+
+
+def test_the_runs_of_the_control_are_those_of_the_report():
+    texts = [storage.as_it_is(pictures.first(study)) for study in readme.TEXTS]
+    told = quality.unmoved(*texts)
+    assert re.search(r"共 (\d+) 次", readme.control_line())[1] == re.match(r"\d+", told)[0]
+    assert ("一次也没有动" in readme.control_line()) == ("逐位相同" in told)
 
 
 def test_the_ranges_of_times(tmp_path, monkeypatch):
@@ -437,13 +461,22 @@ def test_the_first_picture_draws_the_records():
     for axes, shown in zip(figure.axes, panels.values()):
         for press, rows in shown.sort_values("compression_ratio").groupby("press"):
             assert tuple(rows["value"].astype(float)) in drawn_in(axes), press
-        assert set(readme.SHOWN_PRESSES) <= set(shown["press"])
+        assert {*readme.SHOWN_PRESSES} - {"copying_heads"} <= {*shown["press"]} <= {*readme.expand_presses("all")}
     assert all(f"(docs/{name})" in PAGES[page] for page in ("README.md", "README_zh.md"))
 
 
-def test_a_picture_of_other_data_is_noticed(monkeypatch):
+def test_the_panels_of_depth_have_one_axis():
+    """Heat maps side by side share the ticks of the first."""
+    by_press = pictures.PICTURES["depth.png"].data()[""].groupby("press")["compression_ratio"]
+    assert len(by_press) == len(pictures.FEW) and len({frozenset(ratios) for _, ratios in by_press}) == 1
+
+
+def test_a_picture_of_other_data_or_looks_is_noticed(monkeypatch):
     name = "depth.png"
     before, picture = pictures.digest(name), pictures.PICTURES[name]
     changed = picture.data()[""].assign(correct=lambda table: table["correct"] + 0.001)
     monkeypatch.setitem(pictures.PICTURES, name, pictures.Picture(lambda: {"": changed}, picture.draw))
+    assert pictures.digest(name) != before
+    monkeypatch.undo()
+    monkeypatch.setattr(pictures.inspect, "getsource", lambda module: "COLOURS = ()")
     assert pictures.digest(name) != before

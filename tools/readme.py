@@ -14,9 +14,10 @@ import matplotlib
 import pandas as pd
 import papermill
 import pictures
-from pictures import ROOT, asked_afterwards, core_runs, runs_of, settings
+from pictures import ROOT, asked_afterwards, bundled_runs, core_runs, runs_of, settings
 
-from kvneox_lib.pages import losses, streams, timings, turns, wordings
+from kvneox_lib import expand_presses
+from kvneox_lib.pages import kinds, losses, quality, storage, streams, timings, turns, wordings
 from kvneox_lib.pages import tasks as task_pages
 from kvneox_lib.pages.degenerate import healthy
 from kvneox_lib.pages.selecting import pressed
@@ -28,8 +29,18 @@ from kvneox_lib.studies.table import STUDIES
 WRITTEN = [ROOT / "README_zh.md", ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {"wikitext_ppl": "短文", "pg19_ppl": "长书"}
 SHOWN_RATIOS = (0.5, 0.9)
-# A control; by position; by keys, two that contradict each other; by attention; budgets for heads; by neighbours.
-SHOWN_PRESSES = ("random", "streaming_llm", "knorm", "keydiff", "snapkv", "tova", "adakv_snapkv", "lagkv")
+# A control; by position; by keys, two that contradict each other; by attention; budgets for heads; by neighbours; by
+# what heads do.
+SHOWN_PRESSES = ("random", "streaming_llm", "knorm", "keydiff", "snapkv", "adakv_snapkv", "lagkv", "copying_heads")
+CONTROLS = ["random", "random_recent"]
+CORE_METHODS = "[docs/presses.md](docs/presses.md)"
+COSTS_IN_ENGLISH = {
+    "续文也被压缩": "compresses what follows too",
+    "压缩时再读一遍上下文": "reads the context again to compress it",
+    "先量一次模型": "measures a model once before",
+    "只能用 eager 注意力": "needs eager attention",
+    "键的部分通道置零（不省内存）": "sets channels of keys to zero and saves no memory",
+}
 NOT_WHAT_IT_SAYS = "“—”：这个设置名不副实，不参加比较，原因见报告附录。"
 SAID_IN_NO_NOTEBOOK = {
     "batch_size": "每批几个窗口",
@@ -98,10 +109,10 @@ def _meaning(name: str, by_notebook: dict[str, dict]) -> str:
 
 
 def quality_table() -> str:
-    """What some core presses cost on the bundled model: perplexity as a multiple of no compression's, and recall."""
+    """What some presses cost on the bundled model: perplexity as a multiple of no compression's, and recall."""
     columns, notes, shown = {}, [], []
     for study, text in TEXTS.items():
-        runs = core_runs(study)
+        runs = _of_the_shown(bundled_runs(study))
         shown.append(runs)
         plain = runs[runs["press"] == "no_press"].iloc[0]
         notes.append(
@@ -110,18 +121,21 @@ def quality_table() -> str:
         )
         for ratio in SHOWN_RATIOS:
             columns[f"{text} {ratio:.2f}"] = _by_press(runs, ratio, "ppl_ratio")
-    recall = asked_afterwards(core_runs("recall"))
+    recall = _of_the_shown(asked_afterwards(bundled_runs("recall")))
     plain = recall[recall["press"] == "no_press"].iloc[0]
     notes.append(
         f"口令 {plain['n_keys']:.0f} 个，上下文 {plain['context_tokens']} 个词元，先压缩再提问，不压缩时答对 "
-        f"{plain['accuracy']:.2f}"
+        f"{plain['accuracy']:.3f}"
     )
     for ratio in SHOWN_RATIOS:
         columns[f"口令 {ratio:.2f}"] = _by_press(recall, ratio, "accuracy")
-    table = pd.DataFrame(columns)
-    table = table[table.index.isin(SHOWN_PRESSES)].sort_values(f"{TEXTS['wikitext_ppl']} {SHOWN_RATIOS[-1]:.2f}")
+    table = pd.DataFrame(columns).sort_values(f"{TEXTS['wikitext_ppl']} {SHOWN_RATIOS[-1]:.2f}")
     note = f"{_measured_on(*shown, recall)}。{'；'.join(notes)}。{wordings.known(recall)}{_dashes(table)}"
     return f"{_by_name(table, '.3f')}\n\n{note}"
+
+
+def _of_the_shown(runs: pd.DataFrame) -> pd.DataFrame:
+    return runs[runs["press"].isin(("no_press", *SHOWN_PRESSES))]
 
 
 def _by_press(runs: pd.DataFrame, ratio: float, column: str) -> pd.Series:
@@ -148,8 +162,8 @@ def _dashes(table: pd.DataFrame) -> str:
 
 
 def task_table() -> str:
-    """Scores of the tasks in the box, the question read after compression, the best of the hardest ratio first."""
-    runs = runs_of("tasks")
+    """Scores of the tasks in the box, the question read after compression, the best on average first."""
+    runs = _of_the_shown(runs_of("tasks"))
     if runs.empty:
         return missing("tasks")
     outside = task_pages.in_mode(runs, "outside")
@@ -170,13 +184,14 @@ def task_table() -> str:
 
 
 def control_line() -> str:
-    """How little the teacher-forced control moved, beside how much the truth did."""
-    runs = pd.concat([core_runs(study) for study in TEXTS], ignore_index=True)
-    compressed, moved = runs[runs["press"] != "no_press"], runs["control_delta_nll"].abs().max()
-    worst = compressed.loc[compressed["delta_nll"].idxmax()]
+    """How little the teacher-forced control moved, beside how much the truth did: of the report's runs."""
+    texts = [storage.as_it_is(pictures.first(study)) for study in TEXTS]
+    runs, moved = pd.concat(map(quality.pressed, texts), ignore_index=True), quality.furthest_moved(*texts)
+    worst = runs.loc[runs["delta_nll"].idxmax()]
     control = f"最多动了 {moved:.1g} nat" if moved else "一次也没有动"
     return (
-        f"{len(compressed)} 次运行里，教师强制的对照（[怎样才算测到了](#怎样才算测到了)）{control}，而压缩之后续读的 "
+        f"两种文本、各种方法与随机对照、各压缩率，共 {len(runs)} 次运行里，教师强制的对照"
+        f"（[怎样才算测到了](#怎样才算测到了)）{control}，而压缩之后续读的 "
         f"nll 最多增加 {worst['delta_nll']:.2f} nat（`{worst['press']}`，压缩率 {worst['compression_ratio']:.2f}）。"
     )
 
@@ -247,21 +262,21 @@ def _ends(ratios: list[turns.Ratio]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Kept:
-    """What is left of the core presses' quality at a ratio."""
+    """What is left of the core methods' quality at a ratio: presses without the controls."""
 
     ratio: float
     perplexity: tuple[float, float]  # as a multiple of no compression's, least and most
     plain_recall: float
     finding: dict[str, float]  # presses that answer at least half of what is answered without one
     others: list[float]
-    of_least_loss: tuple[str, float]  # the press whose perplexity rises least, and its recall
+    of_least_loss: tuple[str, float]  # of those in both, the press whose perplexity rises least, and its recall
 
 
 def kept(ratio: float) -> Kept:
     recall = asked_afterwards(core_runs("recall"))
     plain = recall.loc[recall["press"] == "no_press", "accuracy"].iloc[0]
-    perplexity = _by_press(core_runs("wikitext_ppl"), ratio, "ppl_ratio")
-    answered = _by_press(recall, ratio, "accuracy").sort_values(ascending=False)
+    perplexity = _of_methods(core_runs("wikitext_ppl"), ratio, "ppl_ratio")
+    answered = _of_methods(recall, ratio, "accuracy").sort_values(ascending=False)
     finds = answered >= plain / 2
     least = perplexity[perplexity.index.isin(answered.index)].idxmin()
     return Kept(
@@ -274,13 +289,43 @@ def kept(ratio: float) -> Kept:
     )
 
 
+def _of_methods(runs: pd.DataFrame, ratio: float, column: str) -> pd.Series:
+    return _by_press(runs, ratio, column).drop(CONTROLS, errors="ignore")
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A method that is not among the core ones and was measured like them."""
+
+    press: str
+    perplexity: list[float]  # at each of SHOWN_RATIOS
+    recall: list[float]
+
+
+def beside() -> list[Beside]:
+    """Those measured in both, at every ratio; that which loses least first."""
+    runs = {"ppl_ratio": bundled_runs("wikitext_ppl"), "accuracy": asked_afterwards(bundled_runs("recall"))}
+    measured = [_of_methods(runs[name], ratio, name) for name in runs for ratio in SHOWN_RATIOS]
+    table = pd.concat(measured, axis=1).dropna().drop(expand_presses("all"), errors="ignore")
+    n = len(SHOWN_RATIOS)
+    found = [Beside(press, values[:n], values[n:]) for press, *values in table.itertuples()]
+    return sorted(found, key=lambda one: one.perplexity[-1])
+
+
 def results_in_chinese() -> str:
     sizes, (half, hard) = faster(), map(kept, SHOWN_RATIOS)
     least, its_recall = hard.of_least_loss
     run, found = sizes[0].run, [f"`{name}` 答对 {_percent(share)}" for name, share in hard.finding.items()]
     if hard.others:
         found.append(f"{'其余 ' if found else ''}{len(hard.others)} 种最多答对 {_percent(max(hard.others))}")
-    least_loss = f"困惑度增加得最少（点估计）的 `{least}` 答对 {_percent(its_recall)}。"
+    least_loss = f"两项都可比的核心方法里，困惑度增加得最少（点估计）的 `{least}` 答对 {_percent(its_recall)}。"
+    others = [
+        f"`{one.press}`（{kinds.cost_of(one.press)}）困惑度 {_each(one.perplexity, '.2f')} 倍，口令答对 "
+        f"{'、'.join(map(_percent, one.recall))}"
+        for one in beside()
+    ]
+    ratios = "、".join(map(_percent, SHOWN_RATIOS))
+    elsewhere = f"\n- **核心方法之外**（括号里是代价；依次是丢掉 {ratios}）：{'；'.join(others)}。" if others else ""
     times = "".join(
         f"  - {at.run.model}，上下文 {at.run.context_tokens}，批 {at.run.batch_size}：丢掉 {_percent(at.ratio)}，缓存占"
         f"原来的 {_range(at.cache, '.0%')}，一步用时是本库不压缩时的 {_range(at.step, '.2f')} 倍；transformers 较快的"
@@ -290,11 +335,12 @@ def results_in_chinese() -> str:
     return (
         f"- **快多少、省多少**（Pythia 的形状，{weights_in_words(run.model, run.weights)}，{run.device_name}；"
         f"范围由各方法、各精度的 95 % 区间合成，没有逐轮记录的是四分位数）：\n{times}"
-        f"- **续写损失多少**（自带的 demo 模型，WikiText）：丢掉 {_percent(half.ratio)}，困惑度变为 "
+        f"- **续写损失多少**（自带的 demo 模型，WikiText）：丢掉 {_percent(half.ratio)}，核心方法的困惑度变为 "
         f"{_range(half.perplexity, '.2f')} 倍；丢掉 {_percent(hard.ratio)}，{_range(hard.perplexity, '.2f')} 倍，"
-        "视方法而定。\n"
-        f"- **找东西损失多少**（同一模型）：丢掉 {_percent(hard.ratio)} 再问文中的口令，{'，'.join(found)}；不压缩时 "
-        f"{_percent(hard.plain_recall)}。{'' if least in hard.finding else least_loss}"
+        f"视方法而定（核心方法见 {CORE_METHODS}；随机对照与名不副实的设置不算）。\n"
+        f"- **找东西损失多少**（同一模型）：丢掉 {_percent(hard.ratio)} 再问文中的口令，核心方法里 "
+        f"{'，'.join(found)}；不压缩时 {_percent(hard.plain_recall)}。{'' if least in hard.finding else least_loss}"
+        f"{elsewhere}"
     )
 
 
@@ -303,8 +349,18 @@ def results_in_english() -> str:
     least, its_recall = hard.of_least_loss
     run, found = sizes[0].run, [f"`{name}` answers {_percent(share)}" for name, share in hard.finding.items()]
     if hard.others:
-        found.append(f"{'the other ' if found else ''}{len(hard.others)} methods at most {_percent(max(hard.others))}")
-    least_loss = f" `{least}`, whose perplexity rises least (a point estimate), answers {_percent(its_recall)}."
+        found.append(f"{'the other ' if found else ''}{len(hard.others)} at most {_percent(max(hard.others))}")
+    least_loss = (
+        f" Of those that count in both, `{least}`, whose perplexity rises least (a point estimate), answers "
+        f"{_percent(its_recall)}."
+    )
+    others = [
+        f"`{one.press}` ({_cost_in_english(one.press)}) has {_each(one.perplexity, '.2f', ' and ')} times the "
+        f"perplexity and answers {' and '.join(map(_percent, one.recall))}"
+        for one in beside()
+    ]
+    ratios = " and ".join(map(_percent, SHOWN_RATIOS))
+    elsewhere = f"\n- **Beside the core methods**, with {ratios} evicted: {'; '.join(others)}." if others else ""
     times = "".join(
         f"  - {at.run.model}, {at.run.context_tokens} tokens of context, batch {at.run.batch_size}: with "
         f"{_percent(at.ratio)} evicted, the cache has {_range(at.cache, '.0%')} of its bytes, and a step takes "
@@ -317,12 +373,23 @@ def results_in_english() -> str:
         "together the 95 % intervals of all methods and precisions, quartiles where turns were not written down):\n"
         f"{times}"
         f"- **Continuing a text** (the bundled demo model, WikiText): with {_percent(half.ratio)} evicted, perplexity "
-        f"is {_range(half.perplexity, '.2f')} times what it was; with {_percent(hard.ratio)}, "
-        f"{_range(hard.perplexity, '.2f')} times, depending on the method.\n"
+        f"under the core methods is {_range(half.perplexity, '.2f')} times what it was; with {_percent(hard.ratio)}, "
+        f"{_range(hard.perplexity, '.2f')} times, depending on the method (which are core: {CORE_METHODS}; without "
+        "controls, and settings that don't do what they say).\n"
         f"- **Finding something in it** (the same model): asked for passkeys after {_percent(hard.ratio)} of the "
-        f"context was evicted, {', '.join(found)}; without compression {_percent(hard.plain_recall)}."
-        f"{'' if least in hard.finding else least_loss}"
+        f"context was evicted, of the core methods {', '.join(found)}; without compression "
+        f"{_percent(hard.plain_recall)}."
+        f"{'' if least in hard.finding else least_loss}{elsewhere}"
     )
+
+
+def _cost_in_english(press: str) -> str:
+    costs = kinds.cost_of(press)
+    return ", ".join(words for cost, words in COSTS_IN_ENGLISH.items() if cost in costs) or "at no price of its own"
+
+
+def _each(values: list[float], spec: str, between: str = "、") -> str:
+    return between.join(format(value, spec) for value in values)
 
 
 def _percent(share: float) -> str:
