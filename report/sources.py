@@ -5,8 +5,6 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from kvneox_lib.pages.first_page import public_address
-
 FOLDED = r"^::: \{\.content-visible when-format=\"html\"\}\n<details>(?:(?!</details>).)*</details>\n:::\n\s*"
 LINE = re.compile(rf"(?P<code>{FOLDED})?(?P<line>^[^\n。]{{0,4}}来源：[^\n]*)$", re.M | re.S)
 FILE = re.compile(r"(?:notebooks|results)/[\w./-]*\w")
@@ -38,6 +36,8 @@ def linked(line: str, at: Callable[[str], str]) -> str:
 def places(folder: Path) -> Callable[[str], str]:
     """Where a reader finds a file or commit of the repository around `folder`: on the web if its origin is there, else
     the file as seen from report/_output/."""
+    from kvneox_lib.pages.first_page import public_address  # not before it is wanted: torch comes with it
+
     origin = public_address(_git(folder, "remote", "get-url", "origin"))
     if not origin:
         return lambda found: f"../../{found}" if FILE.fullmatch(found) else ""

@@ -7,12 +7,14 @@ tbl-cap), or sentences.
 """
 
 import ast
-import contextlib
 import html
+import os
 import re
 import runpy
 import shutil
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import matplotlib
@@ -20,8 +22,6 @@ import yaml
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 from sources import marked, places
-
-from kvneox_lib.pages.interactive import Both
 
 INCLUDED = re.compile(r"^\{\{< include _made/(\S+)\.md >\}\}$", re.M)
 CELL = re.compile(r"^```\{python\}\n(?P<cell>.*?)^```$", re.M | re.S)
@@ -36,27 +36,39 @@ WITH_SOURCE = re.compile(
 
 
 def weave(folder: Path) -> Path:
-    """The folder with the woven sections of the report in `folder`."""
+    """The folder with the woven sections of the report in `folder`, which two processes share: sections have nothing in
+    common but what common.py makes."""
     folder = folder.resolve()
     made = folder / "_made"
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(exist_ok=True)
-    matplotlib.use("agg")
-    at = places(folder)
-    with contextlib.chdir(folder):
-        names, has_script = runpy.run_path("common.py"), False
-        for section in INCLUDED.findall((folder / "index.md").read_text(encoding="utf-8")):
-            text = Path("sections", f"{section}.qmd").read_text(encoding="utf-8")
-            try:
-                woven = _run(text, names, made)
-            except Exception as error:
-                error.add_note(f"while weaving sections/{section}.qmd")
-                raise
-            if CHART in woven and not has_script:
-                script = Path("interactive.js").read_text(encoding="utf-8")
-                woven, has_script = f"{woven}\n{_raw_html(f'<script>{script}</script>')}", True
-            (made / f"{section}.md").write_text(floating(marked(woven, at)), encoding="utf-8")
+    sections = INCLUDED.findall((folder / "index.md").read_text(encoding="utf-8"))
+    with ProcessPoolExecutor(2, get_context("spawn"), initializer=_prepare, initargs=(folder,)) as pool:
+        woven = dict(zip(sections, pool.map(_weave_section, sections)))
+    if with_charts := next((section for section, text in woven.items() if CHART in text), None):
+        script = (folder / "interactive.js").read_text(encoding="utf-8")
+        woven[with_charts] += f"\n{_raw_html(f'<script>{script}</script>')}"
+    for section, text in woven.items():
+        (made / f"{section}.md").write_text(text, encoding="utf-8")
     return made
+
+
+NAMES: dict = {}  # of common.py, in each process
+
+
+def _prepare(folder: Path) -> None:
+    os.chdir(folder)
+    matplotlib.use("agg")
+    NAMES.update(runpy.run_path("common.py"))
+
+
+def _weave_section(section: str) -> str:
+    text = Path("sections", f"{section}.qmd").read_text(encoding="utf-8")
+    try:
+        return floating(marked(_run(text, NAMES, Path.cwd() / "_made"), places(Path.cwd())))
+    except Exception as error:
+        error.add_note(f"while weaving sections/{section}.qmd")
+        raise
 
 
 def _run(text: str, names: dict, made: Path) -> str:
@@ -103,8 +115,7 @@ def _block(value, asked: dict, cell: str, made: Path) -> str:
 def _figure(value, asked: dict, made: Path) -> str:
     """A vector picture, and one in pixels for docx, whose readers don't all show vectors."""
     label, caption, alt = asked["label"], _wanted(asked, "fig-cap"), html.escape(_wanted(asked, "fig-alt"))
-    chart = value.html if isinstance(value, Both) else ""
-    value = value.figure if isinstance(value, Both) else value
+    chart, value = (value.html, value.figure) if hasattr(value, "html") else ("", value)  # as interactive.both gives
     if not isinstance(value, Figure):
         raise ValueError(f"{label}: the cell ends with {type(value).__name__}, wants a figure")
     if (made / f"{label}.svg").exists():

@@ -1,14 +1,15 @@
 """Charts of the report's HTML hold the data of the static figure, in its colours, and Quarto and the preview number
 them as one figure each."""
 
-import importlib.util
 import json
 import re
 import shutil
 
 import matplotlib
 import pandas as pd
+import preview
 import pytest
+import weave
 from conftest import REPOSITORY
 from matplotlib.colors import to_hex
 
@@ -17,15 +18,6 @@ from kvneox_lib.presses.registry import ROWS
 
 REPORT = REPOSITORY / "report"
 HOW = {"xlabel": "压缩率", "ylabel": "损失"}
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, REPORT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:  # they import each other
-        patch.syspath_prepend(REPORT)
-        spec.loader.exec_module(module)
-    return module
 
 
 def losses() -> pd.DataFrame:
@@ -129,7 +121,7 @@ def report(tmp_path_factory):
     (folder / "index.md").write_text("{{< include _made/_first.md >}}\n\n{{< include _made/_last.md >}}\n")
     (folder / "references.bib").write_text("")
     with matplotlib.rc_context():
-        load("weave").weave(folder)
+        weave.weave(folder)
     return folder
 
 
@@ -168,7 +160,7 @@ def test_tables_of_the_preview_stand_in_boxes_that_scroll(tmp_path):
     (tmp_path / "references.bib").write_text("")
     (tmp_path / "index.md").write_text("| a | b |\n|:--|:--|\n| 1 | 2 |\n\n: 数 {#tbl-one}\n\n见 @tbl-one。\n")
     with matplotlib.rc_context():
-        page = load("preview").build(tmp_path, tmp_path / "page.html").read_text(encoding="utf-8")
+        page = preview.build(tmp_path, tmp_path / "page.html").read_text(encoding="utf-8")
     style = (REPORT / "styles.css").read_text(encoding="utf-8")
     assert re.findall(r'<div class="(\w+)"><table>.*?</table></div>', page, re.S) == ["scrolls"]
     assert page.count("<table") == 1 and re.search(r"^\.scrolls\b.*overflow-x: auto", style, re.M)
@@ -176,7 +168,7 @@ def test_tables_of_the_preview_stand_in_boxes_that_scroll(tmp_path):
 
 def test_the_preview_numbers_charts_among_the_pictures(report, tmp_path):
     with matplotlib.rc_context():
-        page = load("preview").build(report, tmp_path / "page.html").read_text(encoding="utf-8")
+        page = preview.build(report, tmp_path / "page.html").read_text(encoding="utf-8")
     assert re.findall(r"图 (\d)：图 (\w+)", page) == [("1", "one"), ("2", "two"), ("3", "three")]
     assert re.findall(r'href="#fig-(\w+)">图 (\d)', page) == [("one", "1"), ("two", "2"), ("three", "3")]
     assert page.count('<div class="kv-chart">') == 2 and page.count("data:image/svg+xml") == 1

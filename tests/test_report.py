@@ -2,20 +2,22 @@
 
 import ast
 import builtins
-import importlib.util
 import json
 import re
 import runpy
 import shutil
 import subprocess
-import sys
 import time
 import zipfile
 from html import unescape
 from io import BytesIO
 
+import fonts
+import preview
 import pypandoc
 import pytest
+import sources
+import weave as weaving
 import yaml
 from conftest import REPOSITORY
 from matplotlib import font_manager
@@ -29,17 +31,6 @@ from kvneox_lib.studies.records import load_records
 
 REPORT = REPOSITORY / "report"
 REFERENCE = REPOSITORY / "results" / "reference"
-sys.path.insert(0, str(REPORT))  # its scripts import each other
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"report_{name}", REPORT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-preview, fonts, weaving, sources = map(load, ("preview", "fonts", "weave", "sources"))
 INDEX = (REPORT / "index.md").read_text(encoding="utf-8")
 SECTIONS = {name: (REPORT / "sections" / f"{name}.qmd").read_text("utf-8") for name in weaving.INCLUDED.findall(INDEX)}
 TEXT = weaving.INCLUDED.sub(lambda found: SECTIONS[found[1]], INDEX)
@@ -251,7 +242,7 @@ def test_on_a_narrow_screen_tables_and_formulas_scroll_not_the_page():
     rules = dict(
         re.findall(r"^([^{}\n]+?) \{(.*?)\}", (REPORT / "styles.css").read_text(encoding="utf-8"), re.M | re.S)
     )
-    for what in ("table, table.table", "p:has(math)", "pre"):
+    for what in (".scrolls, figure > div:has(> table)", "p:has(math)", "pre"):
         assert "overflow-x: auto" in rules[what], what
     assert "max-width: 100%" in rules["table, table.table"] and "max-width: 100%" in rules["img, svg"]
     assert "keep-all" in rules["td:first-child, th"] and "color" in rules[".source, .source p"]
