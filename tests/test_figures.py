@@ -156,6 +156,7 @@ def test_lines_that_are_no_presses_have_looks_of_their_own():
     mixed = looks.looks_of(["不压缩", "4 个汇聚点", CONTROL, "snapkv", "keydiff"])
     assert len(set(mixed.values())) == 5 and mixed["不压缩"] == looks.LOOKS["no_press"]
     assert mixed["4 个汇聚点"] not in looks.LOOKS.values()
+    assert mixed["4 个汇聚点"].colour not in (*looks.MAIN_COLOURS, *looks.MORE_COLOURS)
     free = looks.looks_of([f"方法 {i}" for i in range(9)])
     assert len(set(free.values())) == 6 and len(looks.greys(free)) == 4
 

@@ -151,27 +151,23 @@ def test_what_is_said(runs):
     found = payoff.shown(runs)
     assert set(found["batch_size"]) == {1}
     said = payoff.costs_in_words(found)
-    assert said.startswith(
-        "压缩率 0.75、批 1、上下文 512、1024：4 种做法里，在测过的每种长度上首词元都晚到（区间都在一以上）"
+    assert said.startswith("除 kvzip（不压缩的 3.0 倍）之外，首词元至多是不压缩的 ")
+    assert "（压缩率 0.75、批 1、上下文 512、1024）。4 种做法里 3 种在测过的每种长度上都让首词元晚到" in said
+    assert said.endswith("：knorm、kvzip、tova；不打分的 random 在哪种长度上都看不出晚到。")
+    sure, unknown, never, _ = payoff.payoff_in_words(found).split("。")
+    assert sure == (
+        "除 kvzip 要生成 101 个词元之外，确实回本的做法生成 5 个词元就不亏，按区间的上端算"
+        "（上下文 512 时 2 个、上下文 1024 时 5 个）"
     )
-    assert (
-        "的有 3 种：knorm、kvzip、tova。其中 kvzip 最贵，首词元用时是不压缩的 3.0–3.0 倍；其余做法的区间都不超过 "
-        in said
-    )
-    assert said.endswith("在哪种长度上都看不出的有 random；其中 random 不打分。")
-    short, long, _ = payoff.payoff_in_words(found).split("。")
-    assert short.startswith(
-        "上下文 512、批 1：2 种确实回本，除 kvzip（101 [101, 101]）之外都在 2 个词元以内（区间的上端）"
-    )
-    assert "random（" in short and short.endswith("不能断定回本；tova 每步反而更慢，从不回本")
-    assert long == "上下文 1024、批 1：确实回本的有 knorm（5 [5, 5]）个词元"
+    assert unknown == "每步省下的时间小于误差，不能断定回本：random（上下文 512）"
+    assert never == "每步反而更慢，从不回本：tova（上下文 512）"
     table = payoff.table(found).set_index(["press", "上下文×批"])["回本（词元）"]
     assert table["kvzip 0.75", "512×1"] == "101 [101, 101]" and table["tova 0.75", "512×1"] == "从不"
 
 
 def test_a_strength_of_its_own_has_no_ratio(runs):
     own = runs[runs["press"].isin(["no_press", "knorm"])].assign(compression_ratio=None)
-    assert payoff.costs_in_words(payoff.shown(own)).startswith("批 1、上下文 512、1024：1 种做法里")
+    assert "（批 1、上下文 512、1024）。1 种做法里" in payoff.costs_in_words(payoff.shown(own))
 
 
 def test_no_order_is_claimed_of_presses_whose_intervals_meet(runs):
@@ -183,10 +179,9 @@ def test_no_order_is_claimed_of_presses_whose_intervals_meet(runs):
     ]
     more = pd.concat([runs[runs["press"] != "kvzip"], pd.DataFrame(level)], ignore_index=True)
     found = payoff.shown(more)
-    short = payoff.payoff_in_words(found).split("。")[0]
-    assert "3 种确实回本，都在 " in short and "个词元以内（区间的上端）" in short and "除" not in short
+    assert payoff.payoff_in_words(found).startswith("确实回本的做法生成 ")
     said = payoff.costs_in_words(found)
-    assert "lagkv 只在一部分长度上看得出。" in said and "最贵" not in said
+    assert said.startswith("首词元至多是") and "都在一以上）：knorm、tova；" in said
 
 
 def test_a_step_beside_none_by_context(runs):
@@ -207,9 +202,10 @@ def test_a_step_beside_none_by_context(runs):
 
 def test_what_is_ahead_at_first_and_behind_later_does_not_pay(runs):
     early = pd.concat([runs, pd.DataFrame([run("lagkv", 0.9, 0.06)])], ignore_index=True)
-    for frame in (early, early.drop(columns=["prefill_turns_s", "step_turns_s"])):
-        short = payoff.payoff_in_words(payoff.shown(frame)).split("。")[0]
-        assert "lagkv 首词元看不出比不压缩晚，但每步更慢" in short and "lagkv（" not in short
+    said = payoff.payoff_in_words(payoff.shown(early))
+    assert said.endswith("。首词元看不出比不压缩晚，但每步更慢，生成得多了就落后：lagkv（上下文 512）。")
+    medians = payoff.payoff_in_words(payoff.shown(early.drop(columns=["prefill_turns_s", "step_turns_s"])))
+    assert "lagkv 首词元看不出比不压缩晚，但每步更慢" in medians and "lagkv（" not in medians
 
 
 def test_records_from_before_the_turns_have_no_intervals(runs):
@@ -228,6 +224,11 @@ def test_the_setting_with_most_presses_is_shown(runs):
     assert payoff.of_most_presses([bare, few, many]) is many
     with pytest.raises(Missing, match="speed 的 首词元用时的对照"):
         payoff.of_most_presses([bare])
+    other = Records("speed", None, None, runs[runs["press"].isin(["no_press", "kvzip"])].assign(model="demo"))
+    said = payoff.elsewhere_in_words([bare, many, other], "kvzip")
+    assert said.startswith("kvzip 0.75 在另一次运行里计时（demo 的形状，上下文 512、批 1）：首词元是不压缩的 3.00 倍 [")
+    assert said.endswith("，101 [101, 101] 个词元之后回本。")
+    assert payoff.elsewhere_in_words([bare, many, other], "lagkv") == ""
 
 
 def test_the_picture_has_every_press_where_it_was_measured(runs):

@@ -1,5 +1,7 @@
 """Fewer bits beside fewer entries, on records whose losses are made up so that the winner is known."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -113,6 +115,31 @@ def test_the_best_of_each_way_within_a_size(tmp_path):
     assert all((found["share"] <= size * 1.05).all() for size, found in best.items())
 
 
+def test_every_press_is_admitted_but_where_it_is_degenerate(tmp_path):
+    records = perplexity(tmp_path)
+    assert storage.choice_of_each_way(records) == (
+        "只淘汰从测过的 2 种方法里挑，存成几位的只有其中的 keydiff、snapkv。"
+    )
+    frame = records.frame
+    strong = frame["compression_ratio"] > 0.9
+    of_snapkv = strong & (frame["press"] == "snapkv")
+    frame["degenerate"] = np.where(of_snapkv, "fixed 0.900", None)
+    table = pd.DataFrame({"document": 0, "position": np.arange(N), "nll_mean": 0.0})
+    plain = storage.tables_of(frame[frame["press"] == "no_press"], "windows")
+    table["nll_mean"] = plain[plain["kv_bits"].isna()].sort_values("position")["nll_mean"].to_numpy()
+    own = written(tmp_path, "windows", table, "duo_attention", np.nan, None, WHOLE / 4) | {"delta_nll": 0.0}
+    own |= {"delta_nll_ci95_low": 0.0, "delta_nll_ci95_high": 0.0, "degenerate": None}
+    (quality,) = storage.qualities(replace(records, frame=pd.DataFrame([*frame.to_dict("records"), own])))
+    best = {size: storage.best_within(quality, size).set_index("way").loc["evict", "press"] for size in (1 / 4, 1 / 16)}
+    assert best == {1 / 4: "duo_attention", 1 / 16: "keydiff"}
+    assert len(quality.configurations) == len(frame) - of_snapkv.sum() + 1
+    frame["degenerate"] = np.where(strong, "fixed 0.900", None)
+    few = replace(records, frame=frame)
+    row = storage.size_table(few).set_index("大小").loc["1/16"]
+    assert row["只淘汰"] == "没有名副其实的设置，最少要 0.125" and row["只量化"] == "装不下，最少要 0.078"
+    assert storage.choice_of_each_way(few).endswith("；keydiff、snapkv 没有测到 1/16 那样小，或在那里名不副实。")
+
+
 def test_who_wins_and_by_how_much(tmp_path):
     (quality,) = storage.qualities(perplexity(tmp_path))
     found = storage.verdict(quality, 1 / 4)
@@ -211,19 +238,21 @@ def test_loss_against_the_time_of_a_step(tmp_path):
     text = storage.steps_in_words(settings)
     assert "批 2（a machine），float32：不压缩的一步是 8 位的 1.58 倍、4 位的 1.60 倍、2 位的 1.60 倍、只淘汰（" in text
     assert "；4 位的一步是 2 位的 1.00 倍；" in text and "bfloat16：" in text
+    assert text.endswith("计过时的方法只有 keydiff、snapkv。")
     pressed = Records("speed", None, None, speed().frame.query("press != 'no_press'"))
     with pytest.raises(Missing, match="speed 的 no_press"):
         storage.steps_in_words([pressed])
 
 
 def test_the_first_page_names_winners_and_what_bits_alone_cannot_do(tmp_path):
-    text = storage.first_page_bits(perplexity(tmp_path / "ppl"), tasks(tmp_path / "tasks"))
+    text = storage.who_wins(perplexity(tmp_path / "ppl"), tasks(tmp_path / "tasks"))
     larger, below, _ = text.split("。")
     quarter, eighth = larger.split("；")
-    assert quarter.endswith("只许占 1/4 时，只量化胜在短文的损失、口令，其余分不出")
-    assert eighth == "只许占 1/8 时，淘汰并量化胜在短文的损失，其余分不出"
+    passkey = storage.verdicts(storage.qualities(tasks(tmp_path / "tasks")))["口令", 1 / 4].ahead
+    assert re.search(rf"只许占 1/4 时，只量化胜在短文的损失（0.09\d nat）、口令（{passkey:.3f}），其余分不出$", quarter)
+    assert re.match(r"只许占 1/8 时，淘汰并量化胜在短文的损失（0.06\d nat），其余分不出$", eighth)
     assert below == "单靠量化至少要占 7.8%；再小，6 次比较里淘汰并量化胜过只淘汰 2 次，其余分不出"
-    unclear = storage.first_page_bits(perplexity(tmp_path / "noisy", noise=3.0))
+    unclear = storage.who_wins(perplexity(tmp_path / "noisy", noise=3.0))
     assert "只许占 1/4 时，各种做法分不出；" in unclear and "胜过只淘汰 0 次" in unclear
 
 
@@ -249,7 +278,7 @@ def test_an_order_holds_only_where_each_size_has_one_winner(tmp_path):
 def test_without_such_records_the_reader_is_told(tmp_path):
     records = storage.as_it_is(perplexity(tmp_path))
     empty = Records("recall", tmp_path, tmp_path, pd.DataFrame())
-    for asked in (storage.by_size, storage.size_table, storage.first_page_bits):
+    for asked in (storage.by_size, storage.size_table, storage.who_wins):
         with pytest.raises(Missing, match="wikitext_ppl 的 kv_bits"):
             asked(records, empty)
     said = storage.lacking(records, empty, tasks(tmp_path / "tasks"))

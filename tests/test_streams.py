@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from kvneox_lib.pages import streams
-from kvneox_lib.pages.report import Missing
+from kvneox_lib.pages.report import Missing, Records
 
 
 def reading(press, n_sink, window, started_at="2026-01-01", timed=True, **more):
@@ -107,8 +107,11 @@ def test_keys_that_are_not_rotated_are_compared_in_the_same_setting(runs):
     setting = dict.fromkeys([*streams.SETTING, "text_sha256", "max_tokens"], "x")
     turned = streams.main(runs).assign(**setting, rerotate=True, beyond_ppl=30.0)
     still = turned.assign(rerotate=False, beyond_ppl=90.0)
-    assert "困惑度是 90.0，重新旋转时是 30.0" in streams.without_rotation(turned, pd.concat([turned, still]))
-    assert streams.without_rotation(turned, pd.concat([turned, still.assign(device="y")])) == ""
+    here, elsewhere = (
+        [Records("streaming", None, None, frame)] for frame in (pd.concat([turned, still]), still.assign(device="y"))
+    )
+    assert "困惑度是 90.0，重新旋转时是 30.0" in streams.without_rotation(turned, here)
+    assert streams.without_rotation(turned, elsewhere) == ""
 
 
 def test_how_many_sinks():
@@ -154,7 +157,10 @@ def test_what_a_step_takes_is_compared_at_the_same_place():
     said = streams.growth(cost)
     assert "读到 256 个词元时 1.00 倍（0.82–1.22），分不出快慢；读到 1024 个词元时 4.00 倍（3.27–4.89）" in said
     assert "汇聚点加窗口 6.5（4.0–11.8）" in said
-    assert "从 100 到 500 毫秒" in streams.spikes(cost) and "是机器一时变慢" in streams.spikes(cost)
+    assert "4 处的中位数却从 100 到 500 毫秒，慢一成以上的 2 处都在前 512 个词元里。" in streams.spikes(cost)
+    assert "汇聚点加窗口 0.95 [" in streams.spikes(cost) and "多半是机器一时变慢" in streams.spikes(cost)
+    level = streams.spikes(costs(sinks=[1, 2, 3, 4], recompute=[100, 101, 102, 103]))
+    assert "从 100 到 103 毫秒。轮流" in level
     apart = costs(sinks=[1, 2, 3, 4], window=[1, 2, 3, 4], recompute=[400, 300, 200, 100])
     assert streams.spikes(apart).endswith("不足以归于机器。")
     assert streams.beside_recompute(cost) == "汇聚点加窗口的一步是窗口重算的 4.0%（4.0%–4.0%）。"

@@ -149,8 +149,8 @@ def test_what_is_compressions_and_what_the_implementations(runs):
     behind.loc[behind["engine"] == "static", ["step_s", "step_s_q25", "step_s_q75"]] = 0.015
     settings = [records_of(in_turns(runs)), records_of(in_turns(behind))]
     table = timings.gains_apart(settings).set_index("每步用时之比")
-    assert list(table) == ["m，float32，批 4", "m，bfloat16，批 4"]
-    assert table["m，float32，批 4"].to_dict() == {
+    assert list(table) == ["m，float32，512×4", "m，bfloat16，512×4"]
+    assert table["m，float32，512×4"].to_dict() == {
         "压缩：本库，不压缩 ÷ 压缩后": "2.00 [2.00, 2.00]",
         "实现：DynamicCache ÷ 本库，都不压缩": "2.50 [2.50, 2.50]",
         "实现：StaticCache ÷ 本库，都不压缩": "1.50 [1.50, 1.50]",
@@ -335,6 +335,15 @@ def test_the_front(runs):
         front.spread(both[both["press"] != "no_press"])
     with pytest.raises(Missing, match="与困惑度同样的 press 与压缩率"):
         front.front(runs, losses.iloc[:1])
+
+
+def test_the_middle_gain_is_that_of_the_ratios_that_are_printed():
+    """Not of the median times, which lie otherwise where a machine is slow in some turns."""
+    together = {"started_at": "t0", "context_tokens": 512, "batch_size": 1}
+    found = {"fast": ([1.0, 1.0], 0.5), "middle": ([1.5, 1.5], 0.9), "slow": ([2.0, 2.0], 0.1)}
+    rows = [together | {"step_turns_s": json.dumps(turns), "step_s": step} for turns, step in found.values()]
+    plain = pd.Series(together | {"step_turns_s": "[3.0, 3.0]", "step_s": 3.0})
+    assert front._middle(plain, pd.DataFrame(rows)).value == pytest.approx(2.0)
 
 
 def test_losses_of_a_model_are_of_one_set_and_not_of_random_weights():

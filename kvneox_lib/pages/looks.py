@@ -83,6 +83,13 @@ MOST_COLOURED = 5
 MAIN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito's, told apart by everyone
 MORE_COLOURS = ("#882255", "#56B4E9", "#117733", "#8C510A", "#332288", "#999933", "#AA4499")  # Tol's, and a brown
 MARKERS = "os^DvP*X<>hd"
+OTHER_COLOURS = (
+    "#2D1160",
+    "#F1605D",
+    "#A02F9C",
+    "#4A8C99",
+    "#B8941F",
+)  # of what is no press; hollow
 ENGINE_COLOURS = {"ours": "#1F3F77", "stock": "#C8862B", "static": "#8A5A12", "kvpress": "#5E9C76"}
 GREY = "0.72"
 
@@ -143,6 +150,10 @@ def _nth(place: int) -> Look:
     return Look(MORE_COLOURS[colour], marker, hollow=turn % 2 == 1)
 
 
+def _of_others(place: int) -> Look:
+    return Look(OTHER_COLOURS[place % MOST_COLOURED], MARKERS[place % MOST_COLOURED], hollow=True)
+
+
 LOOKS = FIXED | _of_presses()
 
 
@@ -150,9 +161,7 @@ def looks_of(names: Sequence[str], coloured: Sequence[str] | None = None) -> dic
     """A look for each of `names`, the same press alike in every figure; lines that are no presses are told apart in
     theirs. coloured: which are, where there are more than five; the others are grey."""
     shown = set(coloured_of(names, coloured))
-    free = [name for name in names if name not in LOOKS]
-    first = len(LOOKS) - len(FIXED) if len(free) < len([name for name in names if name not in FIXED]) else 0
-    own = {name: _nth(first + place) for place, name in enumerate(free)}
+    own = {name: _of_others(place) for place, name in enumerate(name for name in names if name not in LOOKS)}
     return {name: (LOOKS.get(name) or own[name]) if name in FIXED or name in shown else IN_THE_BACK for name in names}
 
 

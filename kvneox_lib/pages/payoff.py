@@ -4,6 +4,7 @@ To deliver n tokens takes the time to the first and n - 1 steps. Compression has
 both together are no longer than without it: when what is saved in n - 1 steps is what the prefill took more.
 """
 
+import contextlib
 from dataclasses import dataclass
 from functools import cache
 from math import ceil, inf, isfinite, isinf, nan
@@ -208,26 +209,19 @@ FREE = ("random", "streaming_llm")  # choose by lot, or by place alone: scoring 
 
 
 def costs_in_words(found: pd.DataFrame) -> str:
-    """Of `shown`: which let the first token come later at every length at which they were measured, and which at none;
-    those that score nothing show what the machine alone does."""
+    """Of `shown`: how much later the first token comes at most, which presses make it later at every length at which
+    they were measured, and whether those that score nothing do."""
     ratios = listed((f"{ratio:g}" for ratio in sorted(found["compression_ratio"].dropna().unique())), none="")
     found = _in_short(found)
     later = found.assign(later=[one.low > 1 for one in found["first"]]).groupby("name", sort=False)["later"]
     always, never = (list(of.index[of]) for of in (later.all(), ~later.any()))
     lengths = "、".join(str(length) for length in sorted(found["context_tokens"].unique()))
-    known = "区间都在一以上" if _has_intervals(found) else "四分位数的范围都在一以上"
-    n = found["name"].nunique()
-    told = (
-        f"{ratios and f'压缩率 {ratios}、'}批 {found['batch_size'].iloc[0]}、上下文 {lengths}：{n} 种做法里，"
-        f"在测过的每种长度上首词元都晚到（{known}）的有 {len(always)} 种{_named_if_any(always)}。"
-        f"{_dearest(found, always)}"
-    )
-    rest = [name for name in later.groups if name not in (*always, *never)]
-    told += f"{listed(rest)} 只在一部分长度上看得出。" if rest else ""
-    if not never:
-        return told
+    where = f"{ratios and f'压缩率 {ratios}、'}批 {found['batch_size'].iloc[0]}、上下文 {lengths}"
+    known = "区间" if _has_intervals(found) else "四分位数的范围"
+    told = f"{found['name'].nunique()} 种做法里 {len(always)} 种在测过的每种长度上都让首词元晚到（{known}都在一以上）"
+    told = f"{_at_most(found, always, known)}（{where}）。{told}{_named_if_any(always)}"
     free = list(found.loc[found["press"].isin(FREE) & found["name"].isin(never), "name"].unique())
-    return told + f"在哪种长度上都看不出的有 {listed(never)}" + (f"；其中 {listed(free)} 不打分。" if free else "。")
+    return told + (f"；不打分的 {listed(free)} 在哪种长度上都看不出晚到。" if free else "。")
 
 
 def _in_short(found: pd.DataFrame) -> pd.DataFrame:
@@ -240,23 +234,28 @@ def _named_if_any(names: list[str]) -> str:
     return f"：{listed(names)}" if names else ""
 
 
-def _dearest(found: pd.DataFrame, names: list[str]) -> str:
-    """Of these presses the one that costs most, where all its intervals lie above those of all others."""
-    ends = found.assign(
-        low=[one.low for one in found["first"]],
-        value=[one.value for one in found["first"]],
-        high=[one.high for one in found["first"]],
-    )
-    ends = ends.groupby("name").agg({"low": "min", "value": ["min", "max"], "high": "max"})
+def _at_most(found: pd.DataFrame, names: list[str], known: str) -> str:
+    """How many times as long the first token takes at most; apart from the one of these presses, if there is one, that
+    costs more than all others for sure."""
+    ends = pd.DataFrame({"name": found["name"], **_ends(found["first"], "low", "value", "high")}).groupby("name")
+    ends = ends.agg({"low": "min", "value": ["min", "max"], "high": "max"})
     for name in names:
         others = ends.drop(index=name)
         if len(others) and ends.loc[name, ("low", "min")] > others["high", "max"].max():
             low, high = ends.loc[name, "value"]
             return (
-                f"其中 {name} 最贵，首词元用时是不压缩的 {low:.1f}–{high:.1f} 倍；其余做法的区间都不超过 "
-                f"{others['high', 'max'].max():.2f} 倍。"
+                f"除 {name}（不压缩的 {_from_to(f'{low:.1f}', f'{high:.1f}')} 倍）之外，首词元至多是不压缩的 "
+                f"{others['high', 'max'].max():.2f} 倍，按{known}的上端算"
             )
-    return ""
+    return f"首词元至多是不压缩的 {ends['high', 'max'].max():.2f} 倍，按{known}的上端算"
+
+
+def _ends(found: pd.Series, *names: str) -> dict[str, list[float]]:
+    return {name: [getattr(one, name) for one in found] for name in names}
+
+
+def _from_to(*ends: str) -> str:
+    return "–".join(dict.fromkeys(ends))
 
 
 def _where(cell: pd.DataFrame) -> str:
@@ -264,40 +263,64 @@ def _where(cell: pd.DataFrame) -> str:
 
 
 def payoff_in_words(found: pd.DataFrame) -> str:
-    """Of `shown`, at each context: which are known to pay, after how many tokens, which never do, which may."""
-    cells = _in_short(found).groupby("context_tokens")
-    return "".join(f"{_where(cell)}：{_paid_in_words(cell)}。" for _, cell in cells)
+    """Of `shown`: after how many tokens those are ahead that are known to pay, and which are not known to."""
+    found = _in_short(found)
+    if not _has_intervals(found):
+        cells = found.groupby("context_tokens")
+        return "".join(f"{_where(cell)}：{_paid_by_medians(cell)}。" for _, cell in cells)
+    of = found["paid"].map(_verdict).mask([one.low > 1 for one in found["step"]], SLOWER)
+    of = of.mask([isinf(paid.low) for paid in found["paid"]], NEVER)
+    parts = [_sure_in_words(found[of == SURE])] if (of == SURE).any() else []
+    for verdict in (UNKNOWN, NEVER, SLOWER):
+        names = [f"{row['name']}（上下文 {row['context_tokens']}）" for _, row in found[of == verdict].iterrows()]
+        parts += [f"{verdict}：{listed(names)}。"] if names else []
+    return "".join(parts)
 
 
-def _paid_in_words(cell: pd.DataFrame) -> str:
-    words = {row["name"]: f"{row['name']}（{row['paid'].in_words}）" for _, row in cell.iterrows()}
-    if not _has_intervals(cell):
-        return _paid_by_medians(cell)
-    tokens = cell.set_index("name")["paid"].map(lambda paid: paid.tokens)
-    sure = tokens[[isfinite(paid.high) for paid in cell["paid"]]].sort_values(kind="stable")
-    never = tokens[[isinf(paid.low) for paid in cell["paid"]]]
-    slower = [row["name"] for _, row in cell.iterrows() if row["step"].low > 1 and row["name"] not in never.index]
-    sure = sure.drop(slower, errors="ignore")
-    rest = tokens.drop([*sure.index, *never.index, *slower])
-    parts = [_sure_in_words(cell[cell["name"].isin(sure.index)], words)] if len(sure) else []
-    if len(rest):
-        parts.append(f"{listed(words[name] for name in rest.index)}每步省下的时间小于误差，不能断定回本")
-    if len(never):
-        parts.append(f"{listed(never.index)} 每步反而更慢，从不回本")
-    return "；".join([*parts, *_ahead_at_first(slower)])
+SURE, UNKNOWN = "确实回本", "每步省下的时间小于误差，不能断定回本"
+NEVER, SLOWER = "每步反而更慢，从不回本", "首词元看不出比不压缩晚，但每步更慢，生成得多了就落后"
 
 
-def _sure_in_words(cell: pd.DataFrame, words: dict[str, str]) -> str:
-    """Those that pay for sure: how soon all of them do, or all but one that takes longer than any other for sure."""
-    if len(cell) == 1:
-        return f"确实回本的有 {words[cell['name'].iloc[0]]}个词元"
-    last = cell.loc[cell["paid"].map(lambda paid: paid.low).idxmax()]
-    most = max(paid.high for name, paid in zip(cell["name"], cell["paid"]) if name != last["name"])
-    if last["paid"].low > most:
-        within = f"除 {words[last['name']]}之外都在 {_whole(most)} 个词元以内"
-    else:
-        within = f"都在 {_whole(max(most, last['paid'].high))} 个词元以内"
-    return f"{len(cell)} 种确实回本，{within}（区间的上端）"
+def _verdict(paid: Payoff) -> str:
+    return SURE if isfinite(paid.high) else UNKNOWN
+
+
+def _sure_in_words(sure: pd.DataFrame) -> str:
+    """At each context the last to pay, apart from the one press that takes longer than all others for sure."""
+    dear = _last_to_pay(sure)
+    others = sure[sure["name"] != dear]
+    most = others.groupby("context_tokens")["paid"].agg(lambda paid: max(one.high for one in paid))
+    tokens = [paid.tokens for paid in sure.loc[sure["name"] == dear, "paid"]]
+    but = f"除 {dear} 要生成 {_from_to(_whole(min(tokens)), _whole(max(tokens)))} 个词元之外，" if dear else ""
+    by_context = listed(f"上下文 {at} 时 {_whole(tokens)} 个" for at, tokens in most.items())
+    return f"{but}{SURE}的做法生成 {_whole(most.max())} 个词元就不亏，按区间的上端算" + (
+        f"（{by_context}）。" if len(most) > 1 else "。"
+    )
+
+
+def _last_to_pay(sure: pd.DataFrame) -> str | None:
+    ends = pd.DataFrame({"name": sure["name"], **_ends(sure["paid"], "low", "high")}).groupby("name")
+    ends = ends.agg({"low": "min", "high": "max"})
+    last = ends["low"].idxmax()
+    return last if len(ends) > 1 and ends.loc[last, "low"] > ends["high"].drop(last).max() else None
+
+
+def elsewhere_in_words(settings: list[Records], press: str) -> str:
+    """Of a press that was timed beside the setting that is shown; nothing where it was not."""
+    for records in settings:
+        with contextlib.suppress(Missing):
+            found = costs(records.frame)
+            if records is not of_most_presses(settings) and press in set(found["press"]):
+                return _timed_apart(records.run()["model"], found[found["press"] == press].iloc[0])
+    return ""
+
+
+def _timed_apart(model: str, row: pd.Series) -> str:
+    paid = f"{row['paid'].in_words} 个词元之后回本" if isfinite(row["paid"].high) else "不能断定回本"
+    return (
+        f"{row['name']} 在另一次运行里计时（{model} 的形状，上下文 {row['context_tokens']}、批 {row['batch_size']}）："
+        f"首词元是不压缩的 {row['first'].in_words}，每步是 {row['step'].in_words}，{paid}。"
+    )
 
 
 def _ahead_at_first(names: list[str]) -> list[str]:

@@ -16,19 +16,18 @@ from matplotlib.figure import Figure
 from kvneox_lib.measures.intervals import FEW_DOCUMENTS, Interval, comparison, holm, interval
 from kvneox_lib.neox.bits import BITS, GROUP, Form
 from kvneox_lib.pages import figures, turns
+from kvneox_lib.pages.degenerate import healthy
 from kvneox_lib.pages.report import Missing, Records, sources
-from kvneox_lib.pages.selecting import bits_of, pressed
+from kvneox_lib.pages.selecting import bits_of, of_ratios, pressed
 from kvneox_lib.pages.tasks import LOSSES, RECALL, named
 from kvneox_lib.pages.timings import at_largest, column, timed_runs
 from kvneox_lib.pages.words import listed, with_interval
-from kvneox_lib.presses.registry import ROWS
 from kvneox_lib.studies.records import tables_of
 
 WAYS = {"evict": "只淘汰", "bits": "只量化", "both": "淘汰并量化"}
 SIZES = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)  # shares of what the cache takes in float32
 SLACK = 0.05  # heads that keep their own entries are stored in tiles, which are not all full
 SMALLEST_SHOWN = 1 / 64
-CORE = [row.name for row in ROWS if row.core]
 WITH_BITS = "kv_bits 为 8、4、2 的运行"
 
 
@@ -144,10 +143,9 @@ def _quality(records: Records, name: str, runs: pd.DataFrame) -> Quality:
 
 
 def configurations(study: str, runs: pd.DataFrame) -> pd.DataFrame:
-    """By run, the cache as it is and those under a core press at a ratio or in few bits: with `bits`, the `way` ("" of
-    the cache as it is) and `share`, its bytes over those that the cache takes in float32."""
-    runs = runs[runs["press"].isin(["no_press", *CORE]) & runs["compression_ratio"].notna()]
-    runs = _with_ways(runs.set_index("run_id"))
+    """By run, the cache as it is and those under a press or in few bits, without degenerate ones: with `bits`, the
+    `way` ("" of the cache as it is) and `share`, its bytes over those that the cache takes in float32."""
+    runs = _with_ways(of_ratios(healthy(runs)).set_index("run_id"))
     plain, in_bits = runs[runs["way"] == ""], runs[runs["bits"].notna()]
     if plain.empty or in_bits.empty:
         raise Missing(study, "no_press" if plain.empty else WITH_BITS)
@@ -176,7 +174,7 @@ def _by_unit(records: Records, kind: Kind, runs: pd.Index) -> pd.DataFrame:
 
 def _configuration(frame: pd.DataFrame) -> list[tuple]:
     """What tells the runs of one question apart, in a record and in its tables."""
-    return list(zip(frame["press"], frame["compression_ratio"], bits_of(frame).fillna(0)))
+    return list(zip(frame["press"], frame["compression_ratio"].fillna(-1), bits_of(frame).fillna(0)))
 
 
 # ---- the best of each way -------------------------------------------------------------------------------------------
@@ -292,8 +290,8 @@ def _row(quality: Quality, size: float, won: Verdict | None) -> dict:
 def _cell(quality: Quality, best: pd.DataFrame, way: str) -> str:
     if len(best):
         return f"{in_words(best.iloc[0])}：{_loss(quality, best.index[0])}"
-    shares = _shares(quality, way)
-    return f"装不下，最少要 {shares.min():.3f}" if len(shares) else "—"
+    shares, missing = _shares(quality, way), "装不下" if way == "bits" else "没有名副其实的设置"
+    return f"{missing}，最少要 {shares.min():.3f}" if len(shares) else "—"
 
 
 def _loss(quality: Quality, run: str) -> str:
@@ -379,10 +377,11 @@ def steps_in_words(settings: list[Records]) -> str:
     each other way; whether the last bits saved save time."""
     timed = timed_in_bits(settings)
     first = timed.iloc[0]
+    presses = sorted(timed.loc[timed["way"] == "evict", "press"].unique())
     parts = [f"{dtype}：{_steps(runs)}" for dtype, runs in timed.groupby("dtype", sort=False)]
     return (
         f"{first['model']} 的形状、上下文 {first['context_tokens']}、批 {first['batch_size']}（{first['device_name']}）"
-        f"，{'；'.join(parts)}。"
+        f"，{'；'.join(parts)}。" + (f"计过时的方法只有 {listed(presses)}。" if presses else "")
     )
 
 
@@ -420,13 +419,13 @@ def bits_told() -> str:
     )
 
 
-def first_page_bits(*several: Records) -> str:
+def who_wins(*several: Records) -> str:
     """Which way wins where a quarter, and where an eighth, of float32's bytes is allowed, and below what quantizing
     alone can do."""
     found = qualities(*several)
     won = _verdicts_of_tables(found)
     parts = [told for size in (1 / 4, 1 / 8) if (told := _winners(found, won, size))]
-    text = f"缓存的字节以 float32 为一：{'；'.join(parts)}。" if parts else ""
+    text = f"缓存的字节以 float32 为一，括号里是比次好的做法少损失多少：{'；'.join(parts)}。" if parts else ""
     shares = pd.concat([_shares(quality, "bits") for quality in found])
     return text + (_below(won, shares.min()) if len(shares) else "")
 
@@ -447,6 +446,17 @@ def order(*several: Records) -> str:
     return text + (f"{listed(level)}在哪种大小都分不出。" if level else "")
 
 
+def choice_of_each_way(*several: Records) -> str:
+    """From how many presses each way's best is taken, and which of them were measured at no small size."""
+    found = pd.concat([quality.compressed()[["press", "way", "share"]] for quality in qualities(*several)])
+    evicted, both = (found[found["way"] == way] for way in ("evict", "both"))
+    least, size = evicted.groupby("press")["share"].min(), SIZES[-2]
+    large = sorted(least.index[least > size * (1 + SLACK)])
+    in_bits = listed(sorted(both["press"].unique()))
+    text = f"{WAYS['evict']}从测过的 {len(least)} 种方法里挑，存成几位的只有其中的 {in_bits}"
+    return text + (f"；{listed(large)} 没有测到 {fraction(size)} 那样小，或在那里名不副实。" if large else "。")
+
+
 def _below(won: dict, least: float) -> str:
     """Of the sizes in which no number of bits alone fits."""
     small = [one for (_, size), one in won.items() if size * (1 + SLACK) < least and one and one.second]
@@ -464,7 +474,11 @@ def _shares(quality: Quality, way: str) -> pd.Series:
 
 def _winners(found: list[Quality], won: dict, size: float) -> str:
     two = [(quality.name, one) for quality in found if (one := won[quality.name, size]) and one.second]
-    names = {way: [name for name, one in two if one.is_clear and one.first == way] for way in WAYS}
+    measured_in = {quality.name: quality.kind.measured_in for quality in found}
+    names = {
+        way: [f"{name}（{one.ahead:.3f}{measured_in[name]}）" for name, one in two if one.is_clear and one.first == way]
+        for way in WAYS
+    }
     parts = [f"{WAYS[way]}胜在{'、'.join(of)}" for way, of in names.items() if of]
     n_clear = sum(map(len, names.values()))
     parts += [("其余" if n_clear else "各种做法") + "分不出"] if n_clear < len(two) else []

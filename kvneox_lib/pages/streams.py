@@ -8,13 +8,14 @@ from kvneox_lib.measures.intervals import holm, interval
 from kvneox_lib.measures.sinks import EARLIEST
 from kvneox_lib.pages import turns
 from kvneox_lib.pages.figures import heat_maps, note, press_lines
-from kvneox_lib.pages.ranks import rank_correlation
+from kvneox_lib.pages.ranks import rank_correlation, rank_correlation_ci95
 from kvneox_lib.pages.report import SETTING, Missing
 from kvneox_lib.pages.words import READINGS, listed, number, with_interval
 
 BOUNDED = ("window", "sinks")
 ALONG = {"ppl_so_far": "到此为止的困惑度", "ppl": "每 256 个词元的困惑度"}  # columns of `along`
 WIDE = 10  # an interval whose ends differ by this factor says nothing
+SLOW = 1.1  # times the median of all places
 COST = {"milliseconds": "每个词元的时间（毫秒）", "megabytes": "KV 缓存（MB）"}  # columns of `costs`
 
 
@@ -34,6 +35,11 @@ def main(runs: pd.DataFrame, *readings: str) -> pd.DataFrame:
             raise Missing("streaming", READINGS[name])
     found = found[found["press"].isin(readings or READINGS)]
     return found.sort_values("press", key=lambda names: names.map(list(READINGS).index)).reset_index(drop=True)
+
+
+def timed(records) -> pd.DataFrame:
+    """The main runs of `records` (a `Records`), of all readings."""
+    return main(records.runs(timed=True), *READINGS)
 
 
 def read(records, name: str, *readings: str) -> pd.DataFrame:
@@ -322,10 +328,11 @@ def against_recompute(samples: pd.DataFrame) -> str:
     )
 
 
-def without_rotation(runs: pd.DataFrame, everywhere: pd.DataFrame) -> str:
-    """`everywhere`: the runs of all settings, among them perhaps one like that of `runs` but with keys as they were;
+def without_rotation(runs: pd.DataFrame, settings: list) -> str:
+    """`settings` (`Records`): among their runs perhaps one like that of `runs` but with keys as they were;
     where there is none, nothing."""
     turned, alike = by_press(runs)["sinks"], [*SETTING, "text_sha256", "max_tokens", "n_sink", "window"]
+    everywhere = pd.concat([records.frame for records in settings])
     for _, still in everywhere[everywhere["press"] == "sinks"].iterrows():
         if not still.rerotate and turned.rerotate and still[alike].equals(turned[alike]):
             return (
@@ -366,18 +373,26 @@ def how_large(blocks: pd.DataFrame) -> str:
 
 
 def spikes(cost: pd.DataFrame) -> str:
-    """Recomputation does the same work everywhere: how its time varies is the machine's doing."""
+    """Recomputation does the same work everywhere: where it is slow, the machine probably was, if what took turns with
+    it was slow there too."""
     places = cost.pivot_table(index="tokens_read", columns="press", values="step_s")
     others = [name for name in BOUNDED if name in places]
     if "recompute" not in places or not others:
         raise Missing("streaming", READINGS["recompute"])
     again = 1e3 * places["recompute"]
-    alike = min(rank_correlation(again, places[name]) for name in others)
-    text = (
-        f"{READINGS['recompute']}每步做的事处处相同，各处的中位数却从 {again.min():.0f} 到 {again.max():.0f} 毫秒；"
-        f"与它轮流计时的{listed(READINGS[name] for name in others)}和它的用时跟着起落（秩相关至少 {alike:.2f}）"
-    )
-    return text + ("：曲线上的尖峰是机器一时变慢，不是读法变慢。" if alike > 0.5 else "，不足以归于机器。")
+    slow = again[again > SLOW * again.median()]
+    span = f"从 {again.min():.0f} 到 {again.max():.0f} 毫秒"
+    text = f"{READINGS['recompute']}每步做的事处处相同，{len(again)} 处的中位数却{span}"
+    text += f"，慢一成以上的 {len(slow)} 处都在前 {slow.index[-1]:.0f} 个词元里。" if len(slow) else "。"
+    ends = {name: rank_correlation_ci95(again, places[name]) for name in others}
+    alike = [
+        f"{READINGS[name]} {rank_correlation(again, places[name]):.2f} [{low:.2f}, {high:.2f}]"
+        for name, (low, high) in ends.items()
+    ]
+    text += f"轮流计时的读法与它的用时的秩相关（95 % 区间）是：{listed(alike)}"
+    if all(low > 0 for low, _ in ends.values()):
+        return text + "：它们一同起落，曲线上的尖峰多半是机器一时变慢，不是读法变慢。"
+    return text + "，不足以归于机器。"
 
 
 def growth(cost: pd.DataFrame) -> str:

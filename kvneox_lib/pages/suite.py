@@ -16,7 +16,7 @@ from kvneox_lib.inputs.weights import PYTHIA
 from kvneox_lib.pages import figures
 from kvneox_lib.pages.degenerate import healthy
 from kvneox_lib.pages.ranks import rank_correlation
-from kvneox_lib.pages.report import Missing, Records, settings, sources
+from kvneox_lib.pages.report import Missing, Records, sentences, settings, sources
 from kvneox_lib.pages.retrieval import RULE, copying_heads
 from kvneox_lib.pages.selecting import middle_ratio, numeric, of_one_storage
 from kvneox_lib.pages.words import STUDY_NAMES, listed, number
@@ -88,6 +88,15 @@ def _way(records: Records) -> tuple:
     return tuple(None if pd.isna(run.get(name)) else run[name] for name in names)
 
 
+def states(study: str, root: Path | None = None) -> pd.DataFrame:
+    """The runs of all states of training."""
+    return runs_of(of_training(study, root), step)
+
+
+def heads_of_states(root: Path | None = None) -> pd.DataFrame:
+    return heads_of(of_training("recall", root), step)
+
+
 def runs_of(found: list[Records], place: Place) -> pd.DataFrame:
     """Their runs, with `at`, where each stands (millions of parameters, or a step), and `value`, what is shown. Of
     recall those where the question comes after compression."""
@@ -112,15 +121,20 @@ def heads_of(found: list[Records], place: Place) -> pd.DataFrame:
 
 
 def lines(xlabel: str, *several: pd.DataFrame, by_model: bool = False) -> Figure:
-    """`value` of each press at the middle ratio, and of no press, against `at`: a panel for each of `several` (runs of
-    a study), and for each model where they are many at a place."""
+    """`value` of each press at one ratio, which the title tells, and of no press, against `at`: a panel for each of
+    `several` (runs of a study), and for each model where they are many at a place."""
     panels = {}
     for runs in several:
         name = NAMES[runs["study"].iloc[0]]
         for model, part in runs.groupby("model", sort=False) if by_model else [("", runs)]:
-            panels[f"{model} {name}".strip()] = _shown(part)
+            panels[f"{model} {_at_ratio(part)}，{name}".strip()] = _shown(part)
     how = {"xlabel": xlabel, "ylabel": "", "log_x": True, "own_scale": True}
     return _marked(figures.press_line_panels(panels, "at", "value", **how), panels)
+
+
+def _at_ratio(runs: pd.DataFrame) -> str:
+    ratio = middle_ratio(runs)
+    return "压缩后" if ratio is None else f"压缩率 {ratio:g} 时"
 
 
 def _shown(runs: pd.DataFrame) -> pd.DataFrame:
@@ -157,9 +171,10 @@ def chosen_heads(heads: pd.DataFrame) -> list[tuple[int, int]]:
 
 
 def overview(label: str, recall: pd.DataFrame, losses: pd.DataFrame, heads: pd.DataFrame) -> pd.DataFrame:
-    """A row for each model and place: its copying heads, recall, and from where to where presses go at the middle
-    ratio."""
-    rows = []
+    """A row for each model and place: its copying heads, recall, and from where to where presses go at one ratio,
+    which the head tells."""
+    rows, told = [], [f"{_at_ratio(runs)}的{name}" for runs, name in ((recall, "准确率"), (losses, "损失"))]
+    recall, losses = _shown(recall), _shown(losses)
     for (model, at), part in heads.groupby(["model", "at"], sort=False):
         copying = copying_heads(part)["copy_attention"]
         of_recall, of_losses = (_at(runs, model, at) for runs in (recall, losses))
@@ -171,8 +186,7 @@ def overview(label: str, recall: pd.DataFrame, losses: pd.DataFrame, heads: pd.D
                 "投向数字的注意力，最大的头": f"{part['copy_attention'].max():.2f}",
                 "抄写的头": f"{len(copying)}/{len(part)}",
                 "不压缩的准确率": number(bare.iloc[0] if len(bare) else None, ".2f"),
-                "压缩后的准确率": _ends(of_recall, ".2f"),
-                "压缩后的损失": _ends(of_losses, "+.3f"),
+                **dict(zip(told, (_ends(of_recall, ".2f"), _ends(of_losses, "+.3f")))),
             }
         )
     return pd.DataFrame(rows)
@@ -206,11 +220,28 @@ def measured(found: list[Records], unit: str) -> str:
     return f"测了 {len(found)} 个{unit}：{models}；文本 {run['dataset']}，上下文 {run['context_tokens']:.0f} 个词元。"
 
 
-def of_others_alone(found: list[Records], params: str) -> str:
-    """What to say where only models of ours were measured, and no Pythia."""
-    if any(millions(records.run()) for records in found):
-        return ""
-    return str(NotRun(" Pythia 在训练途中", params))
+def of_pythia(root: Path | None = None) -> str:
+    """What its sizes change, where they were measured; which of the two sweeps that are prepared nobody has run."""
+    text, not_run = "", []
+    try:
+        recall, losses = (runs_of(of_sizes(study, root), millions) for study in VALUES)
+        text = sentences(
+            lambda: measured(of_sizes("recall", root), "大小"),
+            lambda: head_shares(heads_of(of_sizes("recall", root), millions)),
+            lambda: differing(recall, "准确率", "{} 百万参数"),
+            lambda: differing(losses, "损失", "{} 百万参数"),
+            lambda: same_order(recall, "准确率"),
+            lambda: same_order(losses, "损失"),
+        ).data
+    except NotRun:
+        not_run.append("前者")
+    try:
+        there = any(millions(records.run()) for records in of_training("recall", root))
+    except NotRun:
+        there = False
+    not_run += [] if there else ["后者"]
+    which = "两者都" if len(not_run) > 1 else "".join(not_run)
+    return text + (f"{which}还没有测过。" if which else "")
 
 
 def source(chosen: Callable[[str], list[Records]], *studies: str) -> str:

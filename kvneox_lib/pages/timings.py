@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from kvneox_lib.pages import turns
-from kvneox_lib.pages.figures import Dots
+from kvneox_lib.pages.figures import Dots, bars
 from kvneox_lib.pages.report import Missing
 from kvneox_lib.pages.selecting import (
     and_budget,
@@ -298,6 +299,13 @@ def against_plain(settings: list) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def floors(runs: pd.DataFrame) -> Figure:
+    """A step of each at the corner and the middle ratio, and its floor."""
+    cell = at_middle_ratio(at_corner(runs))
+    where = f"上下文 {cell['context_tokens'].iloc[0]}、批 {cell['batch_size'].iloc[0]}"
+    return bars(variants(cell), 1e3 * cell["step_s"], xlabel=f"每步用时（毫秒），{where}", marks=1e3 * cell["floor_s"])
+
+
 def step_dots(found: pd.DataFrame) -> list[Dots]:
     """Of `against_plain`: a panel for each model and size, a mark for each precision."""
     several = found["device_name"].nunique() > 1
@@ -385,7 +393,7 @@ def gains_apart(settings: list) -> pd.DataFrame:
 
 
 def _headed(gain: Gain) -> str:
-    return f"{gain.plain.model}，{gain.plain['dtype']}，批 {gain.plain.batch_size}"
+    return f"{gain.plain.model}，{gain.plain['dtype']}，{gain.plain.context_tokens}×{gain.plain.batch_size}"
 
 
 def _apart(gain: Gain) -> dict[str, str]:
