@@ -62,6 +62,15 @@ def test_a_chart_has_the_looks_of_the_static_figure():
     assert behind["tova"] == to_hex(looks.LOOKS["tova"].colour)  # for when it is chosen
 
 
+def test_lines_and_panels_without_a_point_are_left_out():
+    frame = losses()
+    unknown = frame.assign(loss=frame["loss"].mask(frame["press"] == "tova"))
+    panels = {"外": unknown, "空": frame[frame["press"] == "nobody"], "无": frame.assign(loss=float("nan"))}
+    (panel,) = data_in(interactive.chart(panels, "ratio", "loss", **HOW))["panels"]
+    names = [line["name"] for line in panel["lines"]]
+    assert panel["title"] == "外" and "tova" not in names and len(names) == frame["press"].nunique() - 1
+
+
 def test_both_show_the_same():
     panels = {"外": losses(), "内": losses()[lambda frame: frame["press"] != "snapkv"]}
     two = interactive.both(panels, "ratio", "loss", digits=1, **HOW)

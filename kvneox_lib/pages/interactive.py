@@ -58,14 +58,15 @@ def chart(
     looks = looks_of(names)
 
     def lines(frame: pd.DataFrame) -> list[dict]:
-        return [_line(rows, x, y, looks[name]) for name, rows in frame.groupby("press", sort=False)]
+        known = frame.dropna(subset=[x, y])
+        return [_line(rows, x, y, looks[name]) for name, rows in known.groupby("press", sort=False)]
 
     data = {
         "xlabel": xlabel,
         "ylabel": ylabel,
         "digits": digits,
         "lowest_first": lowest_first,
-        "panels": [{"title": title, "lines": lines(frame)} for title, frame in panels.items()],
+        "panels": [{"title": title, "lines": drawn} for title, frame in panels.items() if (drawn := lines(frame))],
     }
     written = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     without = "<noscript>这里的图由脚本画出；PDF 与 docx 里是同一张图。</noscript>"
@@ -83,7 +84,7 @@ def _line(rows: pd.DataFrame, x: str, y: str, look: Look) -> dict:
         "dash": own.dash,
         "hollow": own.hollow,
         "marker": marker_path(own.marker),
-        "points": _points(rows.dropna(subset=[x, y]).sort_values(x), x, y),
+        "points": _points(rows.sort_values(x), x, y),
     }
 
 
