@@ -172,7 +172,7 @@ def test_pages_name_degenerate_runs_and_rank_the_others():
     runs = table()
     assert list(pages.healthy(runs)["press"]) == ["no_press", "random", "snapkv", "tova"]
     named, windows = pages.said(runs)
-    assert "lagkv，压缩率 0.9（留下的条目里 100% 是在同分者中随意取的，留下的与 streaming_llm 完全相同）" in named
+    assert "lagkv，压缩率 0.9（100% 的条目在同分者中随意取，所留与 streaming_llm 完全相同）" in named
     assert windows.endswith("窗口占了一半以上：snapkv，压缩率 0.9 时占 63%。")
     assert list(retrieval.at_middle_ratio(runs, "问题在外").index) == ["random", "snapkv", "tova"]
     compared = against(pd.concat([runs] * 6).assign(document=0), "random")
@@ -188,8 +188,8 @@ def test_the_table_merges_studies_and_bits():
     other = frame.assign(degenerate=frame["degenerate"].str.replace("1.00", "0.20"), kv_bits=2)
     several = [SimpleNamespace(study="recall", frame=frame), SimpleNamespace(study="tasks", frame=other)]
     (row,) = pages.table(several).itertuples(index=False)
-    assert row.press == "lagkv" and row.设置 == "压缩率 0.9" and row.实验 == "检索、任务"
-    assert row.原因 == "留下的条目里 20% 至 100% 是在同分者中随意取的；留下的与 streaming_llm 完全相同"
+    assert row.press == "lagkv" and row.设置 == "0.9" and row.实验 == "检索、任务"
+    assert row.原因 == "20% 至 100% 的条目在同分者中随意取；所留与 streaming_llm 完全相同"
     assert pages.table([SimpleNamespace(study="recall", frame=frame.assign(degenerate=None))]).empty
 
 

@@ -23,6 +23,7 @@ def test_groups_stand_together_the_best_first():
     ordered = kinds.in_groups(table, "loss")
     assert ordered["press"].tolist() == ["adakv_snapkv", "snapkv", "lagkv", "knorm", "random"]
     assert kinds.kind_of("of another") == kinds.OTHER and kinds.cost_of("of another") == "—"
+    assert kinds.methods(table)["press"].tolist() == ["knorm", "snapkv", "lagkv", "adakv_snapkv"], "a control is none"
     assert [name for name in ("random", "random_recent", "snapkv", "kvzip", "of another") if kinds.is_core(name)] == [
         "random",
         "random_recent",

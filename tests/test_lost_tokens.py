@@ -114,19 +114,6 @@ def records_of(tmp_path, of_trial: pd.DataFrame, of_losses: pd.DataFrame) -> Rec
     return Records("heads", tmp_path, tmp_path, pd.DataFrame(runs))
 
 
-@pytest.mark.parametrize(("ratio", "words"), [(0.9, "压缩率 0.90"), (np.nan, "各按自己的强度")])
-def test_the_first_page_names_the_text_and_the_strength(tmp_path, ratio, words):
-    table = trial(BARE, PRESSED)
-    table = table[table["compression_ratio"] != 0.5].replace({"compression_ratio": {0.9: ratio}})
-    lost = losses()
-    lost = lost[lost["press"] == "snapkv"].assign(compression_ratio=ratio)
-    said = heads.first_page(records_of(tmp_path, table, lost))
-    assert "由 1.00 变为 0.00，从其余全部头里去掉则是 1.00。" in said
-    assert f"在 a text 上，{words}，snapkv 在困惑度里的损失主要来自" in said
-    no_heads = trial({("as_is", "none"): 1, ("dropped", "others"): 0}, {("as_is", "none"): 0})
-    assert heads.first_page(records_of(tmp_path / "none", no_heads, lost)).endswith(heads.NONE_COPY)
-
-
 def losses(**changed) -> pd.DataFrame:
     """Ten windows of 100 tokens of two presses. Copying heads: one token in a hundred loses 4 nat, seen far away."""
     rows = []
@@ -156,8 +143,12 @@ def test_a_mean_loss_is_few_tokens_times_much_and_the_others_times_little():
     assert np.allclose(found["p"] * found["c"] + (1 - found["p"]) * found["rest"], found["value"])
     assert found.loc["snapkv", ["p", "c", "rest"]].tolist() == pytest.approx([0.01, 4.0, 0.0])
     assert found.loc["knorm", "rest"] == pytest.approx(0.5 / 99)
-    said = lost_tokens.diluted(losses())
-    assert said.startswith("在 a text 上，压缩率 0.75，snapkv 之下 1.00% 的词元多付逾")
+    runs = pd.DataFrame({"press": ["knorm", "snapkv"], "compression_ratio": 0.75, "accuracy": [0.5, 0.02]})
+    said = lost_tokens.diluted(runs, losses())
+    assert said.startswith("压缩率 0.75，snapkv 之下口令答对 0.02；在 a text 上，续文里 1.00% 的词元多付逾")
+    assert "knorm 之下口令答对 0.01" in lost_tokens.diluted(runs.assign(accuracy=[0.01, 0.02]), losses())
+    with pytest.raises(Missing, match="accuracy"):
+        lost_tokens.diluted(runs.assign(accuracy=None), losses())
     assert f"每个平均 4.00 nat；摊到全部词元上只是 0.040 nat，困惑度不过变为 {np.exp(0.04):.3f} 倍。" in said
 
 
@@ -205,7 +196,7 @@ def test_a_loss_that_may_be_none_has_no_parts_and_no_cause():
     assert lost_tokens.by_seen(table).endswith("没有哪种方法，远处出现过的词元付得明显最多。")
     assert lost_tokens.whose(table) == "snapkv 的损失与零分不开，说不上来自哪些头。"
     with pytest.raises(Missing, match="损失不是零"):
-        lost_tokens.diluted(table)
+        lost_tokens.diluted(pd.DataFrame({"press": [], "compression_ratio": [], "accuracy": []}), table)
     both = pd.concat([losses()[losses()["press"] == "knorm"], table])
     assert "（至少一半" in lost_tokens.whose(both) and "snapkv 的损失本身与零分不开" in lost_tokens.whose(both)
 
@@ -228,8 +219,9 @@ def test_mostly_is_asked_window_by_window():
 
 def test_presses_with_a_strength_of_their_own_have_no_ratio():
     own = losses().assign(compression_ratio=np.nan)
-    for sentence in (lost_tokens.by_heads, lost_tokens.diluted):
-        assert "各按自己的强度，" in sentence(own) and "nan" not in sentence(own)
+    runs = pd.DataFrame({"press": ["snapkv"], "compression_ratio": np.nan, "accuracy": 0.02})
+    for said in (lost_tokens.by_heads(own), lost_tokens.diluted(runs, own)):
+        assert "各按自己的强度，" in said and "nan" not in said
 
 
 def test_texts_are_compared_under_one_protocol(tmp_path):

@@ -77,8 +77,8 @@ def test_settings_and_versions_name_what_was_measured(tmp_path, monkeypatch):
         "2 种说法，10、20 个口令，上下文 64",
         "每项 7 题，上下文约 1 至 5",
     ]
-    assert "缺少记录：heads" in table["多少"][3] and table["文本"][3] == "—"
-    assert "task 1、task 2" in table["文本"][2] and "未随包附带" in table["模型"][0]
+    assert "缺少记录：heads" in table["多少"][3] and table["模型；文本"][3] == "—"
+    assert table["模型；文本"][2].startswith("demo；task 1、task 2") and "未随包附带" in table["模型；文本"][0]
 
 
 def test_all_records_are_counted(tmp_path, monkeypatch):
@@ -86,9 +86,10 @@ def test_all_records_are_counted(tmp_path, monkeypatch):
     timed = [records("speed", "pythia-70m", "random", tmp_path, dtype=dtype) for dtype in ("float32", "bfloat16")]
     monkeypatch.setattr(overview, "every_setting", lambda: [state, *timed])
     table = setup.records_table()
-    assert table["模型"].tolist() == ["demo-wordings，训练途中的 1 个状态", "pythia-70m"]
-    assert table["设置"].tolist() == ["1", "2"] and table["记录"].tolist() == ["1", "2"]
-    assert table["设备与精度"][1] == "a processor（cpu，float32、bfloat16）" and table["提交"][1] == "abcdef0"
+    models = table["模型；文本"].str.split("；").str[0].tolist()
+    assert models == ["demo-wordings，训练途中的 1 个状态", "pythia-70m"]
+    assert table["记录（设置）"].tolist() == ["1（1）", "2（2）"]
+    assert table["设备与精度"][1] == "a processor（float32、bfloat16）" and table["提交"][1] == "abcdef0"
     assert setup.version_table()["实验"].tolist() == ["检索、速度"] and setup.version_table()["记录"].tolist() == ["3"]
 
 

@@ -79,7 +79,7 @@ def test_where_one_press_stands(records):
 def test_what_it_is_worth_to_see_the_question(records):
     assert task_verdicts.seeing_in_words(records) == (
         "压缩率 0.5 时，看得到问题之后明确变化的（同样的文档上成对比较，按 Holm 法一起校正）："
-        "口令 2 种方法里更好的 1 种、更差的 0 种；抄写 2 种方法里更好的 0 种、更差的 1 种（random）。"
+        "口令 2 种方法里更好的 1 种、更差的 0 种；抄写 1 种方法里更好的 0 种、更差的 0 种。"
         "获益最多的是 snapkv 在口令上，由 0.10 到 0.60。"
     )
 

@@ -49,6 +49,20 @@ def test_who_is_clearly_better_than_random(text):
     assert "只损失短文实验（a letter） 0.050 [0.040, 0.060] nat" in verdicts.room(wiki)
 
 
+def test_how_far_methods_are_apart_and_whether_windows_tell_them(text):
+    wiki, books = text("wikitext_ppl", **LOST, random_recent=0.1), text("pg19_ppl", **LOST)
+    said = verdicts.converging(wiki, books)
+    assert "压缩率 0.25 时是 0.020 与 0.080 nat，压缩率 0.5 时是 0.200 与 0.800 nat：差别在压缩率 0.5 时最大。" in said
+    assert "压缩率 0.5 时成对比较仍分得出：" in said and "random_recent" not in said, "a control is no method"
+    assert said.count("明确更好的 1 种（snapkv，相差 0.") == 2 and said.count("明确更差的 1 种（knorm，相差 0.") == 2
+    wiki.frame.loc[(wiki.frame["press"] == "knorm") & (wiki.frame["compression_ratio"] == 0.5), "delta_nll"] = 0.21
+    wiki.frame.loc[(wiki.frame["press"] == "tova") & (wiki.frame["compression_ratio"] == 0.5), "delta_nll"] = 0.2
+    assert "差别在压缩率 0.25 时最大，再往上变小（在比的方法由 3 种到 3 种）。" in verdicts.converging(wiki)
+    assert "成对比较也分不出：" in verdicts.converging(text("wikitext_ppl", random=0.5, tova=0.501, snapkv=0.5))
+    with pytest.raises(reporting.Missing, match="几种方法"):
+        verdicts.converging(text("wikitext_ppl", random=0.5, tova=0.5))
+
+
 def test_the_short_table_has_two_ratios_of_each_text(text):
     wiki, books = text("wikitext_ppl", **LOST, kvzip=0.0), text("pg19_ppl", **LOST)
     assert quality.shown_ratios(wiki, books) == (0.25, 0.5)

@@ -1,5 +1,7 @@
 """Recall in several wordings: the study, and what pages say of it on runs of which the answers are known by hand."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 
@@ -265,7 +267,7 @@ def test_whether_the_same_heads_read_in_every_wording(runs, tmp_path):
     other = pd.DataFrame({"layer": 0, "head": range(3), "copy_attention": [0.0, 0.1, 0.7]})
     place = frame.query("press == 'no_press' and template == 'account'")["run_id"].iloc[0]
     write_table(tmp_path, place, "heads", other)
-    assert "除那 2 个头外另有 1 个" in wordings.same_readers([several])
+    assert "除那 2 个头外另有 1 个" in wordings.same_readers([replace(several)])
 
 
 def test_which_wording_was_trained_is_said_of_models_of_ours_alone(runs):
@@ -297,6 +299,9 @@ def test_more_to_tell_apart(runs):
         "每段 25 句，keydiff 由 0.90 降到 0.20（不压缩 0.70）。"
     )
     assert wordings.crowded(runs[runs["keys_per_context"] == 5]).endswith("也看不出它们变差。")
+    marked = runs.assign(degenerate=(runs["press"] == "keydiff").map({True: "tied 1.00", False: None}))
+    with pytest.raises(Missing):
+        wordings.crowded(marked)
 
 
 def test_records_of_one_wording_leave_the_comparison_out(runs):

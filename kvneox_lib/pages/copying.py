@@ -148,27 +148,6 @@ def criterion() -> str:
     )
 
 
-def first_page(wiki: Records, books: Records, recall: Records, task_runs: Records) -> str:
-    """The same at the middle ratio."""
-    parts = [*_beside_snapkv(wiki, books, recall, task_runs).values()]
-    return f"由此得到的方法 {OURS} 先把预算给抄写的头，与单用 SnapKV 缓存一样大：{parts[len(parts) // 2]}。"
-
-
-def _beside_snapkv(*records: Records) -> dict[float, str]:
-    """By ratio."""
-    pairs = at_equal_ratios(measured(*records))
-    pairs = found_in(records[0].study, pairs[pairs["press_other"] == "snapkv"], f"{OURS} 与 snapkv 共有的压缩率")
-    pairs = pairs[pairs["measure"].isin([tasks.RECALL, *tasks.LOSSES.values()])]
-    parts = {}
-    for ratio, part in pairs.groupby("compression_ratio"):
-        said = [
-            f"{row['measure']} {row['value']:.{row['digits']}f}（snapkv {row['value_other']:.{row['digits']}f}）"
-            for _, row in part.iterrows()
-        ]
-        parts[ratio] = f"压缩率 {ratio:g}，{'，'.join(said)}"
-    return parts
-
-
 def verdicts(*records: Records) -> str:
     """How often it is ahead of each of the others, and every place where it is not."""
     pairs = found_in(records[0].study, compared(*records), f"与 {OURS} 压缩率相同、可以配对的方法")

@@ -1,4 +1,5 @@
-"""Runs in which a press did not do what its name says (`measures.degenerate`): named, and left out of every rank."""
+"""Runs in which a press did not do what its name says (`measures.degenerate`): named, and left out of every rank.
+Figures still draw them."""
 
 import re
 from collections.abc import Iterable
@@ -55,14 +56,14 @@ def table(several: Iterable) -> pd.DataFrame:
     rows: dict[tuple[str, str], list] = {}
     for runs in found:
         for run in runs.drop(columns="kv_bits", errors="ignore").itertuples():
-            setting = with_strength(run).removeprefix(run.press).removeprefix("，") or "自己的强度"
+            setting = with_strength(run).removeprefix(run.press).removeprefix("，压缩率 ").removeprefix("，") or "自定"
             rows.setdefault((run.press, setting), []).append(run)
     told = [
         {
             "press": press,
             "设置": setting,
             "原因": "；".join(_merged("; ".join(run.degenerate for run in runs))),
-            "实验": listed(dict.fromkeys(STUDY_NAMES[run.study] for run in runs)),
+            "实验": listed(dict.fromkeys(STUDY_NAMES[run.study].removesuffix("实验") for run in runs)),
         }
         for (press, setting), runs in sorted(rows.items())
     ]
@@ -95,9 +96,9 @@ def _percent(share: str) -> str:
 
 
 WORDS = {
-    r"tied ([\d.]+)": "留下的条目里 {} 是在同分者中随意取的",
+    r"tied ([\d.]+)": "{} 的条目在同分者中随意取",
     r"kept ([\d.]+) for ([\d.]+)": "应留 {1}，实留 {0}",
-    r"same as streaming_llm": "留下的与 streaming_llm 完全相同",
-    r"same as recent window": "留下的恰是最近的一段",
-    r"fixed ([\d.]+)": "留下的条目里 {} 是不论打分都留的窗口",
+    r"same as streaming_llm": "所留与 streaming_llm 完全相同",
+    r"same as recent window": "只留下最近的一段",
+    r"fixed ([\d.]+)": "{} 的条目是不论打分都留的窗口",
 }

@@ -6,7 +6,6 @@ from matplotlib.figure import Figure
 from kvneox_lib.inputs.weights import LoadedModel
 from kvneox_lib.measures.causes import LEAST_ATTENTION, OF_THE_MOST
 from kvneox_lib.pages import figures
-from kvneox_lib.pages.lost_tokens import at_which_ratio, of_text, whose
 from kvneox_lib.pages.report import Missing, Records, found_in, say, settings, sources
 from kvneox_lib.pages.words import listed
 from kvneox_lib.studies.heads import recall_of
@@ -230,17 +229,3 @@ def cause_of(loaded: LoadedModel) -> str:
     trial = records.table("trial")
     told = dict.fromkeys(say(sentence, trial) for sentence in (necessary, sufficient))  # why nothing was tried, once
     return "".join(told) + "\n\n" + sources([records])
-
-
-def first_page(records: Records) -> str:
-    trial, losses = records.table("trial"), records.table("losses")
-    shares, run = _by_condition(tried(trial), "no_press"), records.run(press="no_press")
-    found = f"原因：{run.n_heads:.0f} 个头里抄写的有 {run.n_copying_heads:.0f} 个"
-    if untried := _untried(shares):
-        return f"{found}；{untried}"
-    whole, without = shares.loc["as_is", "none"], _there(shares, "dropped", "copying")
-    others = _there(shares, "dropped", "others")
-    return (
-        f"{found}；不压缩，只从这些头里去掉数字，口令准确率由 {whole.value:.2f} 变为 {without.value:.2f}，"
-        f"从其余全部头里去掉则是 {others.value:.2f}。{of_text(losses)}，{at_which_ratio(losses)}，{whose(losses)}"
-    )

@@ -56,7 +56,17 @@ def kind_of(press: str) -> str:
 
 def is_core(press: str) -> bool:
     """Whether it is among those that are measured everywhere, or a control."""
-    return press in REGISTRY and (REGISTRY[press].core or _has(REGISTRY[press], (K.RandomPress,)))
+    return press in REGISTRY and (REGISTRY[press].core or is_control(press))
+
+
+def is_control(press: str) -> bool:
+    """Whether it chooses at random: where methods are counted, it is none."""
+    return _has(REGISTRY.get(press), (K.RandomPress,))
+
+
+def methods(runs: pd.DataFrame) -> pd.DataFrame:
+    """Without the controls."""
+    return runs[~runs["press"].map(is_control).astype(bool)]
 
 
 def cost_of(press: str) -> str:

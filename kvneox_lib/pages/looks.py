@@ -155,6 +155,13 @@ def _of_others(place: int) -> Look:
 
 
 LOOKS = FIXED | _of_presses()
+# a kind of presses looks like the best-known of them
+LOOKS |= {
+    "看末尾窗口的注意力": LOOKS["snapkv"],
+    "看别的注意力": LOOKS["expected_attention"],
+    "看键和值": LOOKS["keydiff"],
+    "只看位置": LOOKS["streaming_llm"],
+}
 
 
 def looks_of(names: Sequence[str], coloured: Sequence[str] | None = None) -> dict[str, Look]:

@@ -180,14 +180,16 @@ def dilution_table(texts: list[Records]) -> pd.DataFrame:
     return found_in("heads", pd.concat(parts, ignore_index=True), f"损失不是零、又有词元多付 {LOST:g} nat 以上的运行")
 
 
-def diluted(losses: pd.DataFrame) -> str:
-    """What a mean makes of tokens that lose much, at the middle ratio."""
+def diluted(runs: pd.DataFrame, losses: pd.DataFrame) -> str:
+    """What a mean makes of tokens that lose much, at the middle ratio, of the press that recalls least."""
+    recalled = _at_middle(runs).drop_duplicates("press").set_index("press")["accuracy"].astype(float)
     found = found_in("heads", dilution(_whole(losses)), f"损失不是零、又有词元多付 {LOST:g} nat 以上的运行")
-    worst = found.loc[found["c"].idxmax()]
+    found = found_in("heads", found.assign(recalled=found["press"].map(recalled)).dropna(subset="recalled"), "accuracy")
+    worst = found.loc[found["recalled"].idxmin()]
     return (
-        f"{of_text(losses)}，{at_which_ratio(losses)}，{worst.press} 之下 {worst.p:.2%} 的词元多付逾 {LOST:g} nat，"
-        f"每个平均 {worst.c:.2f} nat；摊到全部词元上只是 {worst.value:.3f} nat，困惑度不过变为 "
-        f"{math.exp(worst.value):.3f} 倍。"
+        f"{at_which_ratio(losses)}，{worst.press} 之下口令答对 {worst.recalled:.2f}；{of_text(losses)}，续文里 "
+        f"{worst.p:.2%} 的词元多付逾 {LOST:g} nat，每个平均 {worst.c:.2f} nat；摊到全部词元上只是 "
+        f"{worst.value:.3f} nat，困惑度不过变为 {math.exp(worst.value):.3f} 倍。"
     )
 
 

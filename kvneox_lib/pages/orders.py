@@ -50,7 +50,7 @@ def order_table(recall: Records, *texts: Records) -> pd.DataFrame:
         {
             "损失来自": table["text"],
             "压缩率": table["compression_ratio"].map("{:g}".format),
-            "方法数": table["n_presses"],
+            "参加排名的": table["n_presses"],
             "Spearman 秩相关": [number(row.rho, ".2f") for row in table.itertuples()],
             "95 % 区间": [f"[{number(row.low, '.2f')}, {number(row.high, '.2f')}]" for row in table.itertuples()],
             f"准确率不到 {LITTLE:g} 的": table["n_little"],

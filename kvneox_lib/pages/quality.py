@@ -52,8 +52,9 @@ def unmoved(*texts: Records) -> str:
 
 
 def hardest(records: Records) -> tuple[pd.DataFrame, bool]:
-    """The runs at the highest ratio, and whether all their perplexities are finite."""
-    last = losses.at_highest(pressed(records))
+    """The runs of methods that do what their names say at the highest ratio, and whether all their perplexities are
+    finite."""
+    last = kinds.methods(losses.at_highest(healthy(pressed(records))))
     if last["ppl_ratio"].isna().all():
         raise Missing(records.study, "有限的困惑度")
     return last, bool(np.isfinite(last["ppl_ratio"]).all())
@@ -71,16 +72,6 @@ def breaking(records: Records) -> str:
 
 
 # ---- loss by ratio --------------------------------------------------------------------------------------------------
-
-
-def summary(books: Records, wiki: Records) -> str:
-    ratio = middle_ratio(books)
-    row = of_one_storage(books.runs(press="snapkv", compression_ratio=ratio)).iloc[0]
-    return (
-        f"质量：在一次前向的教师强制之下，{len(pressed(books)) + len(pressed(wiki))} 次运行里负对数似然的最大变动是"
-        f"{tiny(furthest_moved(wiki, books))}，这样的困惑度什么也没有测到；让续文去读压缩后的缓存，SnapKV 在压缩率 "
-        f"{ratio:.2f} 时每个词元多出 {with_interval(row, 'delta_nll')} nat（{named(books)}）。"
-    )
 
 
 def loss_lines(records: Records) -> Figure:
@@ -153,7 +144,7 @@ def example(records: Records) -> str:
 
 def rising(*texts: Records) -> str:
     """How the loss grows with the ratio."""
-    rises = pd.concat([losses.rising(pressed(records)) for records in texts])
+    rises = pd.concat([losses.rising(healthy(pressed(records))) for records in texts])
     if rises.empty:
         raise Missing(texts[-1].study, "多个压缩率的区间")
     if rises.all():
@@ -168,30 +159,9 @@ def _with_ends(records: Records) -> pd.DataFrame:
     return found_in(records.study, runs, "区间")
 
 
-def converging(records: Records) -> str:
-    """How far apart the core presses are at the lowest and at the highest ratio."""
-    runs = _with_ends(records)
-    runs, parts, apart = runs[runs["press"].map(kinds.is_core)], [], []
-    counts = runs.groupby("compression_ratio")["press"].nunique()
-    if (counts < 2).any() or len(counts) < 2:
-        raise Missing(records.study, "几种方法在几个压缩率的区间")
-    for ratio in (runs["compression_ratio"].min(), runs["compression_ratio"].max()):
-        part = runs[runs["compression_ratio"] == ratio].sort_values("delta_nll")
-        best, worst = part.iloc[0], part.iloc[-1]
-        apart.append(best[losses.HIGH] < worst[losses.LOW])
-        if apart[-1]:
-            parts.append(f"压缩率 {ratio:g} 时损失最大的方法是最小的 {worst['delta_nll'] / best['delta_nll']:.1f} 倍")
-        else:
-            parts.append(f"压缩率 {ratio:g} 时损失最大与最小的方法，区间仍相交")
-    text = f"{'，'.join(parts)}。"
-    if apart == [True, False]:
-        text += "选哪种方法，在缓存还留得下一部分上下文时才要紧；几乎全部淘汰时，大家都只剩下续文自己。"
-    return text
-
-
 def texts_apart(*texts: Records) -> str:
     """In which text the same press at the same ratio costs more."""
-    tables = [_with_ends(records).set_index(["compression_ratio", "press"]) for records in texts]
+    tables = [kinds.methods(_with_ends(records)).set_index(["compression_ratio", "press"]) for records in texts]
     both = pd.concat(tables, axis=1, keys=map(named, texts), join="inner")
     low, high = shown_ratios(*texts)
     both = both[both.index.get_level_values("compression_ratio").isin([low, high])]
@@ -244,8 +214,7 @@ EXPLAINED = {
 def distance_lines(records: Records) -> Figure:
     """The mean of the core presses that work alike."""
     ratio = middle_ratio(records)
-    table = of_one_storage(records.table("distance", compression_ratio=ratio))
-    table = table[table["press"].map(kinds.is_core)]
+    table = _distances(records)
     means = table.assign(press=table["press"].map(kinds.kind_of)).groupby(["press", "from_token", "to_token"])
     means = means["delta_nll"].mean().reset_index().assign(compression_ratio=ratio)
     order = kinds.in_groups(table[table["to_token"] == table["to_token"].max()], "delta_nll")["kind"].unique()
@@ -256,10 +225,14 @@ def _near_and_far(*texts: Records) -> dict[str, pd.DataFrame]:
     """Of the core presses, by text, at the middle ratio of each."""
     found = {}
     for records in texts:
-        table = of_one_storage(records.table("distance", compression_ratio=middle_ratio(records)))
-        table = found_in(records.study, table[table["press"].map(kinds.is_core)], "核心方法的表 distance")
-        found[STUDY_NAMES[records.study]] = losses.near_and_far(table)
+        found[STUDY_NAMES[records.study]] = losses.near_and_far(_distances(records))
     return found
+
+
+def _distances(records: Records) -> pd.DataFrame:
+    """Of the core presses that do what their names say, at the middle ratio."""
+    table = healthy(of_one_storage(records.table("distance", compression_ratio=middle_ratio(records))))
+    return found_in(records.study, table[table["press"].map(kinds.is_core)], "核心方法的表 distance")
 
 
 def fading_table(*texts: Records) -> pd.DataFrame:
@@ -269,7 +242,7 @@ def fading_table(*texts: Records) -> pd.DataFrame:
         groups = found.groupby("kind", sort=False)
         means = groups[["near", "far"]].mean()
         order = means["near"].sort_values(ascending=False).index if order is None else order
-        columns["方法"] = columns.get("方法", groups.size().map("{} 种".format))
+        columns["几种"] = columns.get("几种", groups.size().map(str))
         columns[f"{name} 近处"] = means["near"].map("{:.3f}".format)
         columns[f"{name} 远处"] = means["far"].map("{:.3f}".format)
         columns[f"{name} 远比近"] = groups["share"].agg(losses.span)
@@ -316,14 +289,18 @@ def hidden_by_means(*texts: Records) -> str:
 
 
 def kept_maps(records: Records) -> Figure:
-    table = records.table("heads", compression_ratio=middle_ratio(records))
-    return losses.kept_maps(_these_or_all(table, SHOWN_AS_MAPS))
+    """Each under its name and ratio."""
+    table = _these_or_all(_kept_at_middle(records), SHOWN_AS_MAPS)
+    return losses.kept_maps(table.assign(press=table["press"] + f" {middle_ratio(records):g}"))
+
+
+def _kept_at_middle(records: Records) -> pd.DataFrame:
+    return records.table("heads", compression_ratio=middle_ratio(records))
 
 
 def spread(records: Records) -> str:
     """How far apart layers, and heads of a layer, are in what they keep."""
-    table = of_one_storage(records.table("heads", compression_ratio=middle_ratio(records)))
-    table = _these_or_all(table, SHOWN_AS_MAPS)
+    table = _these_or_all(of_one_storage(_kept_at_middle(records)), SHOWN_AS_MAPS)
     lines = [f"{press} {_spread(part)}" for press, part in table.groupby("press", sort=False)]
     return f"压缩率 {middle_ratio(records):g}：{'；'.join(lines)}。"
 
@@ -366,9 +343,9 @@ def every_press(*studies: str) -> pd.DataFrame:
     kept = pd.concat(kept).groupby(level=0, sort=False).first().map("{:.2f}".format).rename("实际保留")
     order = kinds.in_groups(pd.concat(means).groupby(level=0).mean().rename_axis("press").reset_index(), "delta_nll")
     table = pd.concat([kept, *tables], axis=1).fillna("—").loc[order["press"]].rename_axis("press").reset_index()
-    table.insert(0, "怎样取舍", order["kind"].to_numpy())
-    table.insert(2, "出处", table["press"].map(cited))
-    return table.assign(另外的代价=table["press"].map(kinds.cost_of))
+    table.insert(1, "怎样取舍", order["kind"].to_numpy())
+    papers = table["press"].map(cited).replace("—", "")
+    return table.assign(另外的代价=table["press"].map(kinds.cost_of), press=(table["press"] + " " + papers).str.strip())
 
 
 def every_source(*studies: str) -> str:

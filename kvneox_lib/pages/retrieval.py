@@ -7,7 +7,7 @@ import torch
 
 from kvneox_lib.measures.causes import LEAST_ATTENTION, OF_THE_MOST, find_copying_heads
 from kvneox_lib.measures.intervals import share_ci95
-from kvneox_lib.pages import paired
+from kvneox_lib.pages import kinds, paired
 from kvneox_lib.pages.degenerate import healthy, is_degenerate
 from kvneox_lib.pages.ranks import drawn_rank_correlations, interval_of, rank_correlation
 from kvneox_lib.pages.report import Missing, Records, found_in
@@ -100,8 +100,9 @@ def head_shares(heads: pd.DataFrame, presses=()) -> pd.DataFrame:
     left = pressed(heads).dropna(subset="digits_kept")
     left = left[left["compression_ratio"] == middle_ratio(heads)]
     left = left[left["press"].isin(presses)] if presses else left
-    looking = looking.assign(press="注意力", share=looking["copy_attention"])
-    return pd.concat([looking, left.assign(share=left["digits_kept"])])
+    looking = looking.assign(press="注意力（不压缩）", share=looking["copy_attention"])
+    titles = left["press"] + left["compression_ratio"].map(" {:g}".format)
+    return pd.concat([looking, left.assign(press=titles, share=left["digits_kept"])])
 
 
 def copying_heads(heads: pd.DataFrame) -> pd.DataFrame:
@@ -155,7 +156,7 @@ def plain(runs: pd.DataFrame) -> str:
 def survivors(runs: pd.DataFrame) -> str:
     """Up to which ratio half of the keys are found after compression, and by how many presses."""
     bare = in_mode(of_one_storage(runs[runs["press"] == "no_press"]), "问题在外")
-    runs = there(in_mode(pressed(healthy(of_one_storage(runs))), "问题在外"), "问题在外")
+    runs = there(kinds.methods(in_mode(pressed(healthy(of_one_storage(runs))), "问题在外")), "问题在外")
     text = f"不压缩时答对 {with_interval(bare.iloc[0], 'accuracy', 2)}。" if len(bare) else ""
     found = runs[runs["accuracy"] >= 0.5]
     if found.empty:
@@ -188,7 +189,7 @@ def beside_random(records: Records) -> str:
 
 
 def gained(records: Records) -> str:
-    found = seeing_the_question(records)
+    found = there(kinds.methods(seeing_the_question(records)), "同一方法的两种用法")
     better, worse = (found[found["verdict"] == verdict] for verdict in (paired.BETTER, paired.WORSE))
     text = (
         f"压缩率 {found['compression_ratio'].iloc[0]:g} 时，{len(found)} 种方法里，压缩时看得到问题便明确答得更好的有 "
@@ -217,7 +218,7 @@ def deeper(keys: pd.DataFrame, presses=()) -> str:
     """Whether keys in the second half of a context are found more often than those in the first, over all ratios, of
     presses that are not about places: where the intervals part."""
     keys = by_depth(healthy(keys), "问题在外", presses)
-    keys = there(keys[keys["press"] != "streaming_llm"], "不只看位置的 press")
+    keys = there(kinds.methods(keys[keys["press"] != "streaming_llm"]), "不只看位置的 press")
     later, earlier = [], []
     for press, part in keys.groupby("press", sort=False):
         halves = [part[(part["depth"] >= 0.5) == is_later] for is_later in (False, True)]
@@ -258,14 +259,16 @@ def correlated(runs: pd.DataFrame, mode: str) -> str:
         raise Missing("recall", "准确率与保留的比例都有高低的几次运行")
     drawn = {name: drawn_rank_correlations(told["accuracy"], told[name], groups=told["press"]) for name in KEPT}
     parts = [f"与“{words}”的秩相关是 {ranks[name]:.2f}{_between(drawn[name])}" for name, words in KEPT.items()]
-    text = f"{mode}，{told['press'].nunique()} 种方法的 {len(told)} 次运行里，准确率{'，'.join(parts)}"
+    counted = kinds.methods(told)["press"].nunique()
+    control = "连同随机淘汰" if counted < told["press"].nunique() else ""
+    text = f"{mode}，{counted} 种方法{control}的 {len(told)} 次运行里，准确率{'，'.join(parts)}"
     whole, where = drawn.values()
     low, high = interval_of(where - whole)
     if pd.isna(low):
         return f"{text}；方法太少，没有区间。"
     text += f"；后者减前者是 {ranks['digits_kept_where_read'] - ranks['digits_kept']:.2f}{_between(where - whole)}。"
     if low > 0:
-        return text + "准确率跟着关键处走，而不是跟着总共留下多少走。"
+        return text + "准确率更跟着关键处留下多少走，而不是总共留下多少。"
     return text + ("准确率更跟着总共留下多少走。" if high < 0 else "两者哪个说得更准，这些方法定不下来。")
 
 

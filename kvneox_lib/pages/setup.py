@@ -5,7 +5,7 @@ import json
 import pandas as pd
 
 from kvneox_lib.inputs.weights import demo_folder
-from kvneox_lib.pages import overview
+from kvneox_lib.pages import overview, tasks
 from kvneox_lib.pages.quality import knows_dependence
 from kvneox_lib.pages.report import Missing, Records
 from kvneox_lib.pages.wordings import trained_on, wordings_in
@@ -49,14 +49,22 @@ def _setup(records: Records) -> dict[str, str]:
         runs = records.runs()
     except Missing as missing:
         return row | {"多少": str(missing)}
-    models = runs[["model", "weights"]].drop_duplicates().itertuples(index=False)
+    models = listed(_model(*named) for named in runs[["model", "weights"]].drop_duplicates().to_numpy())
     counted = {name: words for name, words in AMOUNTS[records.study].items() if name in runs}
     amounts = [words.format(_values(runs[name])) for name, words in counted.items()]
     return row | {
-        "模型": listed(f"{model}（{weights_in_words(model, weights)}）" for model, weights in models),
-        "文本": listed({"random-tokens": "随机词元"}.get(name, name) for name in runs["dataset"].unique()),
+        "模型；文本": f"{models}；{_texts(runs)}",
         "多少": "，".join([f"{n_wordings} 种说法"] * (n_wordings > 1) + amounts),
     }
+
+
+def _model(model: str, weights: str) -> str:
+    """With where its weights come from, if it is not in the box."""
+    return model if weights == "bundled" else f"{model}（{weights_in_words(model, weights)}）"
+
+
+def _texts(runs: pd.DataFrame) -> str:
+    return listed({"random-tokens": "随机词元"}.get(name, tasks.named(name)) for name in runs["dataset"].unique())
 
 
 def _values(column: pd.Series) -> str:
@@ -125,21 +133,24 @@ def _all_runs() -> pd.DataFrame:
 
 
 def records_table() -> pd.DataFrame:
-    """All records there are, a row for each study, model and machine; several settings of a study are counted."""
+    """All records there are, a row for each study and model; several settings of a study are counted."""
     runs = _all_runs()
     runs["is_state"] = runs["revision"].notna()
     rows = []
-    for (study, model, is_state, device), part in runs.groupby(
-        ["study", "model", "is_state", "device_name"], sort=False
-    ):
+    for (study, model, is_state), part in runs.groupby(["study", "model", "is_state"], sort=False):
         said = f"{model}，训练途中的 {part['revision'].nunique()} 个状态" if is_state else model
-        texts = listed({"random-tokens": "随机词元"}.get(name, name) for name in part["dataset"].unique())
         commits = sorted({str(commit)[:7] for commit in part["git_commit"].dropna()})
-        where = f"{device}（{listed(part['device'].unique())}，{listed(part['dtype'].unique())}）"
-        row = {"实验": STUDY_NAMES[study], "模型": said, "文本": texts, "设备与精度": where}
-        row |= {"设置": f"{part['setting'].nunique()}", "记录": f"{len(part)}"}
+        machines = part[["device_name", "dtype"]].drop_duplicates().groupby("device_name", sort=False)["dtype"]
+        row = {"实验": STUDY_NAMES[study], "模型；文本": f"{said}；{_texts(part)}"}
+        row |= {"设备与精度": listed(f"{_device(name)}（{listed(types)}）" for name, types in machines)}
+        row |= {"记录（设置）": f"{len(part)}（{part['setting'].nunique()}）"}
         rows.append(row | {"提交": "、".join(commits) or "不详"})
     return pd.DataFrame(rows)
+
+
+def _device(name: str) -> str:
+    """Without what makers add."""
+    return name.replace("(R)", "").removesuffix(" Processor")
 
 
 def version_table() -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from kvneox_lib.pages import paired
+from kvneox_lib.pages import kinds, paired
 from kvneox_lib.pages.degenerate import healthy
 from kvneox_lib.pages.report import Records
 from kvneox_lib.pages.selecting import middle_ratio, of_one_storage, pressed
@@ -63,7 +63,7 @@ def seeing_the_question(records: Records) -> pd.DataFrame:
 
 def seeing_in_words(records: Records) -> str:
     parts = []
-    found = seeing_the_question(records)
+    found = kinds.methods(seeing_the_question(records))
     for task, part in found.groupby("dataset", sort=False):
         better, worse = (paired.names(part, verdict) for verdict in (paired.BETTER, paired.WORSE))
         parts.append(

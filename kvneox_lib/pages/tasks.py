@@ -6,6 +6,7 @@ from functools import partial
 import pandas as pd
 
 from kvneox_lib.measures.intervals import holm
+from kvneox_lib.pages import kinds
 from kvneox_lib.pages.degenerate import healthy
 from kvneox_lib.pages.ranks import kendall
 from kvneox_lib.pages.report import found_in
@@ -211,7 +212,7 @@ def unharmed(runs: pd.DataFrame, mode: str) -> str:
     """At the middle ratio: in which tasks each press shows no harm; most are harmed in most tasks."""
     ratio = middle_ratio(runs)
     of_ratio = in_mode(pressed(healthy(runs)), mode)
-    of_ratio = of_ratio[of_ratio["compression_ratio"] == ratio]
+    of_ratio = kinds.methods(of_ratio[of_ratio["compression_ratio"] == ratio])
     whole = of_ratio.drop(harmed(in_mode(runs, mode)).index, errors="ignore")
     tasks = there(of_ratio, f"压缩率 {ratio}")["dataset"].map(named).unique()
     n_presses = of_ratio["press"].nunique()

@@ -78,7 +78,7 @@ def short_table(*texts: Records) -> pd.DataFrame:
 def beside_random(*texts: Records) -> str:
     """Who is clearly better than random eviction, who clearly worse, at the low and the high ratio of each text."""
     found = _at_shown_ratios("random", *texts)
-    found = found[found["press"] != WINDOW_CONTROL]
+    found = kinds.methods(found)
     lines, counts = [], {}
     for ratio in sorted(found["compression_ratio"].unique()):
         parts = []
@@ -104,6 +104,46 @@ def _few(names: pd.Series) -> str:
 
 def _beaten(verdicts: pd.Series) -> bool:
     return verdicts.get("worse", 0) > verdicts.get("better", 0)
+
+
+def converging(*texts: Records) -> str:
+    """How far apart methods are in the first text, at the ends of the ratios and where they are furthest apart; and
+    whether windows tell them from random eviction at the highest."""
+    runs = kinds.methods(healthy(pressed(texts[0])))
+    spans = runs.groupby("compression_ratio")["delta_nll"].agg(["min", "max", "count"]).query("count > 1")
+    if len(spans) < 2:
+        raise Missing(texts[0].study, "几种方法在几个压缩率的损失")
+    widest = (spans["max"] - spans["min"]).idxmax()
+    shown = sorted({spans.index[0], widest, spans.index[-1]})
+    parts = [f"压缩率 {ratio:g} 时是 {spans['min'][ratio]:.3f} 与 {spans['max'][ratio]:.3f} nat" for ratio in shown]
+    text = f"{named(texts[0])}里损失最小与最大的方法，{'，'.join(parts)}：差别在压缩率 {widest:g} 时最大"
+    if widest < spans.index[-1]:
+        then, last = spans["count"][[widest, spans.index[-1]]]
+        text += f"，再往上变小（在比的方法由 {then} 种到 {last} 种）"
+    return f"{text}。{_told_at_highest(*texts)}"
+
+
+def _told_at_highest(*texts: Records) -> str:
+    found = against("random", *texts)
+    found = kinds.methods(found[found["compression_ratio"] == found["compression_ratio"].max()])
+    found_in(texts[0].study, found, "最高压缩率的方法")
+    parts = []
+    for name, part in found.groupby("实验", sort=False):
+        told = {words: part[part["verdict"] == sure] for sure, words in (("better", "更好"), ("worse", "更差"))}
+        said = [
+            f"明确{words}的 {len(rows)} 种（{listed(rows['press'])}，相差 {_size(rows)} nat）"
+            for words, rows in told.items()
+            if len(rows)
+        ]
+        parts.append(f"{name}里{'，'.join(said)}" if said else f"{name}里一种也分不出")
+    ratio = found["compression_ratio"].iloc[0]
+    still = "成对比较仍分得出" if (found["verdict"] != "").any() else "成对比较也分不出"
+    return f"压缩率 {ratio:g} 时{still}：逐窗口与随机淘汰相比，{'；'.join(parts)}。"
+
+
+def _size(rows: pd.DataFrame) -> str:
+    sizes = rows["nll_difference"].abs()
+    return " 到 ".join(dict.fromkeys(f"{size:.3f}" for size in (sizes.min(), sizes.max())))
 
 
 def room(*texts: Records) -> str:

@@ -321,6 +321,7 @@ def crowd_lines(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def crowded(runs: pd.DataFrame) -> str:
     """At the highest ratio: what becomes of the presses that find half of the keys in the first kind of contexts."""
+    runs = healthy(runs)
     panels = crowds(runs)
     compressed = pd.concat(crowd_lines(runs).values())
     highest, least = compressed["compression_ratio"].max(), next(iter(panels))
