@@ -1,6 +1,7 @@
 """The heads that copy against the stock model's attention; what the press keeps against the presses inside it."""
 
 import copy
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -338,9 +339,18 @@ def test_the_short_table_has_the_two_highest_ratios_and_an_arrow_where_it_is_cle
 
 def test_what_is_said_is_of_the_right_runs(four):
     duo = page.at_own_strength(*four)
-    assert duo.endswith("它留下缓存的 60% 时，与只留 50% 的 copying_heads 相比，4 项的区间都重叠。")
-    four[2].frame.loc[four[2].frame["press"] == "duo_attention", ["accuracy_ci95_low", "accuracy_ci95_high"]] = 0.1, 0.2
-    assert page.at_own_strength(*four).endswith("区间不重叠的是：口令检索 0.98 对 0.99；其余重叠。")
+    assert "它留下缓存的 60% 时，与只留 50% 的 copying_heads 相比，" in duo
+    found = page.measured(*four)
+    best = found[(found["press"] == "copying_heads") & (found["compression_ratio"] == 0.5)]
+    pairs = found[found["press"] == "duo_attention"].merge(best, on=["measure", "study"], suffixes=("", "_other"))
+    told = page.paired.judged(pairs, four).set_index("measure")["verdict"]
+    apart = list(told.index[told != ""])
+    assert len(told) == 4 and 0 < len(apart) < 4
+    assert re.findall(r"[：，](\S+?) [\d.]+ 对 ", duo) == apart and duo.endswith("；其余分不出。")
+    for records in four:
+        records.frame.loc[records.frame["press"] == "duo_attention", "run_id"] = "nobody kept its units"
+    with pytest.raises(Missing, match="成对"):
+        page.at_own_strength(*map(replace, four))
 
 
 def test_what_it_costs_all_the_same_is_said_at_the_highest_ratio_that_shows_it(four):

@@ -329,7 +329,7 @@ def test_what_the_own_method_is_said_to_win_is_what_the_parts_say(tmp_path, seve
 def test_fewer_bits_are_advised_where_they_lose_to_nothing(several):
     """4 bits lose nothing here, take an eighth, and cannot take less."""
     records = [*map(with_ends, several)]
-    assert "时只量化，没有一项分明不如核心方法的淘汰" in first_page.saving(*records)
+    assert "时只量化，没有一项分明不如淘汰" in first_page.saving(*records)
     assert "float32 的 1/2、1/4、1/8 时" in first_page.saving(*records)
     assert "每个数只记 4 位：缓存是 float32 的 0.12，短文的损失是 0.000 nat" in first_page.fewer_bits(*records)
 

@@ -253,8 +253,11 @@ def test_texts_are_compared_where_intervals_part():
         books.frame[name] *= 2
     assert quality.shown_ratios(wiki, books) == (0.25, 0.75)
     said = quality.texts_apart(wiki, books)
-    assert "在长书实验（a letter）里的损失比在短文实验（a letter）里的大：2 对里有 2 对" in said
-    assert "2.0 到 2.0 倍" in said
+    assert "2 对里有 2 对在长书实验（a letter）里的损失明显比在短文实验（a letter）里的大" in said
+    assert "（区间不相交；2.0 至 2.0 倍），没有一对相反" in said
+    books.frame.loc[books.frame["compression_ratio"] == 0.25, ["delta_nll", losses.LOW, losses.HIGH]] -= 0.25
+    assert "2 对里有 1 对在长书实验（a letter）里的损失明显比" in (said := quality.texts_apart(wiki, books))
+    assert "有 1 对相反" in said and "倍" not in said
     assert "都相交" in quality.texts_apart(wiki, records("pg19_ppl", study()))
 
 

@@ -167,6 +167,14 @@ def test_whose_loss_it_is():
         near["press"] == "knorm", ["loss_far", "loss_near"]
     ].to_numpy()
     assert "knorm 则分不出谁付得最多：" in lost_tokens.by_seen(near)
+    hard = losses()  # some windows are hard for all their tokens: no class of tokens pays more for that
+    for which in ("far", "near", "new"):
+        by_window = np.random.default_rng(0).normal(0, 1, hard["position"].nunique())
+        places = hard["position"].rank(method="dense").astype(int) - 1
+        hard[f"loss_{which}"] += by_window[places] * hard[f"n_tokens_{which}"]
+    row = lost_tokens._whole(hard).set_index("press").loc["snapkv"]
+    assert row["nat_far_low"] < row["nat_new_high"]  # intervals would not tell
+    assert "snapkv、knorm 的损失，本可以照抄的词元（远处出现过的）付得最多" in lost_tokens.by_seen(hard)
     figures.use_style()
     left, right = lost_tokens.loss_bars(losses()).axes
     assert [bar.get_width() for bar in left.patches] == [0.04, 0.0, 0.04, 0.04, 0.005, 0.045]

@@ -46,7 +46,7 @@ def test_who_is_clearly_better_than_random(text):
     assert "多于" not in verdicts.beside_random(books)
     with pytest.raises(reporting.Missing, match="random"):
         verdicts.beside_random(text("wikitext_ppl", snapkv=0.2, knorm=0.8))
-    assert "只损失短文实验（a letter） 0.050 [0.040, 0.060] nat" in verdicts.room(wiki)
+    assert "损失是短文实验（a letter） 0.050 [0.040, 0.060] nat" in verdicts.room(wiki)
 
 
 def test_how_far_methods_are_apart_and_whether_windows_tell_them(text):

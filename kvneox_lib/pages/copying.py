@@ -196,24 +196,23 @@ def at_own_strength(wiki: Records, books: Records, recall: Records, task_runs: R
     found = measured(wiki, books, recall, task_runs)
     duo = found_in(wiki.study, found[found["press"] == "duo_attention"], "duo_attention")
     ours = found[found["press"] == OURS].sort_values("kept_fraction")
-    pairs = duo.merge(ours, on="measure", suffixes=("", "_ours"))
-    pairs = pairs[pairs["kept_fraction_ours"] <= pairs["kept_fraction"]].drop_duplicates("measure", keep="last")
+    pairs = duo.merge(ours, on=["measure", "study"], suffixes=("", "_other"))
+    pairs = pairs[pairs["kept_fraction_other"] <= pairs["kept_fraction"]].drop_duplicates("measure", keep="last")
     found_in(wiki.study, pairs, f"保留得不多于 duo_attention 的 {OURS}")
-    apart = (pairs["value_ci95_low"] > pairs["value_ci95_high_ours"]) | (
-        pairs["value_ci95_high"] < pairs["value_ci95_low_ours"]
-    )
+    told = found_in(wiki.study, paired.judged(pairs, [wiki, books, recall, task_runs]), "成对的窗口、口令或文档")
+    apart = told[told["verdict"] != paired.LEVEL]
     text = (
         "DuoAttention 的强度是流式头的比例，不能调到任意大小；它按平均的查询看得多远来分头，不问头抄不抄写。"
         f"它留下缓存的 {_percent(pairs['kept_fraction'])}时，"
-        f"与只留 {_percent(pairs['kept_fraction_ours'])}的 {OURS} 相比，"
+        f"与只留 {_percent(pairs['kept_fraction_other'])}的 {OURS} 相比，"
     )
-    if not apart.any():
-        return f"{text}{len(pairs)} 项的区间都重叠。"
+    if apart.empty:
+        return f"{text}{len(told)} 项都分不出。"
     parts = [
-        f"{row.measure} {row.value:.{row.digits}f} 对 {row.value_ours:.{row.digits}f}"
-        for row in pairs[apart].itertuples()
+        f"{row.measure} {row.value:.{row.digits + 1}f} 对 {row.value_other:.{row.digits + 1}f}"
+        for row in apart.itertuples()
     ]
-    return f"{text}区间不重叠的是：{'，'.join(parts)}；其余重叠。"
+    return f"{text}同样的窗口、口令与文档{paired.HOW}，分得出的是：{'，'.join(parts)}；其余分不出。"
 
 
 def _percent(shares: pd.Series) -> str:

@@ -191,8 +191,9 @@ def fewer_bits(*with_bits: Records) -> str:
     """Where fewer bits are better than fewer entries, by the same bytes."""
     found = storage.qualities(*with_bits)
     won = _verdicts(found)
-    parts = [f"缓存只许占 {storage.fraction(size)} 时，{_winners(won[size])}" for size in (1 / 4, 1 / 8)]
-    return f"**少记几位。** {_bits_alone(found[0])}。{'；'.join(parts)}。"
+    measured_in = {one.name: one.kind.measured_in for one in found}
+    parts = [f"缓存只许占 {storage.fraction(size)} 时，{_winners(won[size], measured_in)}" for size in (1 / 4, 1 / 8)]
+    return f"**少记几位。** {_bits_alone(found[0])}。括号里是领先多少：{'；'.join(parts)}。"
 
 
 def saving(*with_bits: Records) -> str:
@@ -203,10 +204,10 @@ def saving(*with_bits: Records) -> str:
     ]
     sizes = [size for size in storage.SIZES if size in unbeaten and _fits(size, with_bits)]
     if not sizes:
-        return f"- **{SAVING}**：没有一种大小上{bits}不输给核心方法的淘汰，逐项查 @tbl-bits-nll 与 @tbl-bits-answers。"
+        return f"- **{SAVING}**：没有一种大小上{bits}不输给淘汰，逐项查 @tbl-bits-nll 与 @tbl-bits-answers。"
     return (
         f"- **{SAVING}**：缓存许有 float32 的 {listed(map(storage.fraction, sizes))} 时{bits}，没有一项分明不如"
-        "核心方法的淘汰；再小逐项查 @tbl-bits-nll 与 @tbl-bits-answers。"
+        "淘汰；再小逐项查 @tbl-bits-nll 与 @tbl-bits-answers。"
     )
 
 
@@ -236,11 +237,15 @@ def _bits_alone(quality: storage.Quality) -> str:
     )
 
 
-def _winners(verdicts: list[tuple[str, storage.Verdict]]) -> str:
+def _winners(verdicts: list[tuple[str, storage.Verdict]], measured_in: dict[str, str]) -> str:
     parts = []
     for way, words in storage.WAYS.items():
-        names = [name for name, one in verdicts if one.is_clear and one.first == way]
-        parts += [f"{words}在{listed(name.removesuffix('的损失') for name in names)}上最好"] if names else []
+        names = [
+            f"{name.removesuffix('的损失')}（{one.ahead:.3f}{measured_in[name]}）"
+            for name, one in verdicts
+            if one.is_clear and one.first == way
+        ]
+        parts += [f"{words}胜在{listed(names)}"] if names else []
     level = [name for name, one in verdicts if not one.is_clear]
     return "，".join(parts + ([f"{'其余' if parts else '各项'}分不出"] if level else []))
 

@@ -3,6 +3,7 @@ the static picture. The data of a chart are inside it, as JSON; report/interacti
 """
 
 import json
+import math
 from dataclasses import dataclass
 
 import pandas as pd
@@ -58,7 +59,7 @@ def chart(
     looks = looks_of(names)
 
     def lines(frame: pd.DataFrame) -> list[dict]:
-        known = frame.dropna(subset=[x, y])
+        known = frame.replace([math.inf, -math.inf], math.nan).dropna(subset=[x, y])
         return [_line(rows, x, y, looks[name]) for name, rows in known.groupby("press", sort=False)]
 
     data = {
@@ -68,7 +69,7 @@ def chart(
         "lowest_first": lowest_first,
         "panels": [{"title": title, "lines": drawn} for title, frame in panels.items() if (drawn := lines(frame))],
     }
-    written = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    written = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     without = "<noscript>这里的图由脚本画出；PDF 与 docx 里是同一张图。</noscript>"
     return f'<div class="kv-chart"><script type="application/json">{written}</script>{without}</div>'
 

@@ -6,6 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from kvneox_lib.measures.causes import NEAR
+from kvneox_lib.measures.intervals import comparison, holm
 from kvneox_lib.pages import figures
 from kvneox_lib.pages.report import Records, found_in
 from kvneox_lib.pages.selecting import middle_ratio
@@ -198,12 +199,36 @@ def by_seen(losses: pd.DataFrame) -> str:
     whole = _whole(losses)
     shares = listed([f"{words}的 {whole[f'tokens_{name}'].mean():.0%}" for name, words in SEEN.items()])
     text = f"按“前一个词元加这个词元”这一对是否见过来分：在上下文里（最后 {NEAR} 个词元之前）{shares}。"
-    most = whole["nat_far_low"] > whole[["nat_near_high", "nat_new_high"]].max(axis=1)
+    most = whole["press"].isin(_paying_most_far_away(losses))
     if not most.any():
         return text + "没有哪种方法，远处出现过的词元付得明显最多。"
     these, others = whole[most], whole[~most]
     text += f"{listed(these['press'])} 的损失，本可以照抄的词元（远处出现过的）付得最多，{_per_token(these)}。"
     return text + (f"{listed(others['press'])} 则分不出谁付得最多：{_per_token(others)}。" if len(others) else "")
+
+
+def _paying_most_far_away(losses: pd.DataFrame) -> list[str]:
+    """The presses under which a token seen far away pays more than one of either other class, on the same windows;
+    corrected for all of these comparisons together."""
+    chosen = _at_middle(losses)
+    parts = chosen[chosen["heads"] == "all"].groupby("press", sort=False)
+    found = [(press, *_ahead_of(part, other)) for press, part in parts for other in ("near", "new")]
+    table = pd.DataFrame(found, columns=["press", "ahead", "p"])
+    sure = (table["ahead"] > 0) & (holm(table["p"].to_numpy(dtype=float)) < 0.05)
+    return [press for press, is_sure in sure.groupby(table["press"], sort=False) if is_sure.all()]
+
+
+def _ahead_of(part: pd.DataFrame, other: str) -> tuple[float, float]:
+    """By how much a token seen far away pays more, and p. A quotient of sums of which each window has a part: what a
+    window adds to it is linear in what it deviates by."""
+
+    def per_token(which: str) -> tuple[float, pd.Series]:
+        loss, n = part[f"loss_{which}"], part[f"n_tokens_{which}"]
+        mean = loss.sum() / n.sum() if n.sum() else float("nan")
+        return mean, mean + (loss - mean * n) / n.mean()
+
+    (far, of_windows), (less, of_others) = per_token("far"), per_token(other)
+    return far - less, comparison((of_windows - of_others).to_numpy(), part["document"].to_numpy()).p
 
 
 def _per_token(rows: pd.DataFrame) -> str:

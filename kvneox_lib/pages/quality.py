@@ -168,12 +168,15 @@ def texts_apart(*texts: Records) -> str:
     found_in(texts[-1].study, both, "两个实验共有的区间")
     dearer, cheaper = sorted(map(named, texts), key=lambda name: -both[name]["delta_nll"].mean())
     apart = both[dearer][losses.LOW] > both[cheaper][losses.HIGH]
-    times = (both[dearer]["delta_nll"] / both[cheaper]["delta_nll"])[apart]
-    if times.empty:
+    against = (both[cheaper][losses.LOW] > both[dearer][losses.HIGH]).sum()
+    if not apart.any() and not against:
         return "两篇文本里，同一方法在同一压缩率下的损失，区间都相交：分不出哪篇损失更大。"
+    known = both[apart & (both[cheaper][losses.LOW] > 0)]
+    times = known[dearer]["delta_nll"] / known[cheaper]["delta_nll"]
     return (
-        f"同一方法、同一压缩率（{_ratios(low, high)}），在{dearer}里的损失比在{cheaper}里的大："
-        f"{len(both)} 对里有 {len(times)} 对的区间不相交，这些是 {times.min():.1f} 到 {times.max():.1f} 倍。"
+        f"同一方法、同一压缩率（{_ratios(low, high)}），{len(both)} 对里有 {apart.sum()} 对在{dearer}里的损失明显比在"
+        f"{cheaper}里的大（区间不相交{f'；{times.min():.1f} 至 {times.max():.1f} 倍' if len(times) > 1 else ''}），"
+        f"{f'有 {against} 对相反' if against else '没有一对相反'}。"
         "压缩的代价因此是方法与文本两者的事，一个不提文本的数字没有意义。"
     )
 

@@ -28,13 +28,16 @@ def random_table(records: Records, ratio: float) -> pd.DataFrame:
 
 def told_apart(records: Records, ratio: float) -> str:
     """In which tasks presses are better or worse than evicting at random."""
-    parts = [
-        f"{named(task)} {len(part)} 种方法里 {(part['verdict'] != paired.LEVEL).sum()} 种"
-        for task, part in against_random(records, ratio).groupby("dataset", sort=False)
-    ]
-    return (
-        f"与随机淘汰分得出高下的，{'，'.join(parts)}。分得出的少，或是随机淘汰也没有损失多少，这项任务不在乎留下的是什么；"
+    told = (against_random(records, ratio)["verdict"] != paired.LEVEL).groupby(
+        against_random(records, ratio)["dataset"].map(named), sort=False
+    )
+    parts = [f"{task} {len(part)} 种方法里 {part.sum()} 种" for task, part in told]
+    few = [task for task, part in told if part.mean() < 0.5]
+    return f"与随机淘汰分得出高下的，{'，'.join(parts)}。" + (
+        f"分得出的少（{listed(few)}），或是随机淘汰也没有损失多少，这项任务不在乎留下的是什么；"
         "或是大家一样差。是哪一种，看它与不压缩差多少。"
+        if few
+        else ""
     )
 
 

@@ -152,7 +152,7 @@ def room(*texts: Records) -> str:
     runs = [of_one_storage(records.runs(press="random", compression_ratio=low)).iloc[0] for records in texts]
     loss = [f"{named(records)} {with_interval(run, 'delta_nll')} nat" for records, run in zip(texts, runs)]
     return (
-        f"轻压缩时能赢的本来就少：压缩率 {low:g}，随机淘汰自己只损失{'，'.join(loss)}，"
+        f"轻压缩时能赢多少有个上限：压缩率 {low:g}，随机淘汰自己的损失是{'，'.join(loss)}，"
         "若压缩不能让模型比读完整的缓存更好，可改进的余地以此为限。"
     )
 
@@ -207,7 +207,7 @@ def beside_window(*texts: Records) -> str:
     if len(gained):
         text += f"这些方法对纯随机有 {len(gained)} 处明确的优势，其中 {lost} 处没有明确超出近窗自己给的。"
     if lost:
-        text += "所以只与纯随机相比，会把近窗的功劳算给打分。"
+        text += "所以只与纯随机相比，可能把近窗的功劳算给打分。"
     return text
 
 
