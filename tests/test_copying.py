@@ -346,7 +346,7 @@ def test_what_is_said_is_of_the_right_runs(four):
     told = page.paired.judged(pairs, four).set_index("measure")["verdict"]
     apart = list(told.index[told != ""])
     assert len(told) == 4 and 0 < len(apart) < 4
-    assert re.findall(r"[：，](\S+?) [\d.]+ 对 ", duo) == apart and duo.endswith("；其余分不出。")
+    assert re.findall(r"[：，]([^：，]+?) [\d.]+ 对 ", duo) == apart and duo.endswith("；其余分不出。")
     for records in four:
         records.frame.loc[records.frame["press"] == "duo_attention", "run_id"] = "nobody kept its units"
     with pytest.raises(Missing, match="成对"):
