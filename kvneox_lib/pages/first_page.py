@@ -319,7 +319,7 @@ def evidence(speed: Records, *several: Records) -> str:
     texts = "" if pd.isna(n) else f"和 {n:.0f} 篇文本"
     return (
         f"证据只到这里：质量的数字来自{models(*several)}{texts}，速度与内存来自{models(speed)}。"
-        "它们能说明怎样才测得到损失，损失从哪里来，能省下多少时间与字节；不能说明在别的模型上哪种方法最好（@sec-discussion）。"
+        "它们能说明怎样才测得到损失，损失从哪里来，能省下多少时间与字节；不能说明在别的模型、别的文本上哪种方法最好（@sec-discussion）。"
     )
 
 
