@@ -30,17 +30,16 @@ def both(
     *,
     xlabel: str,
     ylabel: str,
-    digits: int = 3,
-    lowest_first: bool = False,
+    **told,
 ) -> Both:
-    """The chart, and the same as a static figure."""
+    """The chart, and the same as a static figure; `told` is how the chart tells values."""
     labels = {"xlabel": xlabel, "ylabel": ylabel}
     if len(panels) == 1:
         ((title, frame),) = panels.items()
         figure = press_lines(frame, x, y, title=title, **labels)
     else:
         figure = press_line_panels(panels, x, y, **labels)
-    return Both(figure, chart(panels, x, y, digits=digits, lowest_first=lowest_first, **labels))
+    return Both(figure, chart(panels, x, y, **labels, **told))
 
 
 def chart(
