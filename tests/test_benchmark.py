@@ -221,10 +221,10 @@ def test_what_is_resident_is_told_without_what_was_freed():
     """Small tensors: the C library keeps their room for the next ones."""
     if (before := resident_bytes(torch.device("cpu"))) is None:
         pytest.skip("this system does not tell")
-    held = [torch.ones(2**14) for _ in range(2**11)]  # 128 MiB in pieces of 64 KiB
-    assert resident_bytes(torch.device("cpu")) - before > 100 * 2**20
+    held = [torch.ones(2**14) for _ in range(2**12)]  # 256 MiB in pieces of 64 KiB; some find room freed before
+    assert (most := resident_bytes(torch.device("cpu")) - before) > 160 * 2**20
     held.clear()
-    assert resident_bytes(torch.device("cpu")) - before < 30 * 2**20
+    assert resident_bytes(torch.device("cpu")) - before < most - 160 * 2**20
 
 
 # ---- the roofline ---------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from kvneox_lib.presses.facts import attention_needed, evicts_only_at_the_end, n
 from kvneox_lib.studies.perplexity import measure_perplexity
 
 REFUSED = {"observed_attention", "kvcompose", "kvcompose_unstructured"}
-EVICTING = ["random", "knorm", "streaming_llm", "tova", "snapkv", "keydiff", "lagkv", "cur", "qfilter"]
+EVICTING = ["random", "random_recent", "knorm", "streaming_llm", "tova", "snapkv", "keydiff", "lagkv", "cur", "qfilter"]
 EVICTING += ["expected_attention_stats", "criticalkv_snapkv"]
 
 

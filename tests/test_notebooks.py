@@ -131,7 +131,7 @@ def test_speed_notebook(tmp_path):
     text = said(notebook)
     assert "模型 **demo**（权重：bundled），随机词元" in text
     assert "kvpress 循环，chunkkv_snapkv 0.75，float32（上下文 200，批 2）没有计时：不能整批运行" in text
-    assert "上下文 300、批 2、bfloat16：不压缩时，每步用时与本库之比：" in text
+    assert "上下文 300、批 2、bfloat16：只看压缩：" in text and "都不压缩时，transformers 的一步与本库之比：" in text
     assert "bfloat16 与 float32 每步用时之比：本库为" in text and "bfloat16 的代价" in text
     runs = records.load_records(tmp_path / "out")
     assert len(runs) == 2 * 2 * (3 + 1 + 1 + 2)

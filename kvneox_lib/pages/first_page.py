@@ -68,8 +68,9 @@ def details(speed: Records) -> str:
     """Of that setting what the lines have no room for."""
     found = _gain(speed)
     plain, best = found.plain, found.best
-    fast = listed(timings.press_and_strength(found.level))
-    level = f"{fast} 与 {best['press']} 分不出快慢；" if len(found.level) else ""
+    level = ""
+    if len(found.level):
+        level = f"{listed(timings.press_and_strength(found.level))} 与 {best['press']} 分不出快慢；"
     first = turns.ratio(best, plain, "prefill_s")
     begins = "" if pd.isna(first.value) else f"首词元的用时是不压缩的 {first.in_words}；"
     peaks = [f"{_mb(row, 'peak_above_bytes')}（{timings.CACHES[engine]}）" for engine, row in found.stock.items()]
