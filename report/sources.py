@@ -3,6 +3,7 @@
 import re
 import subprocess
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 FOLDED = r"^::: \{\.content-visible when-format=\"html\"\}\n<details>(?:(?!</details>).)*</details>\n:::\n\s*"
@@ -33,22 +34,14 @@ def linked(line: str, at: Callable[[str], str]) -> str:
     return COMMIT.sub(link, FILE.sub(link, line))
 
 
+@cache
 def places(folder: Path) -> Callable[[str], str]:
     """Where a reader finds a file or commit of the repository around `folder`: on the web if its origin is there, else
     the file as seen from report/_output/."""
-    from kvneox_lib.pages.first_page import public_address  # not before it is wanted: torch comes with it
+    from kvneox_lib.pages.first_page import web_address  # not before it is wanted: torch comes with it
 
-    origin = public_address(_git(folder, "remote", "get-url", "origin"))
+    origin = web_address(folder)
     if not origin:
         return lambda found: f"../../{found}" if FILE.fullmatch(found) else ""
-    head = _git(folder, "rev-parse", "HEAD")
+    head = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     return lambda found: f"{origin}/blob/{head}/{found}" if FILE.fullmatch(found) else f"{origin}/commit/{found}"
-
-
-def _git(folder: Path, *asked: str) -> str:
-    """What git answers; nothing where there is no git, repository or origin."""
-    try:
-        done = subprocess.run(["git", "-C", folder, *asked], capture_output=True, encoding="utf-8", errors="replace")
-        return done.stdout.strip()
-    except OSError:
-        return ""

@@ -41,6 +41,19 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def styled():
+    """Figures in the style of the pages; none stays open."""
+    from matplotlib import pyplot, rc_context
+
+    from kvneox_lib.pages import figures
+
+    with rc_context():
+        figures.use_style()
+        yield
+    pyplot.close("all")
+
+
 @pytest.fixture(scope="session")
 def loose_reference(tmp_path_factory):
     """results/reference with a file for each record, as runs leave them."""

@@ -6,20 +6,12 @@ import warnings
 import matplotlib
 import pytest
 import torch
-from matplotlib import pyplot
 
 from kvneox_lib.neox.modeling import half_split
-from kvneox_lib.pages import diagrams, figures
+from kvneox_lib.pages import diagrams
 
 matplotlib.use("agg")
-
-
-@pytest.fixture(autouse=True)
-def styled():
-    with matplotlib.rc_context():
-        figures.use_style()
-        yield
-    pyplot.close("all")
+pytestmark = pytest.mark.usefixtures("styled")
 
 
 def texts(figure) -> list:

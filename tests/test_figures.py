@@ -16,16 +16,9 @@ from kvneox_lib.pages.words import CONTROL, ENGINES
 from kvneox_lib.presses.registry import ROWS
 
 matplotlib.use("agg")
+pytestmark = pytest.mark.usefixtures("styled")
 CORE = [row.name for row in ROWS if row.core]
 EVERY = [row.name for row in ROWS]
-
-
-@pytest.fixture(autouse=True)
-def styled():
-    with matplotlib.rc_context():
-        figures.use_style()
-        yield
-    pyplot.close("all")
 
 
 def draw(figure, tmp_path):

@@ -6,6 +6,7 @@ The first three lines are of one setting, that of the shortest step.
 import contextlib
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 
@@ -191,19 +192,15 @@ def _not_what_it_says(runs: pd.DataFrame) -> str:
 def fewer_bits(*with_bits: Records) -> str:
     """Where fewer bits are better than fewer entries, by the same bytes."""
     found = storage.qualities(*with_bits)
-    won = _verdicts(found)
-    measured_in = {one.name: one.kind.measured_in for one in found}
-    parts = [f"缓存只许占 {storage.fraction(size)} 时，{_winners(won[size], measured_in)}" for size in (1 / 4, 1 / 8)]
-    return f"**少记几位。** {_bits_alone(found[0])}。括号里是领先多少：{'；'.join(parts)}。"
+    told = storage.who_wins_in_little(found, storage.verdicts_of_tables(found))
+    return f"**少记几位。** {_bits_alone(found[0])}。" + (f"括号里是领先多少：缓存{told}。" if told else "")
 
 
 def saving(*with_bits: Records) -> str:
     """Down to which size fewer bits alone lose to nothing, as an item of a list."""
-    won, bits = _verdicts(storage.qualities(*with_bits)), storage.WAYS["bits"]
-    unbeaten = [
-        size for size, verdicts in won.items() if not any(one.is_clear and one.first != "bits" for _, one in verdicts)
-    ]
-    sizes = [size for size in storage.SIZES if size in unbeaten and _fits(size, with_bits)]
+    won, bits = storage.verdicts_of_tables(storage.qualities(*with_bits)), storage.WAYS["bits"]
+    beaten = {size for (_, size), one in won.items() if one and one.is_clear and one.first != "bits"}
+    sizes = [size for size in storage.SIZES if size not in beaten and _fits(size, with_bits)]
     if not sizes:
         return f"- **{SAVING}**：没有一种大小上{bits}不输给淘汰，逐项查 @tbl-bits-nll 与 @tbl-bits-answers。"
     return (
@@ -216,16 +213,6 @@ def _fits(size: float, with_bits: tuple[Records, ...]) -> bool:
     return all("bits" in set(storage.best_within(one, size)["way"]) for one in storage.qualities(*with_bits))
 
 
-def _verdicts(found: list[storage.Quality]) -> dict[float, list[tuple[str, storage.Verdict]]]:
-    """By size, what was compared there, corrected as the two tables of the section are."""
-    tables = [[one for one in found if one.kind.less_is_better == of_texts] for of_texts in (True, False)]
-    won = storage.verdicts(tables[0]) | storage.verdicts(tables[1])
-    return {
-        size: [(one.name, won[one.name, size]) for one in found if won[one.name, size] and won[one.name, size].second]
-        for size in storage.SIZES
-    }
-
-
 def _bits_alone(quality: storage.Quality) -> str:
     found = quality.configurations.query("way == 'bits'").sort_values("share", ascending=False)
     bits, shares, losses = (
@@ -236,19 +223,6 @@ def _bits_alone(quality: storage.Quality) -> str:
         f"条目全留，每个数只记 {bits} 位：缓存是 float32 的 {shares}，{quality.name}是 {losses}"
         f"{quality.kind.measured_in}"
     )
-
-
-def _winners(verdicts: list[tuple[str, storage.Verdict]], measured_in: dict[str, str]) -> str:
-    parts = []
-    for way, words in storage.WAYS.items():
-        names = [
-            f"{name.removesuffix('的损失')}（{one.ahead:.3f}{measured_in[name]}）"
-            for name, one in verdicts
-            if one.is_clear and one.first == way
-        ]
-        parts += [f"{words}胜在{listed(names)}"] if names else []
-    level = [name for name, one in verdicts if not one.is_clear]
-    return "，".join(parts + ([f"{'其余' if parts else '各项'}分不出"] if level else []))
 
 
 # ---- the argument, and where it comes from --------------------------------------------------------------------------
@@ -328,7 +302,7 @@ def imprint() -> str:
     """Licence, repository, commit and age: what is not known when the title is written."""
     here, found = repository(), provenance()
     parts = ["许可 Apache-2.0"]
-    if url := public_address(_origin(here)):
+    if url := web_address(here):
         parts.append(f"仓库 <{url}>")
     if found["git_commit"]:
         parts.append(f"提交 `{found['git_commit'][:7]}`" + ("（另有未提交的改动）" if found["git_dirty"] else ""))
@@ -338,12 +312,14 @@ def imprint() -> str:
     return "；".join(parts) + "。"
 
 
-def _origin(folder) -> str:
+def web_address(folder: Path) -> str:
+    """Of the repository around `folder`; nothing where its origin is no page that a reader can open."""
+    command = ["git", "-C", folder, "remote", "get-url", "origin"]
     try:
-        command = ["git", "-C", str(folder), "remote", "get-url", "origin"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
         return ""
+    return public_address(done.stdout.strip())
 
 
 def public_address(url: str) -> str:

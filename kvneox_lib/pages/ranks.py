@@ -35,8 +35,7 @@ def drawn_rank_correlations(
     n = of.max() + 1 if len(of) else 0
     if n < 4:
         return np.full(n_resamples, np.nan)
-    drawn = np.random.default_rng(0).integers(n, size=(n_resamples, n))
-    counts = (drawn[:, :, None] == np.arange(n)).sum(1)[:, of].astype(float)  # (resamples, rows)
+    counts = _times_drawn(n, n_resamples)[:, of]  # (resamples, rows)
     x, y = (counts @ np.sign(values - values[:, None]) / 2 for values in both.to_numpy(dtype=float).T)
     spread = np.sqrt((counts * x**2).sum(1) * (counts * y**2).sum(1))  # x, y: ranks less their mean, ties at theirs
     return np.divide((counts * x * y).sum(1), spread, out=np.full(n_resamples, np.nan), where=spread > 0)
@@ -49,13 +48,19 @@ def kendall(one: pd.Series, other: pd.Series, n_resamples: int = 2000) -> tuple[
     n = len(both)
     if n < 2:
         return (float("nan"),) * 3 + (n,)
-    signs = [np.sign(values[:, None] - values[None, :]) for values in both.to_numpy().T]
+    first, second = (np.sign(values[:, None] - values) for values in both.to_numpy(dtype=float).T)  # of all differences
+    counts = np.vstack([np.ones(n), _times_drawn(n, n_resamples)])  # the rows as they are, and what is drawn of them
+    untied = np.sqrt(_of_pairs(counts, first**2) * _of_pairs(counts, second**2))
+    taus = np.divide(_of_pairs(counts, first * second), untied, out=np.full(len(counts), np.nan), where=untied > 0)
+    return float(taus[0]), *interval_of(taus[1:]), n
+
+
+def _of_pairs(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """For each row of `counts` (…, n), the sum of `values` (n, n) over all pairs, each as often as both were drawn."""
+    return (counts @ values * counts).sum(1)
+
+
+def _times_drawn(n: int, n_resamples: int) -> np.ndarray:
+    """How often each of n is drawn with replacement in each of the resamples (resamples, n); always the same draws."""
     drawn = np.random.default_rng(0).integers(n, size=(n_resamples, n))
-    found = np.array([_tau(*(sign[np.ix_(rows, rows)] for sign in signs)) for rows in drawn])
-    return _tau(*signs), *interval_of(found), n
-
-
-def _tau(one: np.ndarray, other: np.ndarray) -> float:
-    """From the signs of all differences (n, n)."""
-    untied = np.sqrt((one**2).sum() * (other**2).sum())
-    return float((one * other).sum() / untied) if untied else float("nan")
+    return (drawn[:, :, None] == np.arange(n)).sum(1).astype(float)

@@ -251,7 +251,7 @@ def size_table(*several: Records) -> pd.DataFrame:
 def winners(*several: Records) -> pd.DataFrame:
     """A row for each quality, a column for each size: the best way and how far it is ahead, where it can be told."""
     found = qualities(*several)
-    won = _verdicts_of_tables(found)
+    won = verdicts_of_tables(found)
     return pd.DataFrame(
         {"衡量": quality.name} | {fraction(size): _won_in_short(won[quality.name, size]) for size in SIZES}
         for quality in found
@@ -266,7 +266,7 @@ def _won_in_short(found: Verdict | None) -> str:
     return f"{WAYS[found.first]}，{found.ahead:.3f}" if found.is_clear else "分不出"
 
 
-def _verdicts_of_tables(found: list[Quality]) -> dict[tuple[str, float], Verdict | None]:
+def verdicts_of_tables(found: list[Quality]) -> dict[tuple[str, float], Verdict | None]:
     """Corrected as in the two tables of all configurations: losses apart from answers."""
     losses, answers = ([one for one in found if (one.kind == _NLL) == is_loss] for is_loss in (True, False))
     return verdicts(losses) | verdicts(answers)
@@ -423,9 +423,9 @@ def who_wins(*several: Records) -> str:
     """Which way wins where a quarter, and where an eighth, of float32's bytes is allowed, and below what quantizing
     alone can do."""
     found = qualities(*several)
-    won = _verdicts_of_tables(found)
-    parts = [told for size in (1 / 4, 1 / 8) if (told := _winners(found, won, size))]
-    text = f"缓存的字节以 float32 为一，括号里是比次好的做法少损失多少：{'；'.join(parts)}。" if parts else ""
+    won = verdicts_of_tables(found)
+    told = who_wins_in_little(found, won)
+    text = f"缓存的字节以 float32 为一，括号里是比次好的做法少损失多少：{told}。" if told else ""
     shares = pd.concat([_shares(quality, "bits") for quality in found])
     return text + (_below(won, shares.min()) if len(shares) else "")
 
@@ -433,7 +433,7 @@ def who_wins(*several: Records) -> str:
 def order(*several: Records) -> str:
     """Whether at each size one way wins all that can be told apart, and which."""
     found = qualities(*several)
-    won = {key: one.first for key, one in _verdicts_of_tables(found).items() if one and one.is_clear}
+    won = {key: one.first for key, one in verdicts_of_tables(found).items() if one and one.is_clear}
     by_size = {size: {way for (_, at), way in won.items() if at == size} for size in SIZES}
     text = "分得出的格子里，没有一种做法在同样的大小处处胜出。"
     if won and max(map(len, by_size.values())) == 1:
@@ -470,6 +470,11 @@ def _below(won: dict, least: float) -> str:
 
 def _shares(quality: Quality, way: str) -> pd.Series:
     return quality.configurations.loc[quality.configurations["way"] == way, "share"]
+
+
+def who_wins_in_little(found: list[Quality], won: dict) -> str:
+    """`won` is of `verdicts_of_tables`; at a quarter and an eighth."""
+    return "；".join(told for size in (1 / 4, 1 / 8) if (told := _winners(found, won, size)))
 
 
 def _winners(found: list[Quality], won: dict, size: float) -> str:

@@ -28,9 +28,8 @@ def random_table(records: Records, ratio: float) -> pd.DataFrame:
 
 def told_apart(records: Records, ratio: float) -> str:
     """In which tasks presses are better or worse than evicting at random."""
-    told = (against_random(records, ratio)["verdict"] != paired.LEVEL).groupby(
-        against_random(records, ratio)["dataset"].map(named), sort=False
-    )
+    found = against_random(records, ratio)
+    told = (found["verdict"] != paired.LEVEL).groupby(found["dataset"].map(named), sort=False)
     parts = [f"{task} {len(part)} 种方法里 {part.sum()} 种" for task, part in told]
     few = [task for task, part in told if part.mean() < 0.5]
     return f"与随机淘汰分得出高下的，{'，'.join(parts)}。" + (
